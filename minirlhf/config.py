@@ -1,0 +1,58 @@
+"""One dataclass per script is at once its command line, its saved JSON and the list of what may be changed."""
+
+import argparse
+import dataclasses
+import sys
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend: shown as one line, without a traceback. Exit code 2."""
+
+
+def option(default, help, least=None):
+    """A field of a config: its default, the sentence --help shows, and the least value allowed, if there is one."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, description, presets, argv=None):
+    """Command line -> config. A preset replaces defaults; a flag replaces both. UserError names the flag at fault."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=presets, help="a set of values for another size or task; any flag overrides")
+    for field in dataclasses.fields(config_class):
+        help = f"{field.metadata['help']} [{'none' if field.default == '' else field.default}]".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", default=None, help=help)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=help)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    values = {**presets.get(given.pop("preset", None), {}), **given}
+    return from_dict(config_class, values, "the command line")
+
+
+def from_dict(config_class, values, where):
+    """Checks names, types and least values of a dict (a preset, or a saved run.json) and makes the config."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{where}: unknown option '{name}'")
+        field = fields[name]
+        if type(value) is not field.type and not (field.type is float and type(value) is int):
+            raise UserError(f"{where}: --{name} wants {field.type.__name__}, not {value!r}")
+        least = field.metadata["least"]
+        if least is not None and not value >= least:            # "not >=" catches nan too
+            raise UserError(f"{where}: --{name} must be at least {least}, not {value}")
+    return config_class(**values)
+
+
+def run_main(main):
+    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

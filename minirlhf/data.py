@@ -1,0 +1,251 @@
+"""Demonstrations, comparisons and prompts: JSONL, one object a line, read strictly.
+
+    demonstrations   {"prompt", "response"}
+    comparisons      {"prompt", "chosen", "rejected"}                       a pair, or
+                     {"prompt", "responses": [K], "ranks": [2, 1, 3, 3]}    1 is best, equal is a tie, or
+                     {"prompt", "responses": [K], "best": 2}                counted from 0; nothing is said of the others
+                     optional "finished": [true, ...]: an unfinished response gets no EOS when it is read back
+    prompts          {"prompt"}
+
+Extra fields are kept out of the way and ignored. Every error is a UserError that names file and line.
+`python -m minirlhf.data FILE` validates and describes a file.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from minirlhf.config import UserError, run_main
+from minirlhf.tokenizer import load_tokenizer
+
+
+class Row(NamedTuple):
+    """One line of a file: demonstrations have one response, comparisons K, prompts none."""
+    where: str                      # "file:line", for error messages
+    prompt: str
+    responses: tuple = ()           # K texts
+    ranks: tuple = ()               # K ints, 1 is best, equal is a tie
+    finished: tuple = ()            # K bools
+
+
+class Example(NamedTuple):
+    """A row as token ids."""
+    row: Row
+    prompt: list                    # token ids
+    responses: list                 # K lists of token ids, each with its EOS if it is finished
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def read_jsonl(path):
+    """Yields (where, object) for every line; UserError if the file or a line is not what it should be."""
+    try:
+        lines = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: a line must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
+            yield where, value
+
+
+def text(value, name, where):
+    """A string field that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} must be a string, not {json.dumps(value)[:60]}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is not a character") from None
+    return value
+
+
+def field(value, name, where):
+    if name not in value:
+        raise UserError(f"{where}: no \"{name}\" (found: {', '.join(value) or 'nothing'})")
+    return value[name]
+
+
+def prompt_of(value, where):
+    prompt = text(field(value, "prompt", where), "prompt", where)
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty")
+    return prompt
+
+
+def rows_of(path, row):
+    rows = [row(value, where) for where, value in read_jsonl(path)]
+    if not rows:
+        raise UserError(f"{path}: the file is empty")
+    return rows
+
+
+def read_prompts(path):
+    return rows_of(path, lambda value, where: Row(where, prompt_of(value, where)))
+
+
+def read_demonstrations(path):
+    def row(value, where):
+        response = text(field(value, "response", where), "response", where)
+        if not response:
+            raise UserError(f"{where}: the response is empty; a demonstration must show something")
+        return Row(where, prompt_of(value, where), (response,), (1,), (True,))
+    return rows_of(path, row)
+
+
+def read_comparisons(path):
+    return rows_of(path, comparison)
+
+
+def comparison(value, where):
+    """One comparison in any of its three forms -> Row with ranks."""
+    prompt = prompt_of(value, where)
+    if "chosen" in value or "rejected" in value:
+        responses, ranks = [field(value, "chosen", where), field(value, "rejected", where)], [1, 2]
+    else:
+        responses = field(value, "responses", where)
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise UserError(f"{where}: responses must be a list of at least two")
+        ranks = ranks_of(value, len(responses), where)
+    responses = tuple(text(response, "response", where) for response in responses)
+    finished = value.get("finished", [True] * len(responses))
+    if not is_list_of(bool, finished, len(responses)):
+        raise UserError(f"{where}: finished must be a list of {len(responses)} true or false")
+    return Row(where, prompt, responses, tuple(ranks), tuple(finished))
+
+
+def ranks_of(value, K, where):
+    if "best" in value:
+        best = value["best"]
+        if type(best) is not int or not 0 <= best < K:
+            raise UserError(f"{where}: best must be a number from 0 to {K - 1}, not {json.dumps(best)[:60]}")
+        return [1 if k == best else 2 for k in range(K)]
+    ranks = field(value, "ranks", where)
+    if not is_list_of(int, ranks, K) or min(ranks) < 1:
+        raise UserError(f"{where}: ranks must be a list of {K} whole numbers from 1 (the best), not {ranks}")
+    return ranks
+
+
+def is_list_of(kind, value, length):
+    return isinstance(value, list) and len(value) == length and all(type(item) is kind for item in value)
+
+
+# ---- token ids -------------------------------------------------------------------------------------------------------
+
+def encode(tokenizer, prompt, response, finished=True):
+    """Prompt ids and response ids; the response ends in exactly one EOS if it is finished.
+
+    Tokenised apart, so that a prompt's ids do not depend on its response; the response's leading space is part of it.
+    encode_ordinary: text that says "<|endoftext|>" is seven tokens of text, never an EOS.
+    """
+    eos = [tokenizer.eot_token] if finished else []
+    return tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(response) + eos
+
+
+def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserve=0, drop_long=False):
+    """Rows -> Examples. What does not fit is an error that names the line, or is dropped and counted if drop_long.
+
+    positions: how many the model has; reserve: how many of them are kept for a response to be sampled.
+    max_prompt, max_response: limits in tokens, 0 for none but the model's.
+    """
+    examples, too_long = [], []
+    for row in rows:
+        prompt = tokenizer.encode_ordinary(row.prompt)
+        responses = [encode(tokenizer, row.prompt, *each)[1] for each in zip(row.responses, row.finished)]
+        longest = max(map(len, responses), default=0)
+        for what, length, limit in (("prompt", len(prompt), max_prompt or positions),
+                                    ("response", longest, max_response or positions),
+                                    ("prompt and response", len(prompt) + longest + reserve, positions)):
+            if length > limit:
+                too_long.append(f"{row.where}: {what} of {length} tokens, more than {limit}")
+                break
+        else:
+            examples.append(Example(row, prompt, responses))
+    if too_long and not drop_long:
+        raise UserError(f"{too_long[0]} (and {len(too_long) - 1} more rows); shorten them, raise the limit, "
+                        "or give --drop_long")
+    if too_long:
+        print(f"dropped {len(too_long)} of {len(rows)} rows as too long, the first: {too_long[0]}")
+    if not examples:
+        raise UserError(f"{rows[0].where}: no row is left after dropping the long ones")
+    return examples
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+# B sequences, T = the longest of them. Masks come from lengths; the pad id, 0, is never looked at.
+
+def right_pad(sequences, device="cpu"):
+    """Lists of ids -> ids (B, T) int64 and mask (B, T) bool."""
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    T = int(lengths.max())
+    ids = torch.tensor([list(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
+    return ids, torch.arange(T, device=device) < lengths[:, None]
+
+
+def left_pad(sequences, device="cpu"):
+    """The same with the pads before the tokens, so that what is sampled next stands in one column."""
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    T = int(lengths.max())
+    ids = torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
+    return ids, torch.arange(T, device=device) >= T - lengths[:, None]
+
+
+def response_mask(mask, prompt_lengths):
+    """mask (B, T) of right-padded prompt + response -> True at the response's tokens only, the EOS included."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return mask & (columns >= torch.tensor(prompt_lengths, device=mask.device)[:, None])
+
+
+# ---- python -m minirlhf.data FILE ------------------------------------------------------------------------------------
+
+def read_any(path):
+    """Reads a file by the schema that its first line shows -> (schema, rows)."""
+    _, first = next(read_jsonl(path), ("", {}))
+    if "response" in first:
+        return "demonstrations", read_demonstrations(path)
+    if {"responses", "chosen", "rejected"} & set(first):
+        return "comparisons", read_comparisons(path)
+    return "prompts", read_prompts(path)
+
+
+def describe(path, tokenizer):
+    """Prints what a reader wants to know of a file before training on it."""
+    schema, rows = read_any(path)
+    examples = encode_rows(rows, tokenizer, positions=10**9)
+    print(f"{path}: {len(rows)} {schema}, {len({row.prompt for row in rows})} different prompts")
+    sizes = {"prompt": [len(example.prompt) for example in examples],
+             "response": [len(ids) for example in examples for ids in example.responses]}
+    for name, lengths in sizes.items():
+        if lengths:
+            cuts = statistics.quantiles(lengths, n=100, method="inclusive") if len(lengths) > 1 else lengths * 99
+            print(f"{name:>10} tokens: half up to {cuts[49]:.0f}, 95 % up to {cuts[94]:.0f}, longest {max(lengths)}")
+    duplicates = len(rows) - len({row[1:] for row in rows})
+    print(f"{'':>10} {duplicates} rows repeat an earlier one")
+    if schema == "comparisons":
+        said = Counter("tie" if len(set(row.ranks)) == 1 else "same" if len(set(row.responses)) == 1 else "ok" for row in rows)
+        print(f"{'':>10} {said['tie']} rows are all ties, {said['same']} have identical answers")
+    first = examples[0]
+    for name, ids in [("prompt", first.prompt)] + [("response", ids) for ids in first.responses]:
+        print(f"{name:>10} {'|'.join(tokenizer.decode([token]) for token in ids)!r}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Validates a JSONL file and describes it.", prog="python -m minirlhf.data")
+    parser.add_argument("file")
+    parser.add_argument("--tokenizer", default="data/tiny", help="a model's name or folder [data/tiny]")
+    args = parser.parse_args()
+    describe(args.file, load_tokenizer(args.tokenizer))
+
+
+if __name__ == "__main__":
+    run_main(main)

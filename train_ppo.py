@@ -1,0 +1,305 @@
+"""Step 3 of RLHF: PPO against the reward model, held near the SFT model by a KL penalty.
+
+Eight numbered steps, the same numbers as in minirlhf/ppo.py and the README. Four networks: the policy (trained) and the
+reference (frozen), both from the SFT model; the reward model (frozen) and the value model (trained), both from step 2.
+Without flags this trains on the embedded world, then assesses the result on held-out prompts.
+
+    B batch    P prompt length    R response length    T = P + R
+"""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minirlhf import ppo
+from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.data import encode_rows, left_pad, read_prompts
+from minirlhf.generate import generate, respond
+from minirlhf.reward import ScalarHeadModel, call_reward, load_function, load_gold
+from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = option("out/sft", "the SFT model: the policy starts as its copy, the reference stays it")
+    reward: str = option("out/rm", "a reward model's folder, or FILE.py:function")
+    data: str = option("data/tiny/prompts.jsonl", "prompts, JSONL")
+    heldout: str = option("data/tiny/prompts_test.jsonl", "prompts never trained on, for the assessment")
+    gold: str = option("auto", "FILE.py:function, a true preference to watch, never trained on; 'none'; 'auto' is the "
+                               "embedded world's for its own data")
+    out: str = option("out/ppo", "the run's folder")
+    seed: int = option(1, "seed of sampling and data order", least=0)
+    iterations: int = option(120, "rollouts, each followed by an update", least=1)
+    batch_size: int = option(96, "prompts per rollout", least=1)
+    epochs: int = option(4, "passes over each rollout (A: 4)", least=1)
+    minibatches: int = option(2, "optimizer steps per pass", least=1)
+    micro_batch: int = option(0, "sequences per forward pass; 0 is the whole minibatch", least=0)
+    max_response: int = option(48, "most tokens of a response; one that gets there is unfinished", least=1)
+    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
+    drop_long: bool = option(False, "drop and count prompts that do not fit, instead of stopping")
+    temperature: float = option(1.0, "sampling temperature, and of every log-probability (A: 0.7)", least=0.01)
+    lr: float = option(6e-4, "policy learning rate, decaying linearly to 0 (A: 1e-5, C: 3e-6, for larger models)", least=0)
+    value_lr: float = option(1e-3, "value learning rate, likewise", least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm (A: no limit)", least=0)
+    beta: float = option(0.1, "reward lost per nat of KL (A: 0.15, C: 0.05)", least=0)
+    target_kl: float = option(0.0, "adapt beta to this KL, nats per sequence (A: 6); 0 keeps beta fixed", least=0)
+    horizon: int = option(10_000, "of the adaptation, in episodes (A)", least=1)
+    missing_eos: float = option(-3.0, "score of an unfinished response (A: -1)")
+    gamma: float = option(1.0, "discount (A)", least=0)
+    lam: float = option(0.95, "lambda of GAE (A)", least=0)
+    clip: float = option(0.2, "of the policy's ratio (A)", least=0)
+    value_clip: float = option(0.2, "of the value's change (A)", least=0)
+    samples_every: int = option(20, "iterations between printed samples", least=1)
+    save_every: int = option(20, "iterations between checkpoints", least=1)
+    device: str = option("", "cuda, mps or cpu; the first there is if not given")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    resume: bool = option(False, "continue the run in --out")
+
+
+PRESETS = {
+    # Values of A for the same model; beta of C.
+    "gpt2": dict(batch_size=128, minibatches=8, micro_batch=8, iterations=400, max_response=64, temperature=0.7, lr=1e-5,
+                 value_lr=1e-5, beta=0.05, dtype="bfloat16"),
+}
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One batch of experience. (B, R) tensors are aligned with the response's tokens; mask is True at sampled ones."""
+    prompts: list                       # B texts
+    texts: list                         # B texts, the responses without EOS
+    P: int                              # columns of the prompts; the response starts in this one
+    ids: torch.Tensor                   # (B, T) left-padded prompt, right-padded response
+    attend: torch.Tensor                # (B, T) bool, True at real tokens
+    mask: torch.Tensor                  # (B, R) bool
+    finished: torch.Tensor              # (B,) bool
+    scores: torch.Tensor = None         # (B,) normalised, low where unfinished
+    logprobs: torch.Tensor = None       # (B, R) nats
+    ref_logprobs: torch.Tensor = None   # (B, R) nats
+    entropy: torch.Tensor = None        # (B, R) nats
+    values: torch.Tensor = None         # (B, R)
+    advantages: torch.Tensor = None     # (B, R) whitened
+    returns: torch.Tensor = None        # (B, R)
+
+
+def response_logits(model, ids, attend, P):
+    """Logits that predict the response's tokens, and only those: (B, T) -> (B, R, V)."""
+    return model.logits(model(ids, attend)[:, P - 1:-1])
+
+
+def response_values(model, ids, attend, P):
+    """V before each token of the response: (B, T) -> (B, R)."""
+    return model(ids, attend)[:, P - 1:-1]
+
+
+def in_chunks(function, size, *tensors):
+    """function over rows, `size` at a time, so that memory does not grow with the rollout; the results concatenated."""
+    chunks = zip(*(tensor.split(size) for tensor in tensors))
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+def roll_out(policy, batch, tokenizer, cfg, iteration, device):
+    """Step 1: one sampled response per prompt."""
+    uniforms = torch.rand(len(batch), cfg.max_response, generator=generator(cfg.seed, 4, iteration)).to(device)
+    prompts, prompt_mask = left_pad([example.prompt for example in batch], device)
+    sampled = generate(policy, prompts, prompt_mask, uniforms, tokenizer.eot_token, cfg.temperature)
+    R = int(sampled.mask.sum(dim=1).max())                      # columns that no response reached are cut off
+    ids, mask = sampled.ids[:, :R].clone(), sampled.mask[:, :R].clone()     # out of inference mode
+    texts = [tokenizer.decode(row[:n]) for row, n in zip(ids.tolist(), (mask.sum(1) - sampled.finished.long()).tolist())]
+    return Rollout([example.row.prompt for example in batch], texts, prompts.shape[1], torch.cat([prompts, ids], dim=1),
+                   torch.cat([prompt_mask, mask], dim=1), mask, sampled.finished)
+
+
+def make_scorer(cfg, policy, examples, tokenizer, device):
+    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model.
+
+    Returns it with the network that the value model starts from: the reward model, or for a function the SFT model.
+    """
+    if ".py" not in cfg.reward:
+        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False).eval()
+        if reward.config.vocab_size != policy.config.vocab_size:
+            raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
+                            f"{policy.config.vocab_size}: they must share one vocabulary")
+        return (lambda r: in_chunks(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
+    function = load_function(cfg.reward)
+    print(f"the reward is {cfg.reward}: its code runs here")
+    chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
+    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, tokenizer.eot_token, generator(cfg.seed, 3),
+                      cfg.temperature)
+    texts = [tokenizer.decode(ids[:-1] if finished else ids) for ids, finished in answers]
+    raw = call_reward(function, [e.row.prompt for e in chosen], texts)
+    mean, std = float(raw.mean()), float(raw.std()) or 1.0
+    return (lambda r: ((call_reward(function, r.prompts, r.texts) - mean) / std).to(device)), policy
+
+
+@torch.no_grad()
+def make_experience(rollout, policy, reference, value, score, cfg, beta):
+    """Steps 2 to 6, in place; returns the metrics of the rollout."""
+    r, size = rollout, cfg.micro_batch or len(rollout.ids)
+
+    # 2. Score: one number per response; a fixed low one where it did not end.
+    r.scores = ppo.penalise_unfinished(score(r), r.finished, cfg.missing_eos)
+
+    # 3. Log-probabilities under the policy and the reference: the same function, temperature and precision, and full
+    #    forward passes, since in bfloat16 those of the cached sampling differ by about 1e-2.
+    def logprobs_and_entropy(model, ids, attend):
+        logits = response_logits(model, ids, attend, r.P)
+        return torch.stack([ppo.token_logprobs(logits, ids[:, r.P:], cfg.temperature),
+                            ppo.token_entropy(logits, cfg.temperature)], dim=1)         # (B, 2, R)
+    r.logprobs, r.entropy = in_chunks(lambda *x: logprobs_and_entropy(policy, *x), size, r.ids, r.attend).unbind(1)
+    r.ref_logprobs = in_chunks(lambda *x: logprobs_and_entropy(reference, *x), size, r.ids, r.attend)[:, 0]
+
+    # 4. Reward per token: -beta KL everywhere, the score at the last one.
+    kl = ppo.kl_k1(r.logprobs, r.ref_logprobs)                                          # (B, R)
+    rewards = ppo.token_rewards(kl, r.scores, r.mask, beta)
+
+    # 5. Values, advantages, returns.
+    r.values = in_chunks(lambda *x: response_values(value, *x, r.P), size, r.ids, r.attend)
+    advantages, r.returns = ppo.gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
+
+    # 6. Whiten over the tokens of the whole rollout.
+    r.advantages = ppo.whiten(advantages, r.mask)
+
+    B = len(r.ids)
+    return {
+        "objective/kl": float(ppo.masked_sum(kl, r.mask)) / B,
+        "objective/kl_k3": float(ppo.masked_sum(ppo.kl_k3(r.logprobs, r.ref_logprobs), r.mask)) / B,
+        "objective/entropy": float(ppo.masked_sum(r.entropy, r.mask)) / B,
+        "objective/scores": float(r.scores.mean()),
+        "objective/rlhf_reward": float(rewards.sum()) / B,
+        "objective/beta": beta,
+        "val/eos_rate": float(r.finished.float().mean()),
+        "val/length": float(r.mask.sum()) / B,
+        "val/explained_variance": float(ppo.explained_variance(r.values, r.returns, r.mask)),
+    }
+
+
+def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
+    """Step 7: several passes of clipped policy and value losses over one rollout; returns means per token of them all."""
+    sums, n_seen, B = {}, 0, len(rollout.ids)
+    for epoch in range(cfg.epochs):
+        order = torch.randperm(B, generator=generator(cfg.seed, 5, iteration, epoch)).to(rollout.ids.device)
+        for rows in order.chunk(cfg.minibatches):
+            n_tokens = int(rollout.mask[rows].sum())            # of the minibatch, not of the micro-batch
+            first = not sums
+            for part in rows.split(cfg.micro_batch or len(rows)):
+                with autocast:
+                    losses = minibatch_losses(rollout, part, policy, value, cfg)
+                ((losses["loss/policy_avg"] + losses["loss/value_avg"]) / n_tokens).backward()
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(loss.detach())
+            if not math.isfinite(sums["loss/policy_avg"] + sums["loss/value_avg"]):
+                raise UserError(f"iteration {iteration}: the loss is not finite; among its responses is "
+                                f"{rollout.texts[int(rows[0])]!r} to {rollout.prompts[int(rows[0])]!r}")
+            if first:
+                check_first_ratio(sums, n_tokens, cfg)
+            for optimizer, model in zip(optimizers, (policy, value)):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            n_seen += n_tokens
+    return {name: total / n_seen for name, total in sums.items()}
+
+
+def minibatch_losses(rollout, rows, policy, value, cfg):
+    """Losses and statistics of some rows, summed over their tokens. Policy and value are separate networks with separate
+    optimizers, so the losses need no coefficient between them (A: 0.1 for a shared trunk)."""
+    r = rollout
+    ids, attend, mask, old_logprobs = r.ids[rows], r.attend[rows], r.mask[rows], r.logprobs[rows]
+    logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, r.P), ids[:, r.P:], cfg.temperature)  # (B, R)
+    values = response_values(value, ids, attend, r.P)                                                       # (B, R)
+    per_token = {
+        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, r.advantages[rows], cfg.clip),
+        "loss/value_avg": ppo.value_losses(values, r.values[rows], r.returns[rows], cfg.value_clip),
+        "policy/approxkl_avg": ppo.approx_kl(logprobs, old_logprobs),
+        "policy/clipfrac_avg": ppo.clipped(logprobs, old_logprobs, cfg.clip).float(),
+        "val/clipfrac_avg": ((values - r.values[rows]).abs() > cfg.value_clip).float(),
+        "val/ratio": torch.exp(logprobs - old_logprobs),
+    }
+    return {name: ppo.masked_sum(x, mask) for name, x in per_token.items()}
+
+
+def check_first_ratio(sums, n_tokens, cfg):
+    """Before the first step the policy is the one that sampled: any ratio but 1 means that rollout and update disagree
+    about mask, positions, temperature or precision, and that PPO would silently optimise something else."""
+    ratio, clipfrac = sums["val/ratio"] / n_tokens, sums["policy/clipfrac_avg"] / n_tokens
+    if abs(ratio - 1) > (1e-3 if cfg.dtype == "float32" else 2e-2) or clipfrac > 0.01:
+        raise AssertionError(f"ratio {ratio} and clip fraction {clipfrac} before the first update")
+
+
+def print_samples(rollout, iteration, gold_values):
+    """The best and the worst response of a rollout, by score."""
+    kl = ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs).masked_fill(~rollout.mask, 0).sum(1)
+    for name, i in (("best ", int(rollout.scores.argmax())), ("worst", int(rollout.scores.argmin()))):
+        gold = f"  gold {gold_values[i]:.2f}" if gold_values else ""
+        tqdm.write(f"[{iteration}] {name} score {float(rollout.scores[i]):+.2f}{gold}  kl {float(kl[i]):.2f}\n"
+                   f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, PRESETS, argv)
+    device = pick_device(cfg.device)
+    tokenizer = load_tokenizer(cfg.model)
+    policy, reference = from_pretrained(cfg.model).to(device), from_pretrained(cfg.model).to(device)
+    reference.requires_grad_(False)
+    examples = encode_rows(read_prompts(cfg.data), tokenizer, policy.config.n_positions, cfg.max_prompt,
+                           reserve=cfg.max_response, drop_long=cfg.drop_long)
+    if cfg.heldout:
+        read_prompts(cfg.heldout)
+    gold = load_gold(cfg.gold, cfg.data)
+    score, trunk = make_scorer(cfg, policy, examples, tokenizer, device)
+    value = ScalarHeadModel(copy.deepcopy(trunk)).to(device).requires_grad_(True)
+    torch.nn.init.zeros_(value.score.weight)                    # values start at exactly 0 (A)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
+                  for model, lr in ((policy, cfg.lr), (value, cfg.value_lr))]
+    autocast = precision(device, cfg.dtype)
+    run = Run(cfg)
+    beta, first = cfg.beta, run.state.get("step", 0)
+    if run.state:
+        for part, name in zip((policy, value, *optimizers), ("policy", "value", "policy_optimizer", "value_optimizer")):
+            part.load_state_dict(run.state[name])
+        beta = run.state["beta"]
+
+    def save(step):
+        run.save_state(step, policy=policy.state_dict(), value=value.state_dict(), beta=beta,
+                       policy_optimizer=optimizers[0].state_dict(), value_optimizer=optimizers[1].state_dict())
+
+    print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on {device}")
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="ppo", unit="it")
+    for iteration in bar:
+        batch, _ = epoch_batch(examples, cfg.batch_size, iteration, cfg.seed, 2)
+        with autocast:
+            rollout = roll_out(policy, batch, tokenizer, cfg, iteration, device)                            # 1
+            metrics = make_experience(rollout, policy, reference, value, score, cfg, beta)                  # 2 - 6
+        for optimizer, lr in zip(optimizers, (cfg.lr, cfg.value_lr)):
+            set_lr(optimizer, lr, iteration, cfg.iterations)
+        metrics |= update(rollout, policy, value, optimizers, cfg, iteration, autocast)                     # 7
+
+        # 8. Log, print the best and the worst sample, update beta, checkpoint.
+        gold_values = gold(rollout.prompts, rollout.texts) if gold else []
+        if gold:
+            metrics["objective/gold"] = sum(gold_values) / len(gold_values)
+        run.log(iteration, metrics)
+        shown = {"score": metrics["objective/scores"], "gold": metrics.get("objective/gold", math.nan),
+                 "kl": metrics["objective/kl"], "eos": metrics["val/eos_rate"]}
+        bar.set_postfix({name: f"{x:.2f}" for name, x in shown.items()})
+        if iteration % cfg.samples_every == 0 or iteration == cfg.iterations - 1:
+            print_samples(rollout, iteration, gold_values)
+        if cfg.target_kl:
+            beta = ppo.adaptive_beta(beta, metrics["objective/kl"], cfg.target_kl, len(batch), cfg.horizon)
+        if (iteration + 1) % cfg.save_every == 0:
+            save(iteration + 1)
+
+    save(cfg.iterations)
+    run.export(policy, tokenizer)
+
+
+if __name__ == "__main__":
+    run_main(main)

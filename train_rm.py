@@ -1,0 +1,190 @@
+"""Step 2 of RLHF: a reward model from human comparisons.
+
+The SFT model gets a scalar head that reads prompt + response at the last token, and learns to give the preferred answer
+the higher number. Without flags this trains on the embedded world's comparisons.
+"""
+
+import dataclasses
+import math
+
+import torch
+from tqdm import tqdm
+
+from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.data import encode_rows, read_comparisons, right_pad
+from minirlhf.generate import respond
+from minirlhf.reward import ScalarHeadModel, at_last_token, load_gold, pair_accuracy, pair_loss
+from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.weights import from_pretrained
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = option("out/sft", "the SFT model: the reward model starts as its copy")
+    data: str = option("data/tiny/comparisons.jsonl", "comparisons, JSONL")
+    heldout: str = option("data/tiny/comparisons_test.jsonl", "comparisons never trained on, for the held-out accuracy")
+    gold: str = option("auto", "FILE.py:function, a true preference to measure accuracy by; 'none'; 'auto' is the embedded "
+                               "world's for its own data")
+    out: str = option("out/rm", "the run's folder")
+    seed: int = option(1, "seed of the head and of the data order", least=0)
+    epochs: int = option(4, "passes over the comparisons", least=1)
+    batch_size: int = option(32, "prompts per step, each with all its answers", least=1)
+    micro_batch: int = option(0, "prompts per forward pass; 0 is the whole batch", least=0)
+    lr: float = option(1e-3, "learning rate, decaying linearly to 0", least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", least=0)
+    normalise: int = option(512, "samples of the SFT model whose scores get mean 0 and deviation 1", least=2)
+    temperature: float = option(1.0, "of those samples: the temperature PPO will sample at", least=0)
+    sample_tokens: int = option(48, "most tokens of those samples", least=1)
+    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
+    max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
+    drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
+    save_every: int = option(200, "steps between checkpoints", least=1)
+    device: str = option("", "cuda, mps or cpu; the first there is if not given")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    resume: bool = option(False, "continue the run in --out")
+
+
+PRESETS = {
+    # One epoch: small label sets overfit at once (A, S, C). lr between A's 5e-5 at 124M-774M and C's 3e-6 at 1B.
+    "gpt2": dict(epochs=1, lr=2e-5, batch_size=32, micro_batch=8, sample_tokens=64, temperature=0.7, dtype="bfloat16"),
+}
+
+
+def rank_tensor(examples):
+    """(N, K) int64, 0 where a prompt has fewer than K answers."""
+    K = max(len(e.row.ranks) for e in examples)
+    return torch.tensor([list(e.row.ranks) + [0] * (K - len(e.row.ranks)) for e in examples])
+
+
+def score_all(model, examples, device):
+    """The raw score of every answer of every prompt, (N, K); what stands where there is no answer means nothing."""
+    present = rank_tensor(examples).to(device) > 0                                  # (N, K)
+    ids, mask = right_pad([e.prompt + response for e in examples for response in e.responses], device)
+    scores = at_last_token(model(ids), mask)                                        # (all answers,)
+    return torch.zeros(present.shape, device=device).masked_scatter(present, scores)
+
+
+@torch.no_grad()
+def accuracy(model, examples, ranks, device, batch_size=32):
+    """The share of pairs that the scores order as ranks (N, K) do, and the number of pairs."""
+    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    right, pairs = 0.0, 0
+    for i, batch in enumerate(batches):
+        scores = score_all(model, batch, device).cpu()
+        r, n = pair_accuracy(scores, ranks[i * batch_size:(i + 1) * batch_size, :scores.shape[1]])
+        right, pairs = right + float(r.sum()), pairs + int(n.sum())
+    return right / max(pairs, 1), pairs
+
+
+def gold_ranks(gold, examples):
+    """Ranks (N, K) by the true preference, equal where it is equal."""
+    ranks = rank_tensor(examples)
+    for row, example in zip(ranks, examples):
+        values = gold([example.row.prompt] * len(example.row.responses), list(example.row.responses))
+        for k, value in enumerate(values):
+            row[k] = 1 + sum(other > value for other in values)
+    return ranks
+
+
+def comparable(examples):
+    """Examples with at least one preference; ties throughout teach nothing, and are counted."""
+    kept = [e for e in examples if len(set(e.row.ranks)) > 1]
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} of {len(examples)} comparisons: all ties")
+    if not kept:
+        raise UserError(f"{examples[0].row.where}: no comparison in this file prefers anything")
+    return kept
+
+
+def normalise(model, sft, examples, cfg, tokenizer):
+    """Sets reward_mean and reward_std from samples of the SFT model (A: 256 samples, gain and bias)."""
+    prompts = [examples[i % len(examples)].prompt for i in range(cfg.normalise)]
+    rng = generator(cfg.seed, 3)
+    answers = respond(sft, prompts, cfg.sample_tokens, tokenizer.eot_token, rng, cfg.temperature, progress="normalise")
+    device, scores = next(model.parameters()).device, []
+    for i in range(0, len(prompts), 128):
+        sequences = [prompt + ids for prompt, (ids, _) in zip(prompts[i:i + 128], answers[i:i + 128])]
+        ids, mask = right_pad(sequences, device)
+        with torch.no_grad():
+            scores.append(at_last_token(model(ids), mask))
+    scores = torch.cat(scores)
+    model.reward_mean, model.reward_std = float(scores.mean()), float(scores.std()) or 1.0
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, PRESETS, argv)
+    device = pick_device(cfg.device)
+    tokenizer, sft = load_tokenizer(cfg.model), from_pretrained(cfg.model)
+    limits = dict(positions=sft.config.n_positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
+                  drop_long=cfg.drop_long)
+    examples = comparable(encode_rows(read_comparisons(cfg.data), tokenizer, **limits))
+    heldout = comparable(encode_rows(read_comparisons(cfg.heldout), tokenizer, **limits)) if cfg.heldout else []
+    gold = load_gold(cfg.gold, cfg.heldout)
+    autocast = precision(device, cfg.dtype)
+
+    sft.to(device)
+    torch.manual_seed(cfg.seed)
+    model = ScalarHeadModel(from_pretrained(cfg.model)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
+    run = Run(cfg)
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+    first = run.state.get("step", 0)
+
+    n_pairs = int(sum(len(e.responses) * (len(e.responses) - 1) / 2 for e in examples))
+    print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}")
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="rm", unit="step")
+    shown, report = {}, {}
+    for step in bar:
+        # 1. A batch of prompts, each with all its answers: all pairs of a prompt belong to one step (InstructGPT).
+        batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
+
+        # 2. The ranking loss, the mean over the prompts of the whole batch, whatever the micro-batch.
+        size, loss, right, pairs = cfg.micro_batch or len(batch), 0.0, 0.0, 0
+        for i in range(0, len(batch), size):
+            part = batch[i:i + size]
+            ranks = rank_tensor(part).to(device)
+            with autocast:
+                scores = score_all(model, part, device)
+            part_loss = pair_loss(scores, ranks) * len(part) / len(batch)
+            part_loss.backward()
+            r, n = pair_accuracy(scores.detach(), ranks)
+            loss, right, pairs = loss + float(part_loss.detach()), right + float(r.sum()), pairs + int(n.sum())
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; among its comparisons is {batch[0].row.where}; "
+                            "a lower --lr may help")
+
+        # 3. The step.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        set_lr(optimizer, cfg.lr, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 4. Log; held-out accuracy after each pass.
+        metrics = {"loss/train": loss, "accuracy/train": right / pairs}
+        if heldout and epoch_ends:
+            with autocast:
+                report["rm_accuracy_heldout"], n = accuracy(model, heldout, rank_tensor(heldout), device)
+                if gold:
+                    report["rm_accuracy_gold"], n = accuracy(model, heldout, gold_ranks(gold, heldout), device)
+            metrics |= report
+            shown = {name.removeprefix("rm_accuracy_"): f"{value:.3f}" for name, value in report.items()}
+        run.log(step, metrics)
+        bar.set_postfix(loss=f"{loss:.3f}", train=f"{right / pairs:.3f}", **shown)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+
+    # 5. Normalise: a unit of reward is one standard deviation of what the SFT model earns.
+    normalise(model, sft, examples, cfg, tokenizer)
+    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
+    run.export(model, tokenizer)
+    report |= {"seed": cfg.seed, "seconds": run.seconds(), "reward_mean": model.reward_mean, "reward_std": model.reward_std}
+    run.report(report)
+    print_table(f"Reward model done: {run.folder}", list(report.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,143 @@
+"""Step 1 of RLHF: supervised fine-tuning on demonstrations.
+
+The model learns to continue a prompt as the demonstrators did: cross-entropy on the response's tokens, its EOS included;
+the prompt is read but not learned. Without flags this trains a new 0.4M-parameter GPT-2 on the embedded world.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.data import encode_rows, read_demonstrations, response_mask, right_pad
+from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.ppo import token_logprobs
+from minirlhf.runs import Run, epoch_batch, pick_device, precision, print_table, set_lr
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.weights import from_pretrained
+
+# With the 768 tokens of data/tiny: 0.4M parameters. GPT-2's initial 0.02 is meant for 768 channels; at 96 the embeddings
+# would be too faint to copy from, and after 500 steps a story would still be about any thing but the one asked for.
+TINY = dict(n_positions=128, n_embd=96, n_layer=3, n_head=4, initializer_range=0.06)
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = option("tiny", "'tiny' (a new small model), 'gpt2', ..., or a model folder")
+    data: str = option("data/tiny/demonstrations.jsonl", "demonstrations, JSONL")
+    heldout: str = option("data/tiny/demonstrations_test.jsonl", "demonstrations never trained on, for the held-out loss")
+    out: str = option("out/sft", "the run's folder")
+    seed: int = option(1, "seed of initialisation and data order", least=0)
+    epochs: int = option(8, "passes over the data", least=1)
+    batch_size: int = option(64, "demonstrations per step", least=1)
+    micro_batch: int = option(0, "demonstrations per forward pass; 0 is the whole batch", least=0)
+    lr: float = option(4e-3, "peak learning rate", least=0)
+    warmup: int = option(50, "steps until the peak learning rate", least=0)
+    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
+    max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
+    drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
+    save_every: int = option(200, "steps between checkpoints", least=1)
+    device: str = option("", "cuda, mps or cpu; the first there is if not given")
+    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    resume: bool = option(False, "continue the run in --out")
+
+
+PRESETS = {
+    # The common range for GPT-2 124M on instruction data: 2e-5, 2 to 3 epochs.
+    "gpt2": dict(model="gpt2", lr=2e-5, epochs=3, batch_size=32, micro_batch=8, warmup=100, dtype="bfloat16"),
+}
+
+
+def load_model(name, seed):
+    """The tokenizer and the model to start from; 'tiny' is new, its weights drawn from the seed."""
+    if name != "tiny":
+        return load_tokenizer(name), from_pretrained(name)
+    tokenizer = load_tokenizer(Path(__file__).parent / "data/tiny")
+    torch.manual_seed(seed)
+    return tokenizer, GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, **TINY))
+
+
+def sft_loss(model, examples, device):
+    """Summed negative log-likelihood of the responses in nats, and their number of tokens."""
+    ids, mask = right_pad([e.prompt + e.responses[0] for e in examples], device)    # (B, T)
+    target = response_mask(mask, [len(e.prompt) for e in examples])[:, 1:]          # (B, T-1): is the next token learned?
+    hidden = model(ids)[:, :-1][target]                                             # (N, C): logits only where needed
+    return -token_logprobs(model.logits(hidden), ids[:, 1:][target]).sum(), int(target.sum())
+
+
+@torch.no_grad()
+def heldout_loss(model, examples, device, batch_size=64):
+    """Mean loss per response token, nats."""
+    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    losses, tokens = zip(*(sft_loss(model, batch, device) for batch in batches))
+    return float(sum(losses)) / sum(tokens)
+
+
+def main(argv=None):
+    cfg = parse(Config, __doc__, PRESETS, argv)
+    device = pick_device(cfg.device)
+    tokenizer, model = load_model(cfg.model, cfg.seed)
+    limits = dict(positions=model.config.n_positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
+                  drop_long=cfg.drop_long)
+    examples = encode_rows(read_demonstrations(cfg.data), tokenizer, **limits)
+    heldout = encode_rows(read_demonstrations(cfg.heldout), tokenizer, **limits) if cfg.heldout else []
+    autocast = precision(device, cfg.dtype)
+
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
+    run = Run(cfg)
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+    first = run.state.get("step", 0)
+
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on {device}")
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", unit="step")
+    loss_heldout = math.nan
+    for step in bar:
+        # 1. A batch: every epoch is a fresh permutation.
+        batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
+
+        # 2. The loss: the mean over the response tokens of the whole batch, whatever the micro-batch.
+        n_tokens = sum(len(e.responses[0]) for e in batch)
+        size = cfg.micro_batch or len(batch)
+        loss = 0.0
+        for i in range(0, len(batch), size):
+            with autocast:
+                part, _ = sft_loss(model, batch[i:i + size], device)
+            (part / n_tokens).backward()
+            loss += float(part.detach()) / n_tokens
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; among its demonstrations is {batch[0].row.where}; "
+                            "a lower --lr may help")
+
+        # 3. The step.
+        set_lr(optimizer, cfg.lr, step, steps, cfg.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 4. Log, and a checkpoint now and then.
+        metrics = {"loss/train": loss}
+        if heldout and epoch_ends:
+            with autocast:
+                loss_heldout = metrics["loss/heldout"] = heldout_loss(model, heldout, device)
+        run.log(step, metrics)
+        bar.set_postfix(train=f"{loss:.3f}", heldout=f"{loss_heldout:.3f}")
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+
+    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
+    run.export(model, tokenizer)
+    report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": loss, "loss_heldout": loss_heldout,
+              "perplexity": math.exp(loss_heldout)}
+    run.report(report)
+    print_table(f"SFT done: {run.folder}", list(report.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)
