@@ -9,9 +9,7 @@ Without flags this trains on the embedded world, then assesses the result on hel
 
 import copy
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,10 +17,13 @@ from tqdm import tqdm
 from minirlhf import ppo
 from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, left_pad, read_prompts
+from minirlhf.functions import call_reward, load_function, load_gold
 from minirlhf.generate import generate, respond
-from minirlhf.reward import ScalarHeadModel, call_reward, load_function, load_gold
-from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr
+from minirlhf.health import complaints
+from minirlhf.reward import ScalarHeadModel
+from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
 from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate import assess_run, print_report
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 
@@ -40,7 +41,7 @@ class Config:
     batch_size: int = option(96, "prompts per rollout", least=1)
     epochs: int = option(4, "passes over each rollout (A: 4)", least=1)
     minibatches: int = option(2, "optimizer steps per pass", least=1)
-    micro_batch: int = option(0, "sequences per forward pass; 0 is the whole minibatch", least=0)
+    micro_batch: int = option(24, "sequences per forward pass; 0 is the whole minibatch", least=0)
     max_response: int = option(48, "most tokens of a response; one that gets there is unfinished", least=1)
     max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
     drop_long: bool = option(False, "drop and count prompts that do not fit, instead of stopping")
@@ -55,7 +56,13 @@ class Config:
     gamma: float = option(1.0, "discount (A)", least=0)
     lam: float = option(0.95, "lambda of GAE (A)", least=0)
     clip: float = option(0.2, "of the policy's ratio (A)", least=0)
-    value_clip: float = option(0.2, "of the value's change (A)", least=0)
+    value_clip: float = option(0.2, "of the value's change (A); 0 is no limit", least=0)
+    value_from: str = option("reward", "the value model starts as the 'reward' model (C) or the 'sft' model")
+    whiten_rewards: bool = option(False, "rewards per token to variance 1, mean unchanged (A did; C: shorter and worse)")
+    whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1 over the tokens of a rollout (A, C)")
+    stop_kl: float = option(0.0, "no more passes once a pass has this approx-KL, nats per token; 0 never stops", least=0)
+    adam_eps: float = option(1e-5, "epsilon of Adam (A)", least=0)
+    tf_adam: bool = option(False, "epsilon where TensorFlow puts it (A, B)")
     samples_every: int = option(20, "iterations between printed samples", least=1)
     save_every: int = option(20, "iterations between checkpoints", least=1)
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
@@ -84,6 +91,7 @@ class Rollout:
     logprobs: torch.Tensor = None       # (B, R) nats
     ref_logprobs: torch.Tensor = None   # (B, R) nats
     entropy: torch.Tensor = None        # (B, R) nats
+    rewards: torch.Tensor = None        # (B, R)
     values: torch.Tensor = None         # (B, R)
     advantages: torch.Tensor = None     # (B, R) whitened
     returns: torch.Tensor = None        # (B, R)
@@ -118,12 +126,10 @@ def roll_out(policy, batch, tokenizer, cfg, iteration, device):
 
 
 def make_scorer(cfg, policy, examples, tokenizer, device):
-    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model.
-
-    Returns it with the network that the value model starts from: the reward model, or for a function the SFT model.
-    """
+    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model; and the
+    reward model's network, or None if the reward is a function."""
     if ".py" not in cfg.reward:
-        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False).eval()
+        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False)
         if reward.config.vocab_size != policy.config.vocab_size:
             raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
                             f"{policy.config.vocab_size}: they must share one vocabulary")
@@ -136,7 +142,7 @@ def make_scorer(cfg, policy, examples, tokenizer, device):
     texts = [tokenizer.decode(ids[:-1] if finished else ids) for ids, finished in answers]
     raw = call_reward(function, [e.row.prompt for e in chosen], texts)
     mean, std = float(raw.mean()), float(raw.std()) or 1.0
-    return (lambda r: ((call_reward(function, r.prompts, r.texts) - mean) / std).to(device)), policy
+    return (lambda r: ((call_reward(function, r.prompts, r.texts) - mean) / std).to(device)), None
 
 
 @torch.no_grad()
@@ -158,14 +164,16 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
     # 4. Reward per token: -beta KL everywhere, the score at the last one.
     kl = ppo.kl_k1(r.logprobs, r.ref_logprobs)                                          # (B, R)
-    rewards = ppo.token_rewards(kl, r.scores, r.mask, beta)
+    r.rewards = ppo.token_rewards(kl, r.scores, r.mask, beta)
+    if cfg.whiten_rewards:
+        r.rewards = ppo.whiten(r.rewards, r.mask, shift_mean=False)
 
     # 5. Values, advantages, returns.
     r.values = in_chunks(lambda *x: response_values(value, *x, r.P), size, r.ids, r.attend)
-    advantages, r.returns = ppo.gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
+    advantages, r.returns = ppo.gae(r.rewards, r.values, r.mask, cfg.gamma, cfg.lam)
 
     # 6. Whiten over the tokens of the whole rollout.
-    r.advantages = ppo.whiten(advantages, r.mask)
+    r.advantages = ppo.whiten(advantages, r.mask) if cfg.whiten_advantages else advantages
 
     B = len(r.ids)
     return {
@@ -173,7 +181,8 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
         "objective/kl_k3": float(ppo.masked_sum(ppo.kl_k3(r.logprobs, r.ref_logprobs), r.mask)) / B,
         "objective/entropy": float(ppo.masked_sum(r.entropy, r.mask)) / B,
         "objective/scores": float(r.scores.mean()),
-        "objective/rlhf_reward": float(rewards.sum()) / B,
+        "val/score_std": float(r.scores.std(correction=0)),
+        "objective/rlhf_reward": float(r.rewards.sum()) / B,
         "objective/beta": beta,
         "val/eos_rate": float(r.finished.float().mean()),
         "val/length": float(r.mask.sum()) / B,
@@ -183,55 +192,73 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
 def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
     """Step 7: several passes of clipped policy and value losses over one rollout; returns means per token of them all."""
-    sums, n_seen, B = {}, 0, len(rollout.ids)
+    sums, n_seen, lengths = {}, 0, rollout.mask.sum(dim=1).cpu()
     for epoch in range(cfg.epochs):
-        order = torch.randperm(B, generator=generator(cfg.seed, 5, iteration, epoch)).to(rollout.ids.device)
+        order = torch.randperm(len(lengths), generator=generator(cfg.seed, 5, iteration, epoch))
+        kl_before, n_before = sums.get("policy/approxkl_avg", 0.0), n_seen
         for rows in order.chunk(cfg.minibatches):
-            n_tokens = int(rollout.mask[rows].sum())            # of the minibatch, not of the micro-batch
-            first = not sums
+            rows = rows[lengths[rows].argsort(stable=True)]     # similar lengths share a pass: fewer pads
+            n_tokens = int(lengths[rows].sum())                 # of the minibatch, not of the micro-batch
             for part in rows.split(cfg.micro_batch or len(rows)):
                 with autocast:
-                    losses = minibatch_losses(rollout, part, policy, value, cfg)
+                    losses = minibatch_losses(rollout, part.to(rollout.ids.device), int(lengths[part].max()), policy, value, cfg)
                 ((losses["loss/policy_avg"] + losses["loss/value_avg"]) / n_tokens).backward()
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(loss.detach())
-            if not math.isfinite(sums["loss/policy_avg"] + sums["loss/value_avg"]):
-                raise UserError(f"iteration {iteration}: the loss is not finite; among its responses is "
-                                f"{rollout.texts[int(rows[0])]!r} to {rollout.prompts[int(rows[0])]!r}")
-            if first:
+            check_losses(sums, rollout, rows, iteration)
+            if n_seen == 0:
                 check_first_ratio(sums, n_tokens, cfg)
             for optimizer, model in zip(optimizers, (policy, value)):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                if cfg.tf_adam:
+                    set_tf_epsilon(optimizer, cfg.adam_eps)
                 optimizer.step()
                 optimizer.zero_grad()
             n_seen += n_tokens
+        if cfg.stop_kl and (sums["policy/approxkl_avg"] - kl_before) / (n_seen - n_before) > cfg.stop_kl:
+            break
     return {name: total / n_seen for name, total in sums.items()}
 
 
-def minibatch_losses(rollout, rows, policy, value, cfg):
-    """Losses and statistics of some rows, summed over their tokens. Policy and value are separate networks with separate
-    optimizers, so the losses need no coefficient between them (A: 0.1 for a shared trunk)."""
-    r = rollout
-    ids, attend, mask, old_logprobs = r.ids[rows], r.attend[rows], r.mask[rows], r.logprobs[rows]
-    logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, r.P), ids[:, r.P:], cfg.temperature)  # (B, R)
-    values = response_values(value, ids, attend, r.P)                                                       # (B, R)
+def minibatch_losses(rollout, rows, R, policy, value, cfg):
+    """Losses and statistics of some rows, summed over their tokens; R is the length of the longest of their responses.
+
+    Policy and value are separate networks with an optimizer each, so no coefficient stands between their losses (A: 0.1,
+    for a shared trunk).
+    """
+    r, P = rollout, rollout.P
+    ids, attend, mask = r.ids[rows, :P + R], r.attend[rows, :P + R], r.mask[rows, :R]
+    old_logprobs, old_values = r.logprobs[rows, :R], r.values[rows, :R]
+    logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, P), ids[:, P:], cfg.temperature)     # (B, R)
+    values = response_values(value, ids, attend, P)                                                         # (B, R)
+    value_clip = cfg.value_clip or math.inf
     per_token = {
-        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, r.advantages[rows], cfg.clip),
-        "loss/value_avg": ppo.value_losses(values, r.values[rows], r.returns[rows], cfg.value_clip),
+        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, r.advantages[rows, :R], cfg.clip),
+        "loss/value_avg": ppo.value_losses(values, old_values, r.returns[rows, :R], value_clip),
         "policy/approxkl_avg": ppo.approx_kl(logprobs, old_logprobs),
         "policy/clipfrac_avg": ppo.clipped(logprobs, old_logprobs, cfg.clip).float(),
-        "val/clipfrac_avg": ((values - r.values[rows]).abs() > cfg.value_clip).float(),
+        "val/clipfrac_avg": ((values - old_values).abs() > value_clip).float(),
         "val/ratio": torch.exp(logprobs - old_logprobs),
     }
     return {name: ppo.masked_sum(x, mask) for name, x in per_token.items()}
 
 
+def check_losses(sums, rollout, rows, iteration):
+    """Nothing is skipped: a loss that is not a number ends the run before it reaches a weight."""
+    if not math.isfinite(sums["loss/policy_avg"] + sums["loss/value_avg"]):
+        i = int(rows[0])
+        raise UserError(f"iteration {iteration}: the loss is not finite; among its responses is {rollout.texts[i]!r} to "
+                        f"{rollout.prompts[i]!r}; a lower --lr or --value_lr may help")
+
+
 def check_first_ratio(sums, n_tokens, cfg):
     """Before the first step the policy is the one that sampled: any ratio but 1 means that rollout and update disagree
     about mask, positions, temperature or precision, and that PPO would silently optimise something else."""
-    ratio, clipfrac = sums["val/ratio"] / n_tokens, sums["policy/clipfrac_avg"] / n_tokens
-    if abs(ratio - 1) > (1e-3 if cfg.dtype == "float32" else 2e-2) or clipfrac > 0.01:
-        raise AssertionError(f"ratio {ratio} and clip fraction {clipfrac} before the first update")
+    difference = math.sqrt(2 * sums["policy/approxkl_avg"] / n_tokens)      # root mean square of the log-ratio
+    clipfrac = sums["policy/clipfrac_avg"] / n_tokens
+    if difference > (1e-3 if cfg.dtype == "float32" else 0.05) or clipfrac > 0:
+        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction {clipfrac:.2g}, not "
+                        "0: rollout and update see different tokens, positions, masks or temperatures")
 
 
 def print_samples(rollout, iteration, gold_values):
@@ -245,6 +272,8 @@ def print_samples(rollout, iteration, gold_values):
 
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
+    if cfg.value_from not in ("reward", "sft"):
+        raise UserError(f"--value_from must be reward or sft, not {cfg.value_from}")
     device = pick_device(cfg.device)
     tokenizer = load_tokenizer(cfg.model)
     policy, reference = from_pretrained(cfg.model).to(device), from_pretrained(cfg.model).to(device)
@@ -254,14 +283,15 @@ def main(argv=None):
     if cfg.heldout:
         read_prompts(cfg.heldout)
     gold = load_gold(cfg.gold, cfg.data)
-    score, trunk = make_scorer(cfg, policy, examples, tokenizer, device)
+    score, reward_trunk = make_scorer(cfg, policy, examples, tokenizer, device)
+    trunk = policy if cfg.value_from == "sft" or reward_trunk is None else reward_trunk
     value = ScalarHeadModel(copy.deepcopy(trunk)).to(device).requires_grad_(True)
     torch.nn.init.zeros_(value.score.weight)                    # values start at exactly 0 (A)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=cfg.adam_eps, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (value, cfg.value_lr))]
     autocast = precision(device, cfg.dtype)
     run = Run(cfg)
-    beta, first = cfg.beta, run.state.get("step", 0)
+    beta, first, history, warned = cfg.beta, run.state.get("step", 0), [], set()
     if run.state:
         for part, name in zip((policy, value, *optimizers), ("policy", "value", "policy_optimizer", "value_optimizer")):
             part.load_state_dict(run.state[name])
@@ -287,6 +317,11 @@ def main(argv=None):
         if gold:
             metrics["objective/gold"] = sum(gold_values) / len(gold_values)
         run.log(iteration, metrics)
+        history.append(metrics)
+        for sign, sentence in complaints(history):
+            if sign not in warned:
+                tqdm.write(f"[{iteration}] warning: {sentence}")
+            warned.add(sign)
         shown = {"score": metrics["objective/scores"], "gold": metrics.get("objective/gold", math.nan),
                  "kl": metrics["objective/kl"], "eos": metrics["val/eos_rate"]}
         bar.set_postfix({name: f"{x:.2f}" for name, x in shown.items()})
@@ -299,6 +334,12 @@ def main(argv=None):
 
     save(cfg.iterations)
     run.export(policy, tokenizer)
+    report = {"seed": cfg.seed, "seconds": {"ppo": run.seconds()}}
+    if cfg.heldout:
+        report = assess_run(run.folder, run.seconds(), device)
+        print_report({"sft": report["sft"], "ppo": report["ppo"] | {name: report[name] for name in ("kl", "win_rate")}})
+    run.report(report)
+    print_table(f"PPO done: {run.folder}", [(k, v) for k, v in report.items() if k not in ("sft", "ppo")])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.config import UserError, option, parse, run_main
-from minirlhf.data import encode_rows, read_comparisons, right_pad
+from minirlhf.data import encode_rows, read_comparisons, response_mask, right_pad
+from minirlhf.functions import load_gold
 from minirlhf.generate import respond
-from minirlhf.reward import ScalarHeadModel, at_last_token, load_gold, pair_accuracy, pair_loss
+from minirlhf.ppo import token_logprobs
+from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
 from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
@@ -31,7 +33,9 @@ class Config:
     epochs: int = option(4, "passes over the comparisons", least=1)
     batch_size: int = option(32, "prompts per step, each with all its answers", least=1)
     micro_batch: int = option(0, "prompts per forward pass; 0 is the whole batch", least=0)
-    lr: float = option(1e-3, "learning rate, decaying linearly to 0", least=0)
+    loss: str = option("pairs", f"ranking loss: {', '.join(LOSSES)}")
+    lr: float = option(2e-3, "learning rate, decaying linearly to 0", least=0)
+    lm_coef: float = option(0.3, "weight of the language-modelling loss on the answers beside the ranking loss", least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", least=0)
     normalise: int = option(512, "samples of the SFT model whose scores get mean 0 and deviation 1", least=2)
     temperature: float = option(1.0, "of those samples: the temperature PPO will sample at", least=0)
@@ -58,21 +62,32 @@ def rank_tensor(examples):
 
 
 def score_all(model, examples, device):
-    """The raw score of every answer of every prompt, (N, K); what stands where there is no answer means nothing."""
+    """The raw score of every answer of every prompt, (N, K); what stands where there is no answer means nothing.
+    Also ids and mask (answers, T) and hidden states (answers, T, C) of all answers in one batch."""
     present = rank_tensor(examples).to(device) > 0                                  # (N, K)
     ids, mask = right_pad([e.prompt + response for e in examples for response in e.responses], device)
-    scores = at_last_token(model(ids), mask)                                        # (all answers,)
-    return torch.zeros(present.shape, device=device).masked_scatter(present, scores)
+    hidden = model.transformer(ids)
+    scores = at_last_token(model.score(hidden).squeeze(-1).float(), mask)           # (answers,)
+    return torch.zeros(present.shape, device=device).masked_scatter(present, scores), ids, mask, hidden
+
+
+def language_loss(model, examples, ids, mask, hidden):
+    """Negative log-likelihood of the answers, nats, summed: the scores' hidden states must still predict the next token.
+
+    Without it the trunk is free to forget what SFT taught it about reading, and on a few thousand comparisons it does:
+    see minirlhf/DETAILS.md for what the term is worth. Yang et al. 2024 (arXiv 2406.10216) find the same at 2B and 7B.
+    """
+    predicted = response_mask(mask, [len(e.prompt) for e in examples for _ in e.responses])[:, 1:]      # (answers, T-1)
+    return -token_logprobs(model.transformer.logits(hidden[:, :-1][predicted]), ids[:, 1:][predicted]).sum()
 
 
 @torch.no_grad()
 def accuracy(model, examples, ranks, device, batch_size=32):
     """The share of pairs that the scores order as ranks (N, K) do, and the number of pairs."""
-    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
     right, pairs = 0.0, 0
-    for i, batch in enumerate(batches):
-        scores = score_all(model, batch, device).cpu()
-        r, n = pair_accuracy(scores, ranks[i * batch_size:(i + 1) * batch_size, :scores.shape[1]])
+    for i in range(0, len(examples), batch_size):
+        scores = score_all(model, examples[i:i + batch_size], device)[0].cpu()
+        r, n = pair_accuracy(scores, ranks[i:i + batch_size, :scores.shape[1]])
         right, pairs = right + float(r.sum()), pairs + int(n.sum())
     return right / max(pairs, 1), pairs
 
@@ -114,7 +129,9 @@ def normalise(model, sft, examples, cfg, tokenizer):
 
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
-    device = pick_device(cfg.device)
+    if cfg.loss not in LOSSES:
+        raise UserError(f"--loss must be one of {', '.join(LOSSES)}, not {cfg.loss}")
+    device, ranking_loss = pick_device(cfg.device), LOSSES[cfg.loss]
     tokenizer, sft = load_tokenizer(cfg.model), from_pretrained(cfg.model)
     limits = dict(positions=sft.config.n_positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
                   drop_long=cfg.drop_long)
@@ -143,13 +160,15 @@ def main(argv=None):
         batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
 
         # 2. The ranking loss, the mean over the prompts of the whole batch, whatever the micro-batch.
+        n_tokens = sum(len(response) for e in batch for response in e.responses)
         size, loss, right, pairs = cfg.micro_batch or len(batch), 0.0, 0.0, 0
         for i in range(0, len(batch), size):
             part = batch[i:i + size]
             ranks = rank_tensor(part).to(device)
             with autocast:
-                scores = score_all(model, part, device)
-            part_loss = pair_loss(scores, ranks) * len(part) / len(batch)
+                scores, *answers = score_all(model, part, device)
+                lm_loss = language_loss(model, part, *answers) / n_tokens if cfg.lm_coef else 0.0
+            part_loss = ranking_loss(scores, ranks) * len(part) / len(batch) + cfg.lm_coef * lm_loss
             part_loss.backward()
             r, n = pair_accuracy(scores.detach(), ranks)
             loss, right, pairs = loss + float(part_loss.detach()), right + float(r.sum()), pairs + int(n.sum())

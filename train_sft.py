@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.config import UserError, option, parse, run_main
-from minirlhf.data import encode_rows, read_demonstrations, response_mask, right_pad
+from minirlhf.data import encode_rows, read_demonstrations
+from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.ppo import token_logprobs
 from minirlhf.runs import Run, epoch_batch, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
@@ -33,7 +33,7 @@ class Config:
     seed: int = option(1, "seed of initialisation and data order", least=0)
     epochs: int = option(8, "passes over the data", least=1)
     batch_size: int = option(64, "demonstrations per step", least=1)
-    micro_batch: int = option(0, "demonstrations per forward pass; 0 is the whole batch", least=0)
+    micro_batch: int = option(16, "demonstrations per forward pass; 0 is the whole batch", least=0)
     lr: float = option(4e-3, "peak learning rate", least=0)
     warmup: int = option(50, "steps until the peak learning rate", least=0)
     max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
@@ -61,11 +61,9 @@ def load_model(name, seed):
 
 
 def sft_loss(model, examples, device):
-    """Summed negative log-likelihood of the responses in nats, and their number of tokens."""
-    ids, mask = right_pad([e.prompt + e.responses[0] for e in examples], device)    # (B, T)
-    target = response_mask(mask, [len(e.prompt) for e in examples])[:, 1:]          # (B, T-1): is the next token learned?
-    hidden = model(ids)[:, :-1][target]                                             # (N, C): logits only where needed
-    return -token_logprobs(model.logits(hidden), ids[:, 1:][target]).sum(), int(target.sum())
+    """Summed negative log-likelihood of the responses, nats, and their number of tokens."""
+    logprobs, mask = response_logprobs(model, [e.prompt for e in examples], [e.responses[0] for e in examples], device)
+    return -logprobs.sum(), int(mask.sum())
 
 
 @torch.no_grad()
@@ -104,6 +102,7 @@ def main(argv=None):
         batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
 
         # 2. The loss: the mean over the response tokens of the whole batch, whatever the micro-batch.
+        batch.sort(key=lambda e: len(e.prompt) + len(e.responses[0]))   # similar lengths share a pass: fewer pads
         n_tokens = sum(len(e.responses[0]) for e in batch)
         size = cfg.micro_batch or len(batch)
         loss = 0.0

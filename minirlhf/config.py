@@ -26,7 +26,7 @@ def parse(config_class, description, presets, argv=None):
     for field in dataclasses.fields(config_class):
         help = f"{field.metadata['help']} [{'none' if field.default == '' else field.default}]".replace("%", "%%")
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", default=None, help=help)
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=help)
         else:
             parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=help)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -1,4 +1,4 @@
-"""Sampling: one response per prompt, a batch at a time, with a key-value cache.
+"""Sampling responses, a batch at a time with a key-value cache, and the log-probabilities of given ones.
 
 Shapes: B batch    P prompt length    R response length    T = P + R    V vocabulary
 
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minirlhf.data import left_pad
+from minirlhf.data import left_pad, response_mask, right_pad
+from minirlhf.ppo import token_logprobs
 
 
 class Responses(NamedTuple):
@@ -88,3 +89,15 @@ def respond(model, prompts, R, eos, rng, temperature=1.0, batch_size=128, progre
         for i, tokens, length, finished in zip(chosen, responses.ids.tolist(), lengths, responses.finished.tolist()):
             answers[i] = tokens[:length], finished
     return answers
+
+
+def response_logprobs(model, prompts, responses, device, temperature=1.0):
+    """Log-probabilities of given responses; logits are made only where a response token is predicted.
+
+    prompts, responses: B lists of ids -> (B, T - 1) float32 in nats, 0 outside the mask, and the mask (B, T - 1).
+    """
+    ids, mask = right_pad([p + r for p, r in zip(prompts, responses)], device)                      # (B, T)
+    predicted = response_mask(mask, [len(p) for p in prompts])[:, 1:]                               # (B, T-1)
+    hidden = model(ids)[:, :-1][predicted]                                                          # (N, C)
+    logprobs = token_logprobs(model.logits(hidden), ids[:, 1:][predicted], temperature)             # (N,)
+    return torch.zeros(predicted.shape, device=device).masked_scatter(predicted, logprobs), predicted

@@ -5,17 +5,11 @@ Shapes: B batch    T time    C n_embd    N prompts    K answers per prompt
 The reward model reads the number at the last token, the value model reads it everywhere.
 """
 
-import importlib.util
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from minirlhf.config import UserError
-
-TINY_GOLD = Path(__file__).parent.parent / "data/tiny/gold.py"
 
 
 class ScalarHeadModel(nn.Module):
@@ -56,7 +50,7 @@ def at_last_token(x, mask):
 
 # ---- losses on comparisons -------------------------------------------------------------------------------------------
 # rewards (N, K) are raw scores. ranks (N, K) int64: 1 is best, equal is a tie (which says nothing), 0 is no answer.
-# Each loss is the mean over prompts: a prompt with six pairs weighs as much as a prompt with one.
+# Every prompt must prefer something. Each loss is the mean over prompts, and all of them are equal for K = 2.
 
 def preferred(ranks):
     """(N, K) -> (N, K, K) bool: [n, i, j] is True where answer i is better than answer j."""
@@ -68,51 +62,34 @@ def pair_loss(rewards, ranks):
     """-log sigmoid(r_i - r_j), the mean over all pairs of a prompt (InstructGPT equation 1; a single pair: Stiennon)."""
     better = preferred(ranks)
     losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])               # (N, K, K)
-    n_pairs = better.sum(dim=(1, 2))
-    return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / n_pairs).mean()
+    return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))).mean()
+
+
+def choice_losses(rewards, ranks):
+    """-log of the chance that each answer is chosen out of itself and all that are worse: (N, K), 0 where none is."""
+    better = preferred(ranks)
+    candidates = better | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)          # (N, K, K)
+    rivals = rewards[:, None, :].masked_fill(~candidates, -math.inf).logsumexp(dim=2)               # (N, K)
+    return (rivals - rewards).masked_fill(~better.any(dim=2), 0)
+
+
+def best_loss(rewards, ranks):
+    """Softmax cross-entropy of the best answer among all (A: best of 4); several best ones are averaged."""
+    best = ranks == 1
+    return (choice_losses(rewards, ranks).masked_fill(~best, 0).sum(dim=1) / best.sum(dim=1)).mean()
+
+
+def plackett_luce_loss(rewards, ranks):
+    """-log likelihood of the whole ranking: the best is chosen, then the best of the rest, and so on (Luce, Plackett)."""
+    return choice_losses(rewards, ranks).sum(dim=1).mean()
+
+
+LOSSES = {"pairs": pair_loss, "best": best_loss, "plackett_luce": plackett_luce_loss}
 
 
 def pair_accuracy(rewards, ranks):
-    """Per prompt: how many pairs the rewards order as the ranks do (ties count half), and how many pairs there are."""
+    """Per prompt: how many pairs the rewards order as the ranks do (equal rewards count half), and how many there are."""
     better = preferred(ranks)
     difference = rewards[:, :, None] - rewards[:, None, :]                          # (N, K, K)
     right = (difference > 0).float() + 0.5 * (difference == 0).float()
     return right.masked_fill(~better, 0).sum(dim=(1, 2)), better.sum(dim=(1, 2))
-
-
-# ---- a reward without a model ----------------------------------------------------------------------------------------
-
-def load_function(spec):
-    """"path/to/file.py:name" -> that function, f(prompts: list[str], responses: list[str]) -> list[float].
-
-    This runs the file: the only code that any command of this project executes from a path it was given.
-    """
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"{spec}: not FILE.py:function with a file that exists")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
-def load_gold(spec, data_file):
-    """The true preference, which is only ever measured: a function's spec, 'auto' or 'none'. 'auto' is the embedded
-    world's own gold.py for its own data and nothing for any other. Returns the function, or None."""
-    if spec == "auto":
-        embedded = Path(data_file).resolve().parent == TINY_GOLD.parent
-        return load_function(f"{TINY_GOLD}:gold") if embedded else None
-    return None if spec == "none" else load_function(spec)
-
-
-def call_reward(function, prompts, responses):
-    """Calls a reward function and checks what it returns -> (B,) float32. UserError names the response at fault."""
-    scores = function(prompts, responses)
-    if not isinstance(scores, (list, tuple)) or len(scores) != len(prompts):
-        raise UserError(f"the reward function must return a list of {len(prompts)} numbers, not {repr(scores)[:60]}")
-    for prompt, response, score in zip(prompts, responses, scores):
-        if type(score) not in (int, float) or not math.isfinite(score):
-            raise UserError(f"the reward function gave {score!r} for the prompt {prompt!r} and response {response!r}")
-    return torch.tensor(scores, dtype=torch.float32)

@@ -63,6 +63,14 @@ def set_lr(optimizer, lr, step, steps, warmup=0):
         group["lr"] = lr * factor * (1 - step / steps)
 
 
+def set_tf_epsilon(optimizer, eps):
+    """TensorFlow's Adam divides by sqrt(v) + eps before the bias correction of v, PyTorch's after it. They are equal when
+    PyTorch's eps is eps / sqrt(1 - beta2^t); without it early updates are several times larger (B). Call before step()."""
+    t = 1 + max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    for group in optimizer.param_groups:
+        group["eps"] = eps / (1 - group["betas"][1] ** t) ** 0.5
+
+
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 class Run:
@@ -94,7 +102,7 @@ class Run:
             raise UserError(f"--resume: {self.folder} has no state.pt to continue from")
         if (self.folder / "report.json").exists():
             raise UserError(f"--resume: {self.folder} is finished; there is nothing left to do")
-        before = json.loads((self.folder / "run.json").read_text())["config"]
+        before = read_run(self.folder)
         now = dataclasses.asdict(config)
         changed = [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
                    if name != "resume" and now[name] != before.get(name)]
@@ -133,6 +141,14 @@ class Run:
 
     def report(self, values):
         write_json(self.folder / "report.json", values)
+
+
+def read_run(folder):
+    """The configuration of the run in this folder, as a dict. UserError if it has none."""
+    try:
+        return json.loads((Path(folder) / "run.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: no run.json of a training script in it") from None
 
 
 def write_json(file, values):
