@@ -1,0 +1,526 @@
+"""People's feedback: collect it on a page in the browser, count it, carry it to Label Studio and back, judge blind.
+
+    python -m minirlhf.tools.feedback rank  --policy out/sft --prompts FILE --answers 4 --out my_comparisons.jsonl
+    python -m minirlhf.tools.feedback write --prompts FILE --out my_demonstrations.jsonl [--policy out/sft]
+    python -m minirlhf.tools.feedback judge --a out/sft --b out/ppo --prompts FILE --out my_judgement.jsonl
+    python -m minirlhf.tools.feedback stats my_comparisons.jsonl
+    python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR             for Label Studio
+    python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
+
+rank, write and judge serve a page on this machine only, and go on where they were stopped, however that was. Several
+people can work at once, each under a name; everybody gets the same items unless --people 1. What a vote looks like and
+why none is lost: feedback_votes.py. On a machine elsewhere: ssh -L 8321:127.0.0.1:8321 (the same port at both ends).
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import webbrowser
+from collections import defaultdict
+from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from minirlhf.config import Parser, UserError, run_main
+from minirlhf.data import encode_rows, is_list_of, read_comparisons, read_demonstrations, read_prompts, text
+from minirlhf.generate import respond
+from minirlhf.runs import generator, pick_device
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.feedback_labelstudio import export_file, import_file
+from minirlhf.tools.feedback_stats import print_duel, print_stats, read_votes
+from minirlhf.tools.feedback_votes import Journal, comparison_row, item_id, lock, sidecar
+from minirlhf.weights import from_pretrained
+
+PAGE = Path(__file__).with_name("feedback.html")
+AHEAD = 4               # prompts sampled before anyone asks for them
+MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
+HOLD = 900              # seconds that an item is kept for the person who looks at it, with --people
+
+
+# ---- what people see: prompts, and answers sampled a few prompts ahead -------------------------------------------------
+
+class Policy(NamedTuple):
+    name: str
+    model: object
+    tokenizer: object
+
+
+def load_policies(folders, device):
+    return [Policy(str(Path(folder)), from_pretrained(folder).to(device).eval(), load_tokenizer(folder)) for folder in folders]
+
+
+def find_templates(prompts, folders):
+    """The templates of a data set: from meta.json beside its prompts, or from the run.json of a policy trained on it."""
+    templates = []
+    for file in [Path(prompts).parent / "meta.json", *(Path(folder) / "run.json" for folder in folders)]:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{file}: not JSON ({error})") from None
+        values = values if isinstance(values, dict) else {}
+        templates += [value for name, value in values.items() if name.startswith("template") and isinstance(value, str)]
+    return templates
+
+
+def instruction_of(prompt, templates):
+    """What stood in the slots, like {instruction}, of the first template that fits; else the whole prompt."""
+    for template in templates:
+        parts = re.split(r"\{\w+\}", template)
+        found = re.fullmatch("(.*)".join(map(re.escape, parts)), prompt, re.DOTALL)
+        if found and found.groups():
+            return "\n\n".join(found.groups())
+    return prompt
+
+
+def draw(policy, prompt, n, rng, args):
+    """n sampled answers, no two of the same text -> {text: finished}. Fewer if four rounds bring no more."""
+    found = {}
+    for _ in range(4):
+        ids = [policy.tokenizer.encode_ordinary(prompt)] * n
+        for tokens, ended in respond(policy.model, ids, args.max_response, policy.tokenizer.eot_token, rng, args.temperature):
+            found.setdefault(policy.tokenizer.decode(tokens[:-1] if ended else tokens), ended)
+        if len(found) >= n:
+            break
+    return dict(list(found.items())[:n])
+
+
+class Sampler(threading.Thread):
+    """Makes the items, one per prompt and in that order, on a thread of its own and a few ahead of the people.
+
+    An item is {"item", "prompt", "responses", "finished", "models"}. It is written to its file before anyone sees it,
+    so that everyone, and every later run, sees the same answers.
+    """
+
+    def __init__(self, prompts, policies, K, journal, args):
+        super().__init__(daemon=True)
+        self.prompts, self.policies, self.K, self.args, self.journal = prompts, policies, K, args, journal
+        self.wanted, self.stopped, self.error = 0, False, None
+        self.changed = threading.Condition()
+        names = {policy.name for policy in policies}
+        for row, prompt in zip(journal.rows, prompts):
+            if row.get("prompt") != prompt or not set(row.get("models", [])) <= names:
+                raise UserError(f"{journal.path} was sampled from other prompts or models; give --out another name")
+        self.items = journal.rows[:len(prompts)]            # grows; the threads of the server only read it
+
+    def sample(self, index):
+        prompt, answers = self.prompts[index], []
+        for i, policy in enumerate(self.policies):
+            n = len(range(i, self.K, len(self.policies)))   # K answers, dealt out to the policies in turn
+            rng = generator(self.args.seed, 11, index, i)
+            answers += [(text, ended, policy.name) for text, ended in draw(policy, prompt, n, rng, self.args).items()]
+        responses, finished, models = map(list, zip(*answers)) if answers else ([], [], [])
+        return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses, "finished": finished,
+                "models": models}
+
+    def run(self):
+        try:
+            while len(self.items) < len(self.prompts):
+                with self.changed:
+                    self.changed.wait_for(lambda: self.stopped or len(self.items) < self.wanted + AHEAD)
+                if self.stopped:
+                    return
+                item = self.sample(len(self.items))
+                self.journal.append(item)
+                if self.items is not self.journal.rows:
+                    self.items.append(item)
+        except Exception as error:                          # people must learn of it, not wait for ever
+            self.error = f"sampling stopped: {type(error).__name__}: {error}"
+            print(self.error, file=sys.stderr)
+
+    def want(self, number):
+        """Someone looks at item `number`, counted from 1."""
+        with self.changed:
+            self.wanted = max(self.wanted, number)
+            self.changed.notify()
+
+    def stop(self):
+        with self.changed:
+            self.stopped = True
+            self.changed.notify()
+        if self.is_alive():
+            self.join()
+
+
+# ---- who has voted on what ---------------------------------------------------------------------------------------------
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Session:
+    """Hands out items and writes down what people say of them. Methods take and return what JSON holds."""
+
+    def __init__(self, mode, out, sampler, templates, seed, people):
+        self.mode, self.sampler, self.templates, self.seed, self.people = mode, sampler, templates, seed, people
+        self.lock = threading.Lock()
+        self.votes, self.skips = Journal(out), Journal(sidecar(out, "skips"))
+        self.done = defaultdict(dict)               # annotator -> {item: (journal, row)}, the latest last
+        self.held = defaultdict(dict)               # item -> {annotator: until when}
+        rows = [(journal, row) for journal in (self.votes, self.skips) for row in journal.rows
+                if all(isinstance(row.get(name), str) for name in ("item", "annotator", "time"))]
+        for journal, row in sorted(rows, key=lambda pair: pair[1]["time"]):
+            self.done[row["annotator"]][row["item"]] = journal, row
+
+    def usable(self, item):
+        """Ranking needs two different answers; writing needs none."""
+        return self.mode == "write" or len(item["responses"]) > 1
+
+    def taken(self, item, annotator):
+        """Whether --people others have voted on this item, or are looking at it."""
+        if not self.people:
+            return False
+        voted = {name for name, done in self.done.items() if done.get(item, (None,))[0] is self.votes}
+        looking = {name for name, until in self.held[item].items() if until > time.monotonic()}
+        return len((voted | looking) - {annotator}) >= self.people
+
+    def order(self, item, annotator):
+        """A random order of the answers, always the same for this person and item: a reload does not shuffle."""
+        order = list(range(len(item["responses"])))
+        random.Random(f"{self.seed} {annotator} {item['item']}").shuffle(order)
+        return order
+
+    def next(self, annotator):
+        """The first item that this person has not seen; or {"waiting"}, {"finished"}."""
+        with self.lock:
+            items, done = self.sampler.items, self.done[annotator]
+            own = [item for item in items if item["item"] in done]
+            votes = sum(done[item["item"]][0] is self.votes for item in own)
+            state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done)}
+            left = len(self.sampler.prompts) - len(items)
+            free = [(number, item) for number, item in enumerate(items, 1)
+                    if item["item"] not in done and self.usable(item) and not self.taken(item["item"], annotator)]
+            state["total"] = len(own) + len(free) + left
+            if not free:
+                self.sampler.want(len(items) + 1)
+                if left and self.sampler.error:
+                    raise Refusal(500, self.sampler.error)
+                return {**state, "waiting" if left else "finished": True}
+            number, item = free[0]
+            self.sampler.want(number)
+            self.held[item["item"]] = {**self.held[item["item"]], annotator: time.monotonic() + HOLD}
+            shown = [item["responses"][k] for k in self.order(item, annotator)]
+            return {**state, "item": item["item"], "answers": shown,
+                    "instruction": instruction_of(item["prompt"], self.templates)}
+
+    def record(self, annotator, item, journal, row):
+        """Appends a row unless this person's word on this item is there already: a repeated request changes nothing."""
+        if item not in self.done[annotator]:
+            journal.append(row)
+            self.done[annotator][item] = journal, row
+        return {"saved": True}
+
+    def find(self, item):
+        found = [each for each in self.sampler.items if each["item"] == item]
+        if not found:
+            raise Refusal(400, "there is no such item")
+        return found[0]
+
+    def vote(self, annotator, item, ranks, seconds):
+        """ranks: of the answers in the order shown; 1 is best, equal is a tie, no number is left out."""
+        with self.lock:
+            found = self.find(item)
+            order = self.order(found, annotator)
+            if self.mode == "write" or not is_list_of(int, ranks, len(order)) or set(ranks) != set(range(1, max(ranks) + 1)):
+                raise Refusal(400, f"ranks must be {len(order)} numbers from 1")
+            row = comparison_row(found["prompt"], found["responses"], [ranks[order.index(k)] for k in range(len(order))],
+                                 found["finished"], item=item, models=found["models"], annotator=annotator, order=order,
+                                 seconds=seconds, time=now())
+            return self.record(annotator, item, self.votes, row)
+
+    def write(self, annotator, item, response, seconds):
+        """The ideal answer. It gets the leading space of the draft, or one if the prompt does not end in a space."""
+        with self.lock:
+            found = self.find(item)
+            if self.mode != "write" or not isinstance(response, str) or not response.strip():
+                raise Refusal(400, "the answer is empty")
+            text(response, "response", "the answer")
+            draft = (found["responses"] or ["" if found["prompt"][-1].isspace() else " "])[0]
+            response = draft[:len(draft) - len(draft.lstrip())] + response.strip().replace("\r\n", "\n")
+            row = {"prompt": found["prompt"], "response": response, "item": item, "annotator": annotator,
+                   "seconds": seconds, "time": now()}
+            return self.record(annotator, item, self.votes, row)
+
+    def skip(self, annotator, item, seconds):
+        with self.lock:
+            row = {"prompt": self.find(item)["prompt"], "item": item, "annotator": annotator, "seconds": seconds, "time": now()}
+            return self.record(annotator, item, self.skips, row)
+
+    def undo(self, annotator):
+        """Takes back this person's latest vote or skip -> what it said, for the page to start from."""
+        with self.lock:
+            done = self.done[annotator]
+            if not done:
+                return {"undone": None}
+            item = list(done)[-1]
+            journal, row = done[item]
+            journal.remove(row)
+            del done[item]
+            ranks = [row["ranks"][k] for k in row["order"]] if "ranks" in row else None
+            return {"undone": item, "ranks": ranks, "response": row.get("response")}
+
+
+# ---- the server --------------------------------------------------------------------------------------------------------
+# Loopback only. The Host header keeps out pages whose name was pointed at 127.0.0.1; the token, which only the address
+# printed in the terminal holds, keeps out everyone else on this machine; a foreign Origin is refused besides.
+
+class Refusal(Exception):
+    """An HTTP status and a sentence for the person at the page."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port, session):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.session, self.token = session, secrets.token_urlsafe(24)
+        self.port = self.server_address[1]
+        self.page = PAGE.read_bytes()
+        inline = re.findall(rb"<(script|style)>(.*?)</\1>", self.page, re.DOTALL)
+        hashes = {kind.decode(): base64.b64encode(hashlib.sha256(code).digest()).decode() for kind, code in inline}
+        self.policy = (f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{hashes['script']}'; "
+                       f"style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+
+    def handle_error(self, request, client_address):
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):      # a client that went away is no news
+            print(f"request failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 10                                    # seconds without a byte from the client
+    error_content_type, error_message_format = "text/plain", "%(code)d %(message)s\n"
+
+    def log_message(self, *args):
+        pass
+
+    def end_headers(self):
+        for name, value in (("Content-Security-Policy", self.server.policy), ("X-Content-Type-Options", "nosniff"),
+                            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")):
+            self.send_header(name, value)
+        super().end_headers()
+
+    def answer(self, status, kind, body):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def check(self, token):
+        """Raises Refusal unless the request comes from our own page, or from the address in the terminal."""
+        hosts = [f"{name}:{self.server.port}" for name in ("127.0.0.1", "localhost")]
+        given = self.headers.get_all("Host", [])
+        if len(given) != 1 or given[0].lower() not in hosts:
+            raise Refusal(403, "wrong host")
+        origin = self.headers.get("Origin", f"http://{given[0]}")
+        if origin != f"http://{given[0]}" or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            raise Refusal(403, "requests from other sites are refused")
+        if not secrets.compare_digest(token.encode("utf-8", "surrogateescape"), self.server.token.encode()):
+            raise Refusal(403, "the token is missing or of an earlier run: open the address that the terminal shows")
+
+    def do_GET(self):
+        try:
+            path = urlsplit(self.path)
+            self.check(parse_qs(path.query).get("token", [""])[0])
+            if path.path != "/":
+                raise Refusal(404, "nothing here")
+            self.answer(200, "text/html; charset=utf-8", self.server.page)
+        except Refusal as refusal:
+            self.answer(refusal.args[0], "text/plain; charset=utf-8", refusal.args[1].encode())
+        except ValueError:
+            self.answer(400, "text/plain", b"bad address")
+
+    def do_POST(self):
+        try:
+            self.check(self.headers.get("X-Token", ""))
+            status, reply = 200, self.act(self.read_json())
+        except Refusal as refusal:
+            status, reply = refusal.args[0], {"error": refusal.args[1]}
+        except UserError as error:
+            status, reply = 400, {"error": str(error)}
+        except OSError as error:
+            if isinstance(error, (ConnectionError, TimeoutError)):
+                raise
+            print(f"not saved: {error}", file=sys.stderr)
+            status, reply = 500, {"error": f"not saved: {error}"}
+        self.answer(status, "application/json", json.dumps(reply).encode())
+
+    def read_json(self):
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,9}", length) or "Transfer-Encoding" in self.headers:
+            raise Refusal(411, "a length is needed")
+        if int(length) > MAX_BODY:
+            raise Refusal(413, f"more than {MAX_BODY} bytes")
+        if self.headers.get_content_type() != "application/json":
+            raise Refusal(415, "not application/json")
+        try:
+            value = json.loads(self.rfile.read(int(length)).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise Refusal(400, "not JSON in UTF-8") from None
+        if not isinstance(value, dict):
+            raise Refusal(400, "not an object")
+        return value
+
+    def act(self, value):
+        """Checks what every action has, and calls the one that the path names."""
+        name, item, seconds = value.get("annotator"), value.get("item"), value.get("seconds", 0)
+        if not isinstance(name, str) or name != name.strip() or not 0 < len(name) <= 40 or not name.isprintable():
+            raise Refusal(400, "a name has 1 to 40 characters")
+        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+            raise Refusal(400, "seconds must be a number from 0")
+        session, seconds = self.server.session, round(seconds, 2)
+        actions = {"/next": lambda: session.next(name),
+                   "/vote": lambda: session.vote(name, item, value.get("ranks"), seconds),
+                   "/write": lambda: session.write(name, item, value.get("response"), seconds),
+                   "/skip": lambda: session.skip(name, item, seconds),
+                   "/undo": lambda: session.undo(name)}
+        if self.path not in actions:
+            raise Refusal(404, "nothing here")
+        return actions[self.path]()
+
+
+def serve(session, sampler, args):
+    """Serves until Ctrl-C or SIGTERM."""
+    try:
+        server = Server(args.port, session)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {args.port}: {getattr(error, 'strerror', None) or error}") from None
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    sampler.start()
+    signal.signal(signal.SIGTERM, interrupt)
+    print(f"Open {server.url()}\nfor the page; Ctrl-C ends it, every vote is in {session.votes.path}", flush=True)
+    if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(server.url())
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    with session.lock:                              # a vote that is being written is written to its end
+        server.server_close()
+        sampler.stop()
+
+
+# ---- python -m minirlhf.tools.feedback -----------------------------------------------------------------------------------
+
+def collect(mode, folders, K, args):
+    """rank, write and judge: the same but for what is sampled and what the page asks."""
+    device, out = pick_device(args.device), Path(args.out)
+    policies = load_policies(folders, device)
+    if mode != "write" and args.temperature == 0 and K > len(policies):
+        raise UserError("--temperature 0 samples the same answer every time; there would be nothing to compare")
+    rows = read_prompts(args.prompts)
+    for policy in policies:
+        examples = encode_rows(rows, policy.tokenizer, policy.model.config.n_positions, reserve=args.max_response,
+                               drop_long=args.drop_long)
+        rows = [example.row for example in examples]
+    prompts = list(dict.fromkeys(row.prompt for row in rows))[:args.n or None]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(sidecar(out, "items")):
+        sampler = Sampler(prompts, policies, K, Journal(sidecar(out, "items")), args)
+        session = Session(mode, out, sampler, find_templates(args.prompts, folders), args.seed, args.people)
+        if session.votes.rows:
+            (read_demonstrations if mode == "write" else read_comparisons)(out)
+        done = f", {len(session.votes.rows)} votes are there already" if session.votes.rows else ""
+        print(f"{len(prompts)} prompts{done}")
+        serve(session, sampler, args)
+    print(f"\n{out}: {len(session.votes.rows)} votes")
+
+
+def rank(args):
+    if not 2 <= args.answers <= 9 or len(args.policy) > args.answers:
+        raise UserError("--answers must be from 2 to 9, and not less than the number of policies")
+    collect("rank", args.policy, args.answers, args)
+
+
+def write(args):
+    collect("write", args.policy[:1], 1, args)
+
+
+def judge(args):
+    if Path(args.a) == Path(args.b):
+        raise UserError(f"--a and --b are both {args.a}; a copy under another name can be judged against it")
+    collect("judge", [args.a, args.b], 2, args)
+    if Path(args.out).stat().st_size:
+        print_duel(read_votes(args.out), str(Path(args.b)), str(Path(args.a)))
+
+
+def parse_args(argv):
+    parser = Parser(prog="python -m minirlhf.tools.feedback", description=__doc__, allow_abbrev=False,
+                    formatter_class=lambda prog: __import__("argparse").RawDescriptionHelpFormatter(prog, width=120))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, help, out in ((rank, "rank sampled answers", "my_comparisons.jsonl"),
+                                (write, "write ideal answers", "my_demonstrations.jsonl"),
+                                (judge, "compare two models blind", "my_judgement.jsonl")):
+        add_collecting(commands.add_parser(function.__name__, help=help, allow_abbrev=False), function, out)
+    stats = commands.add_parser("stats", help="counts, agreement, bias, pace, winners")
+    stats.add_argument("file")
+    stats.set_defaults(run=lambda args: print_stats(args.file))
+    export = commands.add_parser("export", help="comparisons to Label Studio tasks")
+    export.add_argument("file")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.set_defaults(run=lambda args: export_file(args.file, args.out))
+    back = commands.add_parser("import", help="a Label Studio export to comparisons")
+    back.add_argument("file")
+    back.add_argument("--out", required=True)
+    back.add_argument("--several", choices=("majority", "drop", "each"), default="majority",
+                      help="when annotators differ on an item: one row by majority, none, or a row of each [majority]")
+    back.add_argument("--leading_space", action="store_true", help="put the space between prompt and answer that GPT-2 expects")
+    back.set_defaults(run=lambda args: import_file(args.file, args.out, args.several, args.leading_space))
+    return parser.parse_args(argv)
+
+
+def add_collecting(parser, function, out):
+    def add(name, default, help, type=str, **more):
+        parser.add_argument(f"--{name}", default=default, type=type, help=f"{help} [{default}]", **more)
+
+    def count(value):
+        if int(value) < 0:
+            raise ValueError
+        return int(value)
+
+    if function is judge:
+        add("a", "out/sft", "one model folder")
+        add("b", "out/ppo", "the other, whose win rate is printed")
+    else:
+        add("policy", ["out/sft"] if function is rank else [], "model folders to sample from", nargs="+")
+    if function is rank:
+        add("answers", 4, "answers per prompt", count)
+    add("prompts", f"data/tiny/prompts{'_test' if function is judge else ''}.jsonl", "JSONL with a \"prompt\" in each line")
+    add("out", out, "the file that the votes are appended to")
+    add("n", 0, "only the first n prompts; 0 is all", count)
+    add("people", 0, "how many people see each item; 0 is everyone", count)
+    add("max_response", 64, "most tokens of an answer", count)
+    add("temperature", 1.0, "sampling temperature", float)
+    add("seed", 1, "of sampling and of the order shown", count)
+    add("device", "", "cuda, mps or cpu; the first there is if not given")
+    add("port", 8321, "of the page, on 127.0.0.1; 0 takes a free one", count)
+    parser.add_argument("--drop_long", action="store_true", help="drop and count prompts that do not fit")
+    parser.add_argument("--no_browser", action="store_true", help="do not open the page")
+    parser.set_defaults(run=function)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
