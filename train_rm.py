@@ -30,7 +30,7 @@ class Config:
                                "world's for its own data")
     out: str = option("out/rm", "the run's folder")
     seed: int = option(1, "seed of the head and of the data order", least=0)
-    epochs: int = option(4, "passes over the comparisons", least=1)
+    epochs: int = option(3, "passes over the comparisons", least=1)
     batch_size: int = option(32, "prompts per step, each with all its answers", least=1)
     micro_batch: int = option(0, "prompts per forward pass; 0 is the whole batch", least=0)
     loss: str = option("pairs", f"ranking loss: {', '.join(LOSSES)}")

@@ -1,0 +1,131 @@
+"""The data reader: three schemas, errors with file and line, one encode, masks from lengths."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from minirlhf.config import UserError
+from minirlhf.data import (describe, encode, encode_rows, left_pad, read_any, read_comparisons, read_demonstrations,
+                           read_prompts, response_mask, right_pad)
+from minirlhf.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer("data/tiny")
+EOS = TOKENIZER.eot_token
+
+
+def write(folder, *lines):
+    """A JSONL file of objects, or of raw bytes where a line is bytes."""
+    file = folder / "rows.jsonl"
+    file.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
+    return file
+
+
+def test_the_three_forms_of_a_comparison(tmp_path):
+    rows = read_comparisons(write(tmp_path,
+                                  {"prompt": "p", "chosen": " a", "rejected": " b", "source": "ignored"},
+                                  {"prompt": "p", "responses": [" a", " b", "", " d"], "ranks": [2, 1, 3, 3]},
+                                  {"prompt": "p", "responses": [" a", " b", " c"], "best": 2, "finished": [True, False, True]}))
+    assert [row.responses for row in rows] == [(" a", " b"), (" a", " b", "", " d"), (" a", " b", " c")]
+    assert [row.ranks for row in rows] == [(1, 2), (2, 1, 3, 3), (2, 2, 1)]
+    assert [row.finished for row in rows] == [(True,) * 2, (True,) * 4, (True, False, True)]
+    assert rows[1].where.endswith("rows.jsonl:2")
+
+
+GOOD = {"prompt": "p", "response": " r"}
+PAIR = {"prompt": "p", "responses": [" a", " b"]}
+
+
+@pytest.mark.parametrize("read, bad, named", [
+    (read_demonstrations, b"{not json\n", "not a line of JSON"),
+    (read_demonstrations, b"\n", "not a line of JSON"),
+    (read_demonstrations, b'{"prompt": "p", "response": "\xff"}\n', "UTF-8"),
+    (read_demonstrations, b"[" * 100_000 + b"\n", "not a line of JSON"),
+    (read_demonstrations, b"<html>404</html>\n", "not a line of JSON"),
+    (read_demonstrations, b"3\n", "must be an object"),
+    (read_demonstrations, {"prompt": "p"}, 'no "response"'),
+    (read_demonstrations, {"prompt": 3, "response": " r"}, "prompt must be a string"),
+    (read_demonstrations, {"prompt": "", "response": " r"}, "prompt is empty"),
+    (read_demonstrations, {"prompt": "p", "response": ""}, "response is empty"),
+    (read_demonstrations, b'{"prompt": "\\ud800", "response": " r"}\n', "surrogate"),
+    (read_prompts, {"promt": "p"}, 'no "prompt"'),
+    (read_comparisons, {"prompt": "p", "chosen": " a"}, 'no "rejected"'),
+    (read_comparisons, {"prompt": "p", "responses": [" a"], "best": 0}, "at least two"),
+    (read_comparisons, PAIR, 'no "ranks"'),
+    (read_comparisons, PAIR | {"ranks": [1]}, "list of 2"),
+    (read_comparisons, PAIR | {"ranks": [0, 1]}, "from 1"),
+    (read_comparisons, PAIR | {"ranks": [1, True]}, "whole numbers"),
+    (read_comparisons, PAIR | {"best": 2}, "from 0 to 1"),
+    (read_comparisons, PAIR | {"best": 0, "finished": [True]}, "finished must be a list of 2"),
+    (read_comparisons, {"prompt": "p", "responses": [" a", None], "best": 0}, "response must be a string"),
+])
+def test_a_bad_line_is_named(tmp_path, read, bad, named):
+    good = {read_demonstrations: GOOD, read_prompts: {"prompt": "p"}, read_comparisons: PAIR | {"best": 0}}[read]
+    with pytest.raises(UserError) as error:
+        read(write(tmp_path, good, bad, good))
+    assert "rows.jsonl:2: " in str(error.value) and named in str(error.value)
+
+
+def test_a_missing_an_empty_and_a_packed_file(tmp_path):
+    with pytest.raises(UserError, match="nowhere.jsonl: No such file"):
+        read_prompts(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="the file is empty"):
+        read_prompts(write(tmp_path))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"prompt": "p"}\n'))
+    with pytest.raises(UserError, match="rows.jsonl.gz:1"):
+        read_prompts(packed)
+
+
+def test_windows_line_ends_are_json_white_space(tmp_path):
+    assert read_prompts(write(tmp_path, b'{"prompt": "p"}\r\n'))[0].prompt == "p"
+
+
+def test_encode_adds_exactly_one_eos_and_text_can_never_inject_one():
+    prompt, response = encode(TOKENIZER, "Tell me.<|endoftext|>", " A drum.<|endoftext|>")
+    assert EOS not in prompt and response.count(EOS) == 1 and response[-1] == EOS
+    assert TOKENIZER.decode(response[:-1]) == " A drum.<|endoftext|>"
+    assert encode(TOKENIZER, "p", " A drum.", finished=False)[1] == TOKENIZER.encode_ordinary(" A drum.")
+    assert encode(TOKENIZER, "p", "")[1] == [EOS]
+
+
+def test_an_unfinished_answer_is_read_back_without_eos(tmp_path):
+    row, = read_comparisons(write(tmp_path, PAIR | {"best": 0, "finished": [True, False]}))
+    example, = encode_rows([row], TOKENIZER, positions=50)
+    assert [ids[-1] == EOS for ids in example.responses] == [True, False]
+
+
+def test_what_does_not_fit_is_an_error_with_both_numbers_or_dropped_and_counted(tmp_path, capsys):
+    long = {"prompt": "the " * 30, "response": " r"}
+    rows = read_demonstrations(write(tmp_path, GOOD, long, GOOD))
+    n = len(TOKENIZER.encode_ordinary(long["prompt"]))
+    for limits in (dict(positions=20), dict(positions=100, max_prompt=20), dict(positions=n + 1)):
+        with pytest.raises(UserError, match=rf"rows.jsonl:2: prompt.* of {n}|rows.jsonl:2: prompt and response of {n + 2}"):
+            encode_rows(rows, TOKENIZER, **limits)
+        assert len(encode_rows(rows, TOKENIZER, **limits, drop_long=True)) == 2
+        assert "dropped 1 of 3 rows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prompt and response"):
+        encode_rows(read_prompts(write(tmp_path, {"prompt": "the " * 30})), TOKENIZER, positions=n + 9, reserve=10)
+    with pytest.raises(UserError, match="no row is left"):
+        encode_rows(rows, TOKENIZER, positions=1, drop_long=True)
+
+
+def test_batches_pad_on_the_side_they_say_and_mask_by_length():
+    ids, mask = right_pad([[1, 2, 3], [4]])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = left_pad([[1, 2, 3], [0]])                      # a real token 0 is no pad
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    _, mask = right_pad([[1, 2, 3, 4], [5, 6]])
+    assert torch.equal(response_mask(mask, [3, 1]), torch.tensor([[False, False, False, True], [False, True, False, False]]))
+
+
+def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
+    file = write(tmp_path, PAIR | {"ranks": [1, 2]}, PAIR | {"ranks": [1, 2]}, PAIR | {"ranks": [1, 1]},
+                 {"prompt": "q", "chosen": " same", "rejected": " same"})
+    describe(file, TOKENIZER)
+    shown = capsys.readouterr().out
+    assert "4 comparisons, 2 different prompts" in shown and "1 rows repeat" in shown
+    assert "1 rows are all ties, 1 have identical answers" in shown and "<|endoftext|>" in shown
+    assert read_any("data/tiny/prompts.jsonl")[0] == "prompts"
+    assert read_any("data/tiny/demonstrations.jsonl")[0] == "demonstrations"
