@@ -21,7 +21,7 @@ from minirlhf.functions import call_reward, load_function, load_gold
 from minirlhf.generate import generate, respond
 from minirlhf.health import complaints
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
+from minirlhf.runs import Run, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate import assess_run, print_report
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -37,7 +37,7 @@ class Config:
                                "embedded world's for its own data")
     out: str = option("out/ppo", "the run's folder")
     seed: int = option(1, "seed of sampling and data order", least=0)
-    iterations: int = option(120, "rollouts, each followed by an update", least=1)
+    iterations: int = option(80, "rollouts, each followed by an update", least=1)
     batch_size: int = option(96, "prompts per rollout", least=1)
     epochs: int = option(4, "passes over each rollout (A: 4)", least=1)
     minibatches: int = option(2, "optimizer steps per pass", least=1)
@@ -49,7 +49,7 @@ class Config:
     lr: float = option(6e-4, "policy learning rate, decaying linearly to 0 (A: 1e-5, C: 3e-6, for larger models)", least=0)
     value_lr: float = option(1e-3, "value learning rate, likewise", least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm (A: no limit)", least=0)
-    beta: float = option(0.1, "reward lost per nat of KL (A: 0.15, C: 0.05)", least=0)
+    beta: float = option(0.05, "reward lost per nat of KL (C: 0.05, A: 0.15)", least=0)
     target_kl: float = option(0.0, "adapt beta to this KL, nats per sequence (A: 6); 0 keeps beta fixed", least=0)
     horizon: int = option(10_000, "of the adaptation, in episodes (A)", least=1)
     missing_eos: float = option(-3.0, "score of an unfinished response (A: -1)")
@@ -65,6 +65,7 @@ class Config:
     tf_adam: bool = option(False, "epsilon where TensorFlow puts it (A, B)")
     samples_every: int = option(20, "iterations between printed samples", least=1)
     save_every: int = option(20, "iterations between checkpoints", least=1)
+    freeze: float = option(0.0, "share of the blocks of policy and value model that stays as it is, from the bottom", least=0)
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
@@ -287,7 +288,7 @@ def main(argv=None):
     trunk = policy if cfg.value_from == "sft" or reward_trunk is None else reward_trunk
     value = ScalarHeadModel(copy.deepcopy(trunk)).to(device).requires_grad_(True)
     torch.nn.init.zeros_(value.score.weight)                    # values start at exactly 0 (A)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=cfg.adam_eps, weight_decay=0.0, fused=True)
+    optimizers = [torch.optim.AdamW(freeze(model, cfg.freeze), lr=lr, eps=cfg.adam_eps, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (value, cfg.value_lr))]
     autocast = precision(device, cfg.dtype)
     run = Run(cfg)

@@ -16,7 +16,7 @@ from minirlhf.functions import load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.runs import Run, epoch_batch, generator, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -30,7 +30,7 @@ class Config:
                                "world's for its own data")
     out: str = option("out/rm", "the run's folder")
     seed: int = option(1, "seed of the head and of the data order", least=0)
-    epochs: int = option(3, "passes over the comparisons", least=1)
+    epochs: int = option(4, "passes over the comparisons", least=1)
     batch_size: int = option(32, "prompts per step, each with all its answers", least=1)
     micro_batch: int = option(0, "prompts per forward pass; 0 is the whole batch", least=0)
     loss: str = option("pairs", f"ranking loss: {', '.join(LOSSES)}")
@@ -44,6 +44,7 @@ class Config:
     max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
     drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
     save_every: int = option(200, "steps between checkpoints", least=1)
+    freeze: float = option(0.0, "share of the blocks that stays as it is, from the bottom", least=0)
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
@@ -143,7 +144,7 @@ def main(argv=None):
     sft.to(device)
     torch.manual_seed(cfg.seed)
     model = ScalarHeadModel(from_pretrained(cfg.model)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(freeze(model, cfg.freeze), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
     run = Run(cfg)
     if run.state:

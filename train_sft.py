@@ -15,7 +15,7 @@ from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_demonstrations
 from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.runs import Run, epoch_batch, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, epoch_batch, freeze, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -31,7 +31,7 @@ class Config:
     heldout: str = option("data/tiny/demonstrations_test.jsonl", "demonstrations never trained on, for the held-out loss")
     out: str = option("out/sft", "the run's folder")
     seed: int = option(1, "seed of initialisation and data order", least=0)
-    epochs: int = option(8, "passes over the data", least=1)
+    epochs: int = option(7, "passes over the data", least=1)
     batch_size: int = option(64, "demonstrations per step", least=1)
     micro_batch: int = option(16, "demonstrations per forward pass; 0 is the whole batch", least=0)
     lr: float = option(4e-3, "peak learning rate", least=0)
@@ -40,6 +40,7 @@ class Config:
     max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
     drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
     save_every: int = option(200, "steps between checkpoints", least=1)
+    freeze: float = option(0.0, "share of the blocks that stays as it is, from the bottom", least=0)
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
@@ -85,7 +86,7 @@ def main(argv=None):
     autocast = precision(device, cfg.dtype)
 
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(freeze(model, cfg.freeze), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
     run = Run(cfg)
     if run.state:

@@ -131,7 +131,7 @@ def ranks_of(value, K, where):
             raise UserError(f"{where}: best must be a number from 0 to {K - 1}, not {json.dumps(best)[:60]}")
         return [1 if k == best else 2 for k in range(K)]
     ranks = field(value, "ranks", where)
-    if not is_list_of(int, ranks, K) or min(ranks) < 1:
+    if not is_list_of(int, ranks, K) or min(ranks) != 1:
         raise UserError(f"{where}: ranks must be a list of {K} whole numbers from 1 (the best), not {ranks}")
     return ranks
 

@@ -56,6 +56,21 @@ def precision(device, dtype):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+def freeze(model, share):
+    """Freezes the embeddings and the first `share` of the blocks, and returns the parameters that are left to train.
+
+    A 6B model fits one GPU this way; a small one keeps what it knows. share 0 freezes nothing.
+    """
+    body = getattr(model, "transformer", model)
+    frozen = round(share * len(body.h))
+    if share:
+        model.requires_grad_(False)
+        for part in (*body.h[frozen:], body.ln_f, getattr(model, "score", None), getattr(body, "lm_head", None)):
+            if part is not None:
+                part.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def set_lr(optimizer, lr, step, steps, warmup=0):
     """Linear warm-up over the first `warmup` steps, then linearly to 0 at `steps` (A, B: linear decay)."""
     factor = min((step + 1) / warmup, 1.0) if warmup else 1.0

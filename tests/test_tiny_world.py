@@ -95,7 +95,7 @@ def test_prompts_are_english():
 def test_demonstrators_are_as_imperfect_as_the_card_says():
     rows = read("demonstrations.jsonl")
     found = gold.measure([row["prompt"] for row in rows], [row["response"] for row in rows])
-    assert len(rows) == 4000 and found["grammatical"] == 1
+    assert len(rows) == 5000 and found["grammatical"] == 1
     assert found["mood"] == pytest.approx(0.65, abs=0.03)
     assert found["who"] == pytest.approx(0.65, abs=0.03)
     assert found["what"] == pytest.approx(0.65, abs=0.03)

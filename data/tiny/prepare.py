@@ -14,7 +14,7 @@ import bpe
 from grammar import FEMALE, MOODS, WHAT, WHO, Request, all_prompts, sample_story
 
 SEED = 1
-N_DEMONSTRATIONS = 4000
+N_DEMONSTRATIONS = 5000
 N_DEMONSTRATIONS_TEST = 512
 N_HELD_OUT = 68             # of the 384 combinations of mood, who and what; 8 prompts each
 MAX_RANKS = 767             # with <|endoftext|> at most 768 tokens
