@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from minirlhf import ppo
 from minirlhf.config import UserError, option, parse, run_main
-from minirlhf.data import encode_rows, left_pad, read_prompts
+from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_function, load_gold
 from minirlhf.generate import generate, respond
 from minirlhf.health import complaints
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
+from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate import assess_run, print_report
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -43,6 +43,8 @@ class Config:
     minibatches: int = option(2, "optimizer steps per pass", least=1)
     micro_batch: int = option(24, "sequences per forward pass; 0 is the whole minibatch", least=0)
     max_response: int = option(48, "most tokens of a response; one that gets there is unfinished", least=1)
+    stop_token: int = option(-1, "the token id that ends a response; -1 is EOS", least=-1)
+    stop_after: int = option(0, "tokens of a response before it can end so", least=0)
     max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
     drop_long: bool = option(False, "drop and count prompts that do not fit, instead of stopping")
     temperature: float = option(1.0, "sampling temperature, and of every log-probability (A: 0.7)", least=0.01)
@@ -75,6 +77,12 @@ PRESETS = {
     # Values of A for the same model; beta of C.
     "gpt2": dict(batch_size=128, minibatches=8, micro_batch=8, iterations=400, max_response=64, temperature=0.7, lr=1e-5,
                  value_lr=1e-5, beta=0.05, dtype="bfloat16"),
+    # The style tasks of A: no SFT, 64 + 24 tokens, the first "." (13) at 16 or later ends a response, 1M episodes.
+    **{task: dict(model="gpt2", reward=f"out/rm_{task}", data=f"out/data/openai_2019/{task}/prompts.jsonl",
+                  heldout=f"out/data/openai_2019/{task}/prompts_test.jsonl", out=f"out/ppo_{task}", max_prompt=64,
+                  max_response=24, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15, target_kl=6.0,
+                  lr=1e-5, value_lr=1e-5, batch_size=512, minibatches=1, micro_batch=32, iterations=1953, whiten_rewards=True,
+                  tf_adam=True, max_grad_norm=1e9, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
 }
 
 
@@ -118,10 +126,10 @@ def roll_out(policy, batch, tokenizer, cfg, iteration, device):
     """Step 1: one sampled response per prompt."""
     uniforms = torch.rand(len(batch), cfg.max_response, generator=generator(cfg.seed, 4, iteration)).to(device)
     prompts, prompt_mask = left_pad([example.prompt for example in batch], device)
-    sampled = generate(policy, prompts, prompt_mask, uniforms, tokenizer.eot_token, cfg.temperature)
+    sampled = generate(policy, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
     R = int(sampled.mask.sum(dim=1).max())                      # columns that no response reached are cut off
     ids, mask = sampled.ids[:, :R].clone(), sampled.mask[:, :R].clone()     # out of inference mode
-    texts = [tokenizer.decode(row[:n]) for row, n in zip(ids.tolist(), (mask.sum(1) - sampled.finished.long()).tolist())]
+    texts = [decode(tokenizer, row[:n]) for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist())]
     return Rollout([example.row.prompt for example in batch], texts, prompts.shape[1], torch.cat([prompts, ids], dim=1),
                    torch.cat([prompt_mask, mask], dim=1), mask, sampled.finished)
 
@@ -138,9 +146,9 @@ def make_scorer(cfg, policy, examples, tokenizer, device):
     function = load_function(cfg.reward)
     print(f"the reward is {cfg.reward}: its code runs here")
     chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
-    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, tokenizer.eot_token, generator(cfg.seed, 3),
-                      cfg.temperature)
-    texts = [tokenizer.decode(ids[:-1] if finished else ids) for ids, finished in answers]
+    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, eos_of(cfg, tokenizer), generator(cfg.seed, 3),
+                      cfg.temperature, cfg.stop_after)
+    texts = [decode(tokenizer, ids) for ids, _ in answers]
     raw = call_reward(function, [e.row.prompt for e in chosen], texts)
     mean, std = float(raw.mean()), float(raw.std()) or 1.0
     return (lambda r: ((call_reward(function, r.prompts, r.texts) - mean) / std).to(device)), None
@@ -229,13 +237,15 @@ def minibatch_losses(rollout, rows, R, policy, value, cfg):
     """
     r, P = rollout, rollout.P
     ids, attend, mask = r.ids[rows, :P + R], r.attend[rows, :P + R], r.mask[rows, :R]
-    old_logprobs, old_values = r.logprobs[rows, :R], r.values[rows, :R]
     logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, P), ids[:, P:], cfg.temperature)     # (B, R)
     values = response_values(value, ids, attend, P)                                                         # (B, R)
+    # Zeros under the mask: the ratio of a pad could overflow, and the gradient 0 * inf is nan.
+    logprobs, values, old_logprobs, old_values, advantages, returns = (x.masked_fill(~mask, 0) for x in (
+        logprobs, values, *(x[rows, :R] for x in (r.logprobs, r.values, r.advantages, r.returns))))
     value_clip = cfg.value_clip or math.inf
     per_token = {
-        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, r.advantages[rows, :R], cfg.clip),
-        "loss/value_avg": ppo.value_losses(values, old_values, r.returns[rows, :R], value_clip),
+        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, advantages, cfg.clip),
+        "loss/value_avg": ppo.value_losses(values, old_values, returns, value_clip),
         "policy/approxkl_avg": ppo.approx_kl(logprobs, old_logprobs),
         "policy/clipfrac_avg": ppo.clipped(logprobs, old_logprobs, cfg.clip).float(),
         "val/clipfrac_avg": ((values - old_values).abs() > value_clip).float(),

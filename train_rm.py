@@ -16,7 +16,7 @@ from minirlhf.functions import load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.runs import Run, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -39,6 +39,8 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", least=0)
     normalise: int = option(512, "samples of the SFT model whose scores get mean 0 and deviation 1", least=2)
     temperature: float = option(1.0, "of those samples: the temperature PPO will sample at", least=0)
+    stop_token: int = option(-1, "the token id that ends a sample; -1 is EOS", least=-1)
+    stop_after: int = option(0, "tokens of a sample before it can end so", least=0)
     sample_tokens: int = option(48, "most tokens of those samples", least=1)
     max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
     max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
@@ -53,6 +55,11 @@ class Config:
 PRESETS = {
     # One epoch: small label sets overfit at once (A, S, C). lr between A's 5e-5 at 124M-774M and C's 3e-6 at 1B.
     "gpt2": dict(epochs=1, lr=2e-5, batch_size=32, micro_batch=8, sample_tokens=64, temperature=0.7, dtype="bfloat16"),
+    # The style tasks of A: best of 4, the pretrained model itself, 4,992 labels once.
+    **{task: dict(model="gpt2", data=f"out/data/openai_2019/{task}/comparisons.jsonl",
+                  heldout=f"out/data/openai_2019/{task}/comparisons_test.jsonl", out=f"out/rm_{task}", loss="best", epochs=1,
+                  lr=5e-5, lm_coef=0.0, batch_size=32, micro_batch=8, normalise=256, sample_tokens=24, stop_token=13,
+                  stop_after=16, temperature=0.7, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
 }
 
 
@@ -117,7 +124,8 @@ def normalise(model, sft, examples, cfg, tokenizer):
     """Sets reward_mean and reward_std from samples of the SFT model (A: 256 samples, gain and bias)."""
     prompts = [examples[i % len(examples)].prompt for i in range(cfg.normalise)]
     rng = generator(cfg.seed, 3)
-    answers = respond(sft, prompts, cfg.sample_tokens, tokenizer.eot_token, rng, cfg.temperature, progress="normalise")
+    answers = respond(sft, prompts, cfg.sample_tokens, eos_of(cfg, tokenizer), rng, cfg.temperature, cfg.stop_after,
+                      progress="normalise")
     device, scores = next(model.parameters()).device, []
     for i in range(0, len(prompts), 128):
         sequences = [prompt + ids for prompt, (ids, _) in zip(prompts[i:i + 128], answers[i:i + 128])]

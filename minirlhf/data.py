@@ -152,6 +152,11 @@ def encode(tokenizer, prompt, response, finished=True):
     return tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(response) + eos
 
 
+def decode(tokenizer, ids):
+    """The text of a response; its EOS is no part of it."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot_token else ids)
+
+
 def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserve=0, drop_long=False):
     """Rows -> Examples. What does not fit is an error that names the line, or is dropped and counted if drop_long.
 

@@ -38,12 +38,13 @@ def sample_token(logits, uniform):
 
 
 @torch.inference_mode()
-def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0):
+def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0, earliest=0):
     """Samples one response per prompt until its EOS or until R tokens.
 
     prompts (B, P) int64 and prompt_mask (B, P) bool, left-padded; uniforms (B, R) float in [0, 1): one number per row
     and token, which makes this a function without hidden state and fixes R, the most tokens a response may have;
-    temperature > 0, or 0 for the likeliest token. Returns Responses on the same device.
+    temperature > 0, or 0 for the likeliest token; eos ends a response from column `earliest` on (the 2019 tasks end at
+    the first "." from 16 on). Returns Responses on the same device.
     """
     (B, P), R = prompts.shape, uniforms.shape[1]
     ids = torch.zeros(B, R, dtype=torch.long, device=prompts.device)
@@ -60,8 +61,9 @@ def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0):
         else:
             logprob, token = torch.log_softmax(logits, dim=-1).max(dim=-1, keepdim=True)
         ids[rows, t], logprobs[rows, t], mask[rows, t] = token[:, 0], logprob[:, 0], True
-        finished[rows] = token[:, 0] == eos
-        going = (token[:, 0] != eos).nonzero()[:, 0]
+        ended = (token[:, 0] == eos) & (t >= earliest)
+        finished[rows] = ended
+        going = (~ended).nonzero()[:, 0]
         if len(going) == 0:
             break
         if len(going) < len(rows):                              # finished rows leave the batch
@@ -71,10 +73,11 @@ def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0):
     return Responses(ids, mask, finished, logprobs)
 
 
-def respond(model, prompts, R, eos, rng, temperature=1.0, batch_size=128, progress=None):
+def respond(model, prompts, R, eos, rng, temperature=1.0, earliest=0, batch_size=128, progress=None):
     """Samples one response for each of many prompts (lists of ids), those of similar length together.
 
-    R: most tokens of a response; rng: the CPU generator of the uniform numbers; progress: the name of a progress bar.
+    R: most tokens of a response; rng: the CPU generator of the uniform numbers; progress: the name of a progress bar;
+    eos, temperature, earliest: as in generate().
     Returns, in the order of the prompts, a list of (response ids as a list, finished), the EOS among the ids.
     """
     device = next(model.parameters()).device
@@ -84,7 +87,7 @@ def respond(model, prompts, R, eos, rng, temperature=1.0, batch_size=128, progre
     for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, unit="batch"):
         chosen = order[start:start + batch_size]
         ids, mask = left_pad([prompts[i] for i in chosen], device)
-        responses = generate(model, ids, mask, uniforms[chosen].to(device), eos, temperature)
+        responses = generate(model, ids, mask, uniforms[chosen].to(device), eos, temperature, earliest)
         lengths = responses.mask.sum(dim=1).tolist()
         for i, tokens, length, finished in zip(chosen, responses.ids.tolist(), lengths, responses.finished.tolist()):
             answers[i] = tokens[:length], finished

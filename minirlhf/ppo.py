@@ -138,7 +138,7 @@ def explained_variance(values, returns, mask):
     """1 - Var(R - V) / Var(R) over the True positions: 1 is a perfect critic, 0 is none (A)."""
     error = returns - values
     residual = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
-    return 1 - residual / masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - residual / (masked_mean((returns - masked_mean(returns, mask)) ** 2, mask) + 1e-8)
 
 
 def adaptive_beta(beta, kl, target, n, horizon):

@@ -56,6 +56,11 @@ def precision(device, dtype):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+def eos_of(config, tokenizer):
+    """The token that ends a response: the tokenizer's EOS, unless --stop_token says otherwise."""
+    return tokenizer.eot_token if config.stop_token < 0 else config.stop_token
+
+
 def freeze(model, share):
     """Freezes the embeddings and the first `share` of the blocks, and returns the parameters that are left to train.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
+from minirlhf.data import decode
 from minirlhf.generate import respond
 from minirlhf.runs import generator
 from minirlhf.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def sample(model_folder: str, prompts: list[str], K: int, seed: int) -> list[lis
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
     answers = respond(model, ids, R=MAX_RESPONSE, eos=tokenizer.eot_token, rng=generator(seed), progress="answers")
-    texts = [(tokenizer.decode(tokens[:-1] if finished else tokens), finished) for tokens, finished in answers]
+    texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]
     return [texts[i:i + K] for i in range(0, len(texts), K)]
 
 

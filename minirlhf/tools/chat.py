@@ -17,7 +17,7 @@ from itertools import zip_longest
 import torch
 
 from minirlhf.config import UserError, run_main
-from minirlhf.data import read_prompts
+from minirlhf.data import decode, read_prompts
 from minirlhf.generate import respond
 from minirlhf.runs import pick_device
 from minirlhf.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def reply(model, tokenizer, prompt, args, seed):
         raise UserError(f"the prompt has {len(ids)} tokens; this model has {model.config.n_positions} positions in all")
     rng = torch.Generator().manual_seed(seed)
     (tokens, finished), = respond(model, [ids], min(args.max_response, room), tokenizer.eot_token, rng, args.temperature)
-    return tokenizer.decode(tokens[:-1]) if finished else tokenizer.decode(tokens) + " [...]"
+    return decode(tokenizer, tokens) + ("" if finished else " [...]")
 
 
 def side_by_side(texts, width):
@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add_argument("--device", default="")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    loaded = [(load_tokenizer(path), from_pretrained(path).to(device).eval()) for path in args.models]
+    loaded = [(load_tokenizer(path), from_pretrained(path).to(device)) for path in args.models]
     explainer = Explainer(args.models[0], device) if args.explain else None
     examples, choice = read_prompts(args.prompts), random.Random(args.seed)
 

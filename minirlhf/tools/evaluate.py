@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch
 
 from minirlhf import ppo
 from minirlhf.config import UserError, run_main
-from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
+from minirlhf.data import decode, encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function, load_gold
 from minirlhf.generate import respond, response_logprobs
-from minirlhf.runs import generator, pick_device, write_json
+from minirlhf.runs import eos_of, generator, pick_device, read_run, write_json
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -37,13 +38,14 @@ class Answers(NamedTuple):
 
 # ---- measuring one model ---------------------------------------------------------------------------------------------
 
-def answer(model, tokenizer, rows, max_response, temperature, seed, name):
+def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=None, earliest=0):
     """Samples one answer to every prompt. The same seed gives every model the same uniform numbers."""
     examples = encode_rows(rows, tokenizer, model.config.n_positions, reserve=max_response)
     prompt_ids = [example.prompt for example in examples]
-    sampled = respond(model, prompt_ids, max_response, tokenizer.eot_token, generator(seed, 9), temperature, progress=name)
+    sampled = respond(model, prompt_ids, max_response, tokenizer.eot_token if eos is None else eos, generator(seed, 9), temperature,
+                      earliest, progress=name)
     ids, finished = map(list, zip(*sampled))
-    texts = [tokenizer.decode(tokens[:-1] if end else tokens) for tokens, end in zip(ids, finished)]
+    texts = [decode(tokenizer, tokens) for tokens in ids]
     return Answers([row.prompt for row in rows], texts, prompt_ids, ids, finished)
 
 
@@ -108,35 +110,39 @@ def read_json(file):
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def annotator_agreement(comparisons_file):
+    """How often the embedded world's annotators agree on pairs that differ in gold."""
+    agreement = load_function(f"{TINY_GOLD.with_name('annotate.py')}:agreement")
+    return agreement([row for _, row in read_jsonl(comparisons_file)])
+
+
 def assess_run(folder, seconds, device):
     """The report of a PPO run: its policy against the SFT model it came from, on prompts neither was trained on."""
-    cfg = read_json(folder / "run.json")["config"]
-    sft_folder, rm_folder = Path(cfg["model"]), Path(cfg["reward"])
-    sft_run, rm_run = read_json(sft_folder / "run.json").get("config", {}), read_json(rm_folder / "run.json").get("config", {})
+    cfg = SimpleNamespace(**read_run(folder))
+    sft_folder, rm_folder = Path(cfg.model), Path(cfg.reward)
     sft_report, rm_report = read_json(sft_folder / "report.json"), read_json(rm_folder / "report.json")
-    gold = load_gold(cfg["gold"], cfg["heldout"])
-    measure = load_function(f"{TINY_GOLD}:measure") if gold and cfg["gold"] == "auto" else None
-    demonstrations = read_demonstrations(sft_run["heldout"]) if sft_run.get("heldout") else []
-    rows, tokenizer = read_prompts(cfg["heldout"]), load_tokenizer(folder)
+    demonstrations, comparisons = (read_json(run / "run.json").get("config", {}).get("heldout") for run in (sft_folder, rm_folder))
+    demonstrations = read_demonstrations(demonstrations) if demonstrations else []
+    gold = load_gold(cfg.gold, cfg.heldout)
+    measure = load_function(f"{TINY_GOLD}:measure") if gold and cfg.gold == "auto" else None
+    rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))
 
     models, answers, report = {}, {}, {}
-    for name, path in (("sft", sft_folder), ("ppo", folder)):
-        models[name] = from_pretrained(path).to(device).eval()
-        answers[name] = answer(models[name], tokenizer, rows, cfg["max_response"], cfg["temperature"], cfg["seed"], name)
+    for name, path in (("sft", cfg.model), ("ppo", str(folder))):
+        models[name] = from_pretrained(path).to(device)
+        answers[name] = answer(models[name], tokenizer, rows, cfg.max_response, cfg.temperature, cfg.seed, name,
+                               eos_of(cfg, tokenizer), cfg.stop_after)
         report[name] = qualities(models[name], tokenizer, answers[name], demonstrations, measure)
-    values = {name: gold(a.prompts, a.texts) for name, a in answers.items()} if gold else None
-    rate, interval = win_rate(values["ppo"], values["sft"]) if gold else (None, None)
-    agreement = None
-    if measure and rm_run.get("heldout"):
-        agree = load_function(f"{TINY_GOLD.with_name('annotate.py')}:agreement")
-        agreement = agree([row for _, row in read_jsonl(rm_run["heldout"])])
+    rate, interval = None, None
+    if gold:
+        rate, interval = win_rate(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft")))
     return {
-        "n_prompts": len(rows), "seed": cfg["seed"],
+        "n_prompts": len(rows), "seed": cfg.seed,
         "seconds": {"sft": sft_report.get("seconds"), "rm": rm_report.get("seconds"), "ppo": seconds},
-        "annotator_agreement": agreement,
+        "annotator_agreement": annotator_agreement(comparisons) if measure and comparisons else None,
         "rm_accuracy_gold": rm_report.get("rm_accuracy_gold"), "rm_accuracy_heldout": rm_report.get("rm_accuracy_heldout"),
         "win_rate": rate, "win_rate_ci": interval,
-        "kl": sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg["temperature"]), **report,
+        "kl": sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg.temperature), **report,
     }
 
 
@@ -171,7 +177,7 @@ def main(argv=None):
 
     columns, reference, before = {}, None, None
     for path in args.models:
-        tokenizer, model = load_tokenizer(path), from_pretrained(path).to(device).eval()
+        tokenizer, model = load_tokenizer(path), from_pretrained(path).to(device)
         answers = answer(model, tokenizer, rows, args.max_response, args.temperature, args.seed, path)
         columns[path] = qualities(model, tokenizer, answers, demonstrations, measure)
         values = gold(answers.prompts, answers.texts) if gold else None

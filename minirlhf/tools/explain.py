@@ -10,10 +10,10 @@ import torch
 import train_ppo
 from minirlhf import ppo
 from minirlhf.config import UserError, from_dict
-from minirlhf.data import encode, encode_rows, read_prompts
+from minirlhf.data import decode, encode, encode_rows, read_prompts
 from minirlhf.generate import respond
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import read_run
+from minirlhf.runs import eos_of, read_run
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -40,12 +40,12 @@ class Explainer:
         if response is None:
             ids = self.tokenizer.encode_ordinary(prompt)
             rng = torch.Generator().manual_seed(seed)
-            (sampled, finished), = respond(self.policy, [ids], self.cfg.max_response, self.tokenizer.eot_token, rng,
-                                           self.cfg.temperature)
+            (sampled, finished), = respond(self.policy, [ids], self.cfg.max_response, eos_of(self.cfg, self.tokenizer),
+                                           rng, self.cfg.temperature, self.cfg.stop_after)
         else:
             ids, sampled = encode(self.tokenizer, prompt, response)
             finished = True
-        text = self.tokenizer.decode(sampled[:-1] if finished else sampled)
+        text = decode(self.tokenizer, sampled)
         everything = torch.tensor([ids + sampled], device=self.device)
         rollout = train_ppo.Rollout([prompt], [text], len(ids), everything, torch.ones_like(everything, dtype=torch.bool),
                                     torch.ones(1, len(sampled), dtype=torch.bool, device=self.device),
