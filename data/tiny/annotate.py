@@ -20,6 +20,7 @@ from minirlhf.data import decode
 from minirlhf.generate import respond
 from minirlhf.runs import generator
 from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.feedback_votes import comparison_row, to_line
 from minirlhf.weights import from_pretrained
 
 N_ANNOTATORS = 3
@@ -39,8 +40,7 @@ def annotate(prompt: str, responses: list[str], rng: random.Random, finished: li
     truth = gold([prompt] * len(responses), responses)
     annotators = [ranking([value + rng.gauss(0, NOISE) for value in truth]) for _ in range(N_ANNOTATORS)]
     consensus = ranking([-sum(ranks) for ranks in zip(*annotators)])
-    row = {"prompt": prompt, "responses": responses, "ranks": consensus, "annotators": annotators}
-    return row if finished is None or all(finished) else {**row, "finished": finished}
+    return comparison_row(prompt, responses, consensus, None if all(finished or [True]) else finished, annotators=annotators)
 
 
 def agreement(rows: list[dict]) -> float:
@@ -91,7 +91,7 @@ def main():
         for prompt, answers in zip(prompts, sample(args.model, prompts, args.k, seed), strict=True):
             responses, finished = map(list, zip(*answers))
             rows.append(annotate(prompt, responses, rng, finished))
-        (args.out / target).write_bytes("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode())
+        (args.out / target).write_bytes(b"".join(map(to_line, rows)))
         print(f"{args.out / target}: {len(rows)} rows, annotators agree on {agreement(rows):.3f} of the pairs")
 
 

@@ -12,10 +12,10 @@ people can work at once, each under a name; everybody gets the same items unless
 why none is lost: feedback_votes.py. On a machine elsewhere: ssh -L 8321:127.0.0.1:8321 (the same port at both ends).
 """
 
+import argparse
 import base64
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -29,130 +29,22 @@ from collections import defaultdict
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import encode_rows, is_list_of, read_comparisons, read_demonstrations, read_prompts, text
-from minirlhf.generate import respond
-from minirlhf.runs import generator, pick_device
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.runs import pick_device
+from minirlhf.tools.feedback_items import Sampler, find_templates, instruction_of, load_policies
 from minirlhf.tools.feedback_labelstudio import export_file, import_file
 from minirlhf.tools.feedback_stats import print_duel, print_stats, read_votes
-from minirlhf.tools.feedback_votes import Journal, comparison_row, item_id, lock, sidecar
-from minirlhf.weights import from_pretrained
+from minirlhf.tools.feedback_votes import Journal, comparison_row, lock, sidecar
 
 PAGE = Path(__file__).with_name("feedback.html")
-AHEAD = 4               # prompts sampled before anyone asks for them
 MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
 HOLD = 900              # seconds that an item is kept for the person who looks at it, with --people
 
 
-# ---- what people see: prompts, and answers sampled a few prompts ahead -------------------------------------------------
-
-class Policy(NamedTuple):
-    name: str
-    model: object
-    tokenizer: object
-
-
-def load_policies(folders, device):
-    return [Policy(str(Path(folder)), from_pretrained(folder).to(device).eval(), load_tokenizer(folder)) for folder in folders]
-
-
-def find_templates(prompts, folders):
-    """The templates of a data set: from meta.json beside its prompts, or from the run.json of a policy trained on it."""
-    templates = []
-    for file in [Path(prompts).parent / "meta.json", *(Path(folder) / "run.json" for folder in folders)]:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error})") from None
-        values = values if isinstance(values, dict) else {}
-        templates += [value for name, value in values.items() if name.startswith("template") and isinstance(value, str)]
-    return templates
-
-
-def instruction_of(prompt, templates):
-    """What stood in the slots, like {instruction}, of the first template that fits; else the whole prompt."""
-    for template in templates:
-        parts = re.split(r"\{\w+\}", template)
-        found = re.fullmatch("(.*)".join(map(re.escape, parts)), prompt, re.DOTALL)
-        if found and found.groups():
-            return "\n\n".join(found.groups())
-    return prompt
-
-
-def draw(policy, prompt, n, rng, args):
-    """n sampled answers, no two of the same text -> {text: finished}. Fewer if four rounds bring no more."""
-    found = {}
-    for _ in range(4):
-        ids = [policy.tokenizer.encode_ordinary(prompt)] * n
-        for tokens, ended in respond(policy.model, ids, args.max_response, policy.tokenizer.eot_token, rng, args.temperature):
-            found.setdefault(policy.tokenizer.decode(tokens[:-1] if ended else tokens), ended)
-        if len(found) >= n:
-            break
-    return dict(list(found.items())[:n])
-
-
-class Sampler(threading.Thread):
-    """Makes the items, one per prompt and in that order, on a thread of its own and a few ahead of the people.
-
-    An item is {"item", "prompt", "responses", "finished", "models"}. It is written to its file before anyone sees it,
-    so that everyone, and every later run, sees the same answers.
-    """
-
-    def __init__(self, prompts, policies, K, journal, args):
-        super().__init__(daemon=True)
-        self.prompts, self.policies, self.K, self.args, self.journal = prompts, policies, K, args, journal
-        self.wanted, self.stopped, self.error = 0, False, None
-        self.changed = threading.Condition()
-        names = {policy.name for policy in policies}
-        for row, prompt in zip(journal.rows, prompts):
-            if row.get("prompt") != prompt or not set(row.get("models", [])) <= names:
-                raise UserError(f"{journal.path} was sampled from other prompts or models; give --out another name")
-        self.items = journal.rows[:len(prompts)]            # grows; the threads of the server only read it
-
-    def sample(self, index):
-        prompt, answers = self.prompts[index], []
-        for i, policy in enumerate(self.policies):
-            n = len(range(i, self.K, len(self.policies)))   # K answers, dealt out to the policies in turn
-            rng = generator(self.args.seed, 11, index, i)
-            answers += [(text, ended, policy.name) for text, ended in draw(policy, prompt, n, rng, self.args).items()]
-        responses, finished, models = map(list, zip(*answers)) if answers else ([], [], [])
-        return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses, "finished": finished,
-                "models": models}
-
-    def run(self):
-        try:
-            while len(self.items) < len(self.prompts):
-                with self.changed:
-                    self.changed.wait_for(lambda: self.stopped or len(self.items) < self.wanted + AHEAD)
-                if self.stopped:
-                    return
-                item = self.sample(len(self.items))
-                self.journal.append(item)
-                if self.items is not self.journal.rows:
-                    self.items.append(item)
-        except Exception as error:                          # people must learn of it, not wait for ever
-            self.error = f"sampling stopped: {type(error).__name__}: {error}"
-            print(self.error, file=sys.stderr)
-
-    def want(self, number):
-        """Someone looks at item `number`, counted from 1."""
-        with self.changed:
-            self.wanted = max(self.wanted, number)
-            self.changed.notify()
-
-    def stop(self):
-        with self.changed:
-            self.stopped = True
-            self.changed.notify()
-        if self.is_alive():
-            self.join()
-
-
-# ---- who has voted on what ---------------------------------------------------------------------------------------------
+# ---- who has voted on what -------------------------------------------------------------------------------------------
 
 def now():
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -191,7 +83,7 @@ class Session:
         return order
 
     def next(self, annotator):
-        """The first item that this person has not seen; or {"waiting"}, {"finished"}."""
+        """The first item that this person has not seen, or {"waiting"}, or {"finished"}; and how far this person is."""
         with self.lock:
             items, done = self.sampler.items, self.done[annotator]
             own = [item for item in items if item["item"] in done]
@@ -210,7 +102,8 @@ class Session:
             self.sampler.want(number)
             self.held[item["item"]] = {**self.held[item["item"]], annotator: time.monotonic() + HOLD}
             shown = [item["responses"][k] for k in self.order(item, annotator)]
-            return {**state, "item": item["item"], "answers": shown,
+            cut = [not item["finished"][k] for k in self.order(item, annotator)]
+            return {**state, "item": item["item"], "answers": shown, "cut": cut,
                     "instruction": instruction_of(item["prompt"], self.templates)}
 
     def record(self, annotator, item, journal, row):
@@ -231,11 +124,13 @@ class Session:
         with self.lock:
             found = self.find(item)
             order = self.order(found, annotator)
-            if self.mode == "write" or not is_list_of(int, ranks, len(order)) or set(ranks) != set(range(1, max(ranks) + 1)):
-                raise Refusal(400, f"ranks must be {len(order)} numbers from 1")
-            row = comparison_row(found["prompt"], found["responses"], [ranks[order.index(k)] for k in range(len(order))],
-                                 found["finished"], item=item, models=found["models"], annotator=annotator, order=order,
-                                 seconds=seconds, time=now())
+            if self.mode == "write" or not is_list_of(int, ranks, len(order)):
+                raise Refusal(400, f"ranks must be {len(order)} numbers")
+            if sorted(set(ranks)) != list(range(1, len(set(ranks)) + 1)):
+                raise Refusal(400, "ranks must count from 1 without a gap")
+            ranks = [ranks[order.index(k)] for k in range(len(order))]
+            row = comparison_row(found["prompt"], found["responses"], ranks, found["finished"], item=item,
+                                 models=found["models"], annotator=annotator, order=order, seconds=seconds, time=now())
             return self.record(annotator, item, self.votes, row)
 
     def write(self, annotator, item, response, seconds):
@@ -253,7 +148,8 @@ class Session:
 
     def skip(self, annotator, item, seconds):
         with self.lock:
-            row = {"prompt": self.find(item)["prompt"], "item": item, "annotator": annotator, "seconds": seconds, "time": now()}
+            prompt = self.find(item)["prompt"]
+            row = {"prompt": prompt, "item": item, "annotator": annotator, "seconds": seconds, "time": now()}
             return self.record(annotator, item, self.skips, row)
 
     def undo(self, annotator):
@@ -270,7 +166,7 @@ class Session:
             return {"undone": item, "ranks": ranks, "response": row.get("response")}
 
 
-# ---- the server --------------------------------------------------------------------------------------------------------
+# ---- the server ------------------------------------------------------------------------------------------------------
 # Loopback only. The Host header keeps out pages whose name was pointed at 127.0.0.1; the token, which only the address
 # printed in the terminal holds, keeps out everyone else on this machine; a foreign Origin is refused besides.
 
@@ -285,15 +181,16 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port, session):
         super().__init__(("127.0.0.1", port), Handler)
         self.session, self.token = session, secrets.token_urlsafe(24)
-        self.port = self.server_address[1]
         self.page = PAGE.read_bytes()
         inline = re.findall(rb"<(script|style)>(.*?)</\1>", self.page, re.DOTALL)
         hashes = {kind.decode(): base64.b64encode(hashlib.sha256(code).digest()).decode() for kind, code in inline}
-        self.policy = (f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{hashes['script']}'; "
-                       f"style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        # Nothing runs but the page's own script, nothing is fetched but from here: a second wall behind textContent.
+        self.policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                       f"frame-ancestors 'none'; script-src 'sha256-{hashes['script']}'; "
+                       f"style-src 'sha256-{hashes['style']}'")
 
     def url(self):
-        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+        return f"http://127.0.0.1:{self.server_port}/?token={self.token}"
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
@@ -323,14 +220,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def check(self, token):
         """Raises Refusal unless the request comes from our own page, or from the address in the terminal."""
-        hosts = [f"{name}:{self.server.port}" for name in ("127.0.0.1", "localhost")]
+        hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         given = self.headers.get_all("Host", [])
         if len(given) != 1 or given[0].lower() not in hosts:
             raise Refusal(403, "wrong host")
         origin = self.headers.get("Origin", f"http://{given[0]}")
         if origin != f"http://{given[0]}" or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
             raise Refusal(403, "requests from other sites are refused")
-        if not secrets.compare_digest(token.encode("utf-8", "surrogateescape"), self.server.token.encode()):
+        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
             raise Refusal(403, "the token is missing or of an earlier run: open the address that the terminal shows")
 
     def do_GET(self):
@@ -381,7 +278,7 @@ class Handler(BaseHTTPRequestHandler):
         name, item, seconds = value.get("annotator"), value.get("item"), value.get("seconds", 0)
         if not isinstance(name, str) or name != name.strip() or not 0 < len(name) <= 40 or not name.isprintable():
             raise Refusal(400, "a name has 1 to 40 characters")
-        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        if type(seconds) not in (int, float) or not 0 <= seconds < 1e7:
             raise Refusal(400, "seconds must be a number from 0")
         session, seconds = self.server.session, round(seconds, 2)
         actions = {"/next": lambda: session.next(name),
@@ -407,7 +304,9 @@ def serve(session, sampler, args):
     sampler.start()
     signal.signal(signal.SIGTERM, interrupt)
     print(f"Open {server.url()}\nfor the page; Ctrl-C ends it, every vote is in {session.votes.path}", flush=True)
-    if not args.no_browser and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    # Without a screen webbrowser would start a text browser in this terminal.
+    screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
+    if screen and not args.no_browser:
         webbrowser.open(server.url())
     try:
         server.serve_forever()
@@ -418,7 +317,7 @@ def serve(session, sampler, args):
         sampler.stop()
 
 
-# ---- python -m minirlhf.tools.feedback -----------------------------------------------------------------------------------
+# ---- python -m minirlhf.tools.feedback -------------------------------------------------------------------------------
 
 def collect(mode, folders, K, args):
     """rank, write and judge: the same but for what is sampled and what the page asks."""
@@ -458,13 +357,13 @@ def judge(args):
     if Path(args.a) == Path(args.b):
         raise UserError(f"--a and --b are both {args.a}; a copy under another name can be judged against it")
     collect("judge", [args.a, args.b], 2, args)
-    if Path(args.out).stat().st_size:
+    if Path(args.out).exists() and Path(args.out).stat().st_size:
         print_duel(read_votes(args.out), str(Path(args.b)), str(Path(args.a)))
 
 
 def parse_args(argv):
     parser = Parser(prog="python -m minirlhf.tools.feedback", description=__doc__, allow_abbrev=False,
-                    formatter_class=lambda prog: __import__("argparse").RawDescriptionHelpFormatter(prog, width=120))
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, help, out in ((rank, "rank sampled answers", "my_comparisons.jsonl"),
                                 (write, "write ideal answers", "my_demonstrations.jsonl"),
@@ -482,7 +381,8 @@ def parse_args(argv):
     back.add_argument("--out", required=True)
     back.add_argument("--several", choices=("majority", "drop", "each"), default="majority",
                       help="when annotators differ on an item: one row by majority, none, or a row of each [majority]")
-    back.add_argument("--leading_space", action="store_true", help="put the space between prompt and answer that GPT-2 expects")
+    back.add_argument("--leading_space", action="store_true",
+                      help="put the space before an answer that GPT-2's tokens expect, where there is none")
     back.set_defaults(run=lambda args: import_file(args.file, args.out, args.several, args.leading_space))
     return parser.parse_args(argv)
 
@@ -500,10 +400,13 @@ def add_collecting(parser, function, out):
         add("a", "out/sft", "one model folder")
         add("b", "out/ppo", "the other, whose win rate is printed")
     else:
-        add("policy", ["out/sft"] if function is rank else [], "model folders to sample from", nargs="+")
+        help, default = (("model folders to sample from [out/sft]", ["out/sft"]) if function is rank else
+                         ("a model folder, whose answers are drafts to edit [none]", []))
+        parser.add_argument("--policy", nargs="+", default=default, help=help)
     if function is rank:
         add("answers", 4, "answers per prompt", count)
-    add("prompts", f"data/tiny/prompts{'_test' if function is judge else ''}.jsonl", "JSONL with a \"prompt\" in each line")
+    prompts = "data/tiny/prompts_test.jsonl" if function is judge else "data/tiny/prompts.jsonl"
+    add("prompts", prompts, "JSONL with a \"prompt\" in each line")
     add("out", out, "the file that the votes are appended to")
     add("n", 0, "only the first n prompts; 0 is all", count)
     add("people", 0, "how many people see each item; 0 is everyone", count)

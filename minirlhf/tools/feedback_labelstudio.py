@@ -56,7 +56,8 @@ def export_file(path, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, some in kinds.items():
         if some:
-            (folder / f"{kind}_tasks.json").write_text(json.dumps(some, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(some, indent=1, ensure_ascii=False) + "\n"
+            (folder / f"{kind}_tasks.json").write_text(text, encoding="utf-8")
             (folder / f"{kind}_config.xml").write_text(config_of(kind, some), encoding="utf-8")
             print(f"{folder}/{kind}_tasks.json: {len(some)} tasks, {sum(len(task['annotations']) for task in some)} of "
                   f"their annotations are here already; {kind}_config.xml is the labeling configuration")
@@ -93,7 +94,8 @@ def new_task(row, value):
     order = list(range(len(row.responses)))
     random.Random(item_id(row.prompt, row.responses)).shuffle(order)
     shown = [row.responses[k] for k in order]
-    ours = {"order": order, "finished": value.get("finished"), "extra": {k: value[k] for k in ("item", "models") if k in value}}
+    extra = {name: value[name] for name in ("item", "models") if name in value}
+    ours = {"order": order, "finished": value.get("finished"), "extra": extra}
     data = {"prompt": row.prompt, "minirlhf": ours}
     if len(shown) == 2:
         data |= {"answer1": shown[0], "answer2": shown[1]}
@@ -109,7 +111,8 @@ def annotation_of(data, row, value, line):
     extra = {name: value[name] for name in value if name not in known}
     if "items" in data:
         places = sorted(set(ranks))
-        buckets = {f"rank {1 + places.index(place)}": [str(p) for p, rank in enumerate(ranks) if rank == place] for place in places}
+        buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
+                   for n, place in enumerate(places, 1)}
         result = {"type": "ranker", "from_name": "rank", "to_name": "results", "value": {"ranker": buckets}}
     elif ranks[0] == ranks[1]:
         result = {"type": "choices", "from_name": "tie", "to_name": "prompt", "value": {"choices": ["tie"]}}
@@ -146,7 +149,8 @@ def import_file(path, out, several="majority", leading_space=False):
         raise UserError(f"{path}: no usable annotation in {len(tasks)} tasks ({reasons(dropped)})")
     Path(out).write_bytes(b"".join(to_line(vote["row"]) for vote in rows))
     prompts = len({vote["row"]["prompt"] for vote in rows})
-    print(f"{out}: {len(rows)} comparisons on {prompts} prompts, from {len(tasks)} tasks\n  dropped: {reasons(dropped)}")
+    print(f"{out}: {len(rows)} comparisons on {prompts} prompts, from {len(tasks)} tasks")
+    print(f"  dropped: {reasons(dropped)}")
 
 
 def reasons(dropped):
@@ -195,7 +199,7 @@ def task_votes(task, where, leading_space, dropped):
             dropped[str(reason)] += 1
             continue
         ranks = [place[order.index(k)] for k in range(len(place))]
-        extra = meta.get("extra") or {**ours.get("extra", {}), **provenance(annotation)}
+        extra = meta.get("extra") or {**ours.get("extra", {}), "order": order, **provenance(annotation)}
         row = comparison_row(prompt, responses, ranks, ours.get("finished"), where=where, **extra)
         line = meta["line"] if isinstance(meta.get("line"), int) else math.inf      # made in Label Studio: to the end
         votes.append({"annotator": str(extra.get("annotator", f"line {line}")), "row": row, "line": line,
@@ -266,9 +270,11 @@ def read_ranker(value, ids, where):
     if all(numbers.values()):
         ordered = [groups[name] for name in sorted(groups, key=lambda name: int(numbers[name][1]))]
     elif len(groups) == 1:
-        ordered = [[i] for i in next(iter(groups.values()))] if isinstance(next(iter(groups.values())), list) else [None]
+        only = next(iter(groups.values()))
+        ordered = [[i] for i in only] if isinstance(only, list) else [None]
     else:
-        raise UserError(f"{where}: the order of the buckets {', '.join(groups)} is unknown; name them rank 1, rank 2, ...")
+        raise UserError(f"{where}: the order of the buckets {', '.join(groups)} is unknown; "
+                        "name them rank 1, rank 2, ...")
     if not all(isinstance(group, list) for group in [left, *ordered]):
         raise UserError(f"{where}: a ranking must be lists of ids, not {json.dumps(lists)[:60]}")
     ordered = [list(map(str, group)) for group in ordered if group]

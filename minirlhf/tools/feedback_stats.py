@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from minirlhf.data import comparison, read_jsonl
+from minirlhf.data import comparison, is_list_of, read_jsonl
 from minirlhf.tools.feedback_votes import item_id, sidecar
 
 
@@ -28,8 +28,11 @@ def wilson(wins, n, z=1.959964):
 
 def sign_test(wins, losses):
     """Exact two-sided probability of a split at least this uneven if both sides were as good. Ties are left out."""
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1))
+    n, most = wins + losses, max(wins, losses)
+    ways = tail = math.comb(n, most)
+    for k in range(most, n):
+        ways = ways * (n - k) // (k + 1)                    # comb(n, k + 1) from comb(n, k)
+        tail += ways
     return min(1.0, 2 * tail / 2 ** n)
 
 
@@ -74,8 +77,11 @@ def read_votes(path):
         row = comparison(value, where)
         base = {**value, "item": item_id(row.prompt, row.responses), "prompt": row.prompt, "responses": row.responses,
                 "ranks": row.ranks, "annotator": value.get("annotator", "")}
-        several = [vote for vote in value.get("annotators", []) if isinstance(vote, list) and len(vote) == len(row.ranks)]
-        votes += [{**base, "annotator": f"annotator {i}", "ranks": tuple(ranks)} for i, ranks in enumerate(several, 1)] or [base]
+        rankings = value.get("annotators", [])
+        names = value.get("names") or [f"annotator {i}" for i in range(1, len(rankings) + 1)]
+        several = [{**base, "annotator": name, "ranks": tuple(ranks)} for name, ranks in zip(names, rankings)
+                   if is_list_of(int, ranks, len(row.ranks))]
+        votes += several or [base]
     return votes
 
 
@@ -100,7 +106,8 @@ def agreements(votes):
 def first_places(votes):
     """How often the best answer stood at each shown position (a shared first place is split), and of how many votes."""
     places = defaultdict(float)
-    known = [vote for vote in votes if len(vote.get("order", [])) == len(vote["ranks"]) and len(set(vote["ranks"])) > 1]
+    known = [vote for vote in votes
+             if len(vote.get("order", [])) == len(vote["ranks"]) and len(set(vote["ranks"])) > 1]
     for vote in known:
         best = [position for position, k in enumerate(vote["order"]) if vote["ranks"][k] == 1]
         for position in best:
@@ -142,7 +149,8 @@ def print_stats(path):
     votes, skips = read_votes(path), sidecar(path, "skips")
     said = [verdict for vote in votes for verdict in verdicts(vote["ranks"])]
     print(f"{path}: {len(votes)} votes on {len({vote['item'] for vote in votes})} items, {len(said)} pairs of answers")
-    print(f"  ties       {said.count(0)} of {len(said)} pairs; {sum(len(set(v['ranks'])) == 1 for v in votes)} votes are all ties")
+    all_ties = sum(len(set(vote["ranks"])) == 1 for vote in votes)
+    print(f"  ties       {said.count(0)} of {len(said)} pairs; {all_ties} votes are all ties")
     print(f"  skips      {sum(1 for _ in read_jsonl(skips)) if skips.exists() else 0}")
     print_annotators(votes)
     print_agreement(votes)
@@ -171,10 +179,10 @@ def print_agreement(votes):
 def print_positions(votes):
     places, known = first_places(votes)
     for position in range(max((len(vote["ranks"]) for vote in known), default=0)):
-        n = sum(len(vote["ranks"]) > position for vote in known)
-        expected = statistics.mean(1 / len(vote["ranks"]) for vote in known if len(vote["ranks"]) > position)
-        low, high = wilson(places.get(position, 0), n)
-        print(f"  position   {position + 1}: best in {places.get(position, 0) / n:.3f} of {n} votes [{low:.3f}, {high:.3f}]; "
+        sizes = [len(vote["ranks"]) for vote in known if len(vote["ranks"]) > position]
+        best, n, expected = places.get(position, 0), len(sizes), statistics.mean(1 / K for K in sizes)
+        low, high = wilson(best, n)
+        print(f"  position   {position + 1}: best in {best / n:.3f} of {n} votes [{low:.3f}, {high:.3f}]; "
               f"{expected:.3f} without bias")
 
 
@@ -185,7 +193,7 @@ def print_models(votes):
     if len(names) > 2:
         strengths = bradley_terry(win_matrix(votes, names))
         if strengths is None:
-            print("  strength   not determined: a model has won, or lost, all its comparisons, or they were never compared")
+            print("  strength   not determined: a model won, or lost, all its comparisons, or two were never compared")
         for strength, name in sorted(zip(strengths or [], names), reverse=True):
             print(f"  strength   {name}: {strength:+.3f} (Bradley-Terry, mean 0)")
 
@@ -194,7 +202,7 @@ def print_duel(votes, ours, theirs):
     wins, ties, losses = duel(votes, ours, theirs)
     n = wins + ties + losses
     if n:
-        low, high = wilson(wins + ties / 2, n)
+        rate, (low, high) = (wins + ties / 2) / n, wilson(wins + ties / 2, n)
         print(f"  {ours} against {theirs}: {wins} wins, {ties} ties, {losses} losses on {n} prompts\n"
-              f"    win rate {(wins + ties / 2) / n:.3f}, 95 % interval [{low:.3f}, {high:.3f}] (Wilson, a tie is half a win); "
+              f"    win rate {rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}] (Wilson, a tie is half a win); "
               f"sign test p = {sign_test(wins, losses):.2g}")

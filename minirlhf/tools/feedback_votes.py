@@ -1,6 +1,6 @@
 """The files that people's votes go into, and why none of them is lost.
 
-    my_comparisons.jsonl         a row per vote: comparisons as minirlhf.data reads them, train_rm.py takes the file as it is
+    my_comparisons.jsonl         a row per vote: comparisons, as minirlhf.data and train_rm.py read them
     my_comparisons.skips.jsonl   a row per skip; apart, because a skip says nothing about the answers
     my_comparisons.items.jsonl   what was sampled for people to see, whether or not anyone has seen it yet
 
@@ -120,10 +120,10 @@ def recover(path):
         for _, row in read_jsonl(path):
             rows.append(row)
     except UserError:
-        # Only the unterminated last line can be ours; any other bad line is for a person to look at.
-        if data.endswith(b"\n") or len(rows) != data.count(b"\n"):
-            raise
+        # Only an unterminated last line that begins as ours do can be ours; any other is for a person to look at.
         end = data.rfind(b"\n") + 1
+        if len(rows) != data.count(b"\n") or not b'{"'.startswith(data[end:end + 2]) or end == len(data):
+            raise
         os.truncate(path, end)
         print(f"{path}: cut off {len(data) - end} bytes of a last line that was never written to its end")
         return rows

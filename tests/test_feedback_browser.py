@@ -1,0 +1,304 @@
+"""The page of the feedback tool in a real browser: headless Chromium, driven by WebDriver's plain HTTP.
+
+Debian: apt-get install chromium chromium-driver. Skipped without them.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from minirlhf.data import read_comparisons, read_demonstrations
+from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.weights import save_pretrained
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromium-driver are not installed")
+]
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # WebDriver's name for a reference to an element
+STARTED = []
+CONTROL = "\ue009"
+KEYS = {"enter": "\ue007", "escape": "\ue00c", "tab": "\ue004", "backspace": "\ue003"}
+
+
+class Browser:
+    """As much of WebDriver (w3.org/TR/webdriver2) as these tests need."""
+
+    def __init__(self, profile):
+        self.driver = subprocess.Popen([DRIVER, "--port=0"],
+                                       stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL,
+                                       text=True)
+        for line in self.driver.stdout:
+            if found := re.search(r"successfully on port (\d+)", line):
+                break
+        self.base = f"http://127.0.0.1:{found[1]}/session"
+        flags = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+            "--window-size=1280,900", f"--user-data-dir={profile}"
+        ]
+        options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.base += "/" + self.ask("POST", "", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+
+    def ask(self, method, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+
+    def open(self, url):
+        self.ask("POST", "/url", {"url": url})
+
+    def run(self, code, *args):
+        return self.ask("POST", "/execute/sync", {"script": code, "args": list(args)})
+
+    def click(self, css):
+        element = self.ask("POST", "/element", {"using": "css selector", "value": css})[ELEMENT]
+        self.ask("POST", f"/element/{element}/click", {})
+
+    def press(self, *keys):
+        """Each key, down and up; "ctrl+" holds Control."""
+        strokes = []
+        for key in keys:
+            held = [CONTROL] if key.startswith("ctrl+") else []
+            parts = [*held, KEYS.get(key.removeprefix("ctrl+"), key)]
+            strokes += [{"type": "keyDown", "value": part} for part in parts]
+            strokes += [{"type": "keyUp", "value": part} for part in reversed(parts)]
+        self.ask("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
+
+    def text(self, css):
+        return self.run("return document.querySelector(arguments[0])?.textContent ?? ''", css)
+
+    def shows(self, css):
+        return self.run("const e = document.querySelector(arguments[0]); return !!e && e.getClientRects().length > 0",
+                        css)
+
+    def until(self, question, seconds=20):
+        end = time.monotonic() + seconds
+        while not (answer := question()):
+            assert time.monotonic(
+            ) < end, f"waited {seconds} s; the page shows: {self.run('return document.body.innerText')!r}"
+            time.sleep(0.05)
+        return answer
+
+    def cdp(self, command, **params):
+        return self.ask("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def close(self):
+        try:
+            self.ask("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.wait()
+
+
+# ---- the real command and the real page ------------------------------------------------------------------------------
+
+def start(folder, mode, *more):
+    """The command in a process of its own -> process and the address it prints."""
+    command = [sys.executable, "-m", "minirlhf.tools.feedback", mode, "--max_response", "8", "--no_browser", "--port",
+               "0", "--out", str(folder / "votes.jsonl"), *map(str, more)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if found := re.search(r"http://\S+", line):
+            STARTED.append(process)
+            return process, found[0]
+    raise AssertionError("no address was printed")
+
+
+@pytest.fixture(autouse=True)
+def no_server_outlives_its_test():
+    yield
+    while STARTED:
+        STARTED[-1].kill()
+        STARTED.pop().wait()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A model that knows nothing, with the vocabulary of data/tiny."""
+    tokenizer = load_tokenizer(ROOT / "data/tiny")
+    torch.manual_seed(1)
+    model = GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=128, n_embd=16, n_layer=1, n_head=2))
+    save_pretrained(model, tmp_path / "policy")
+    save_tokenizer(tokenizer, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def rows_of(folder, name="votes.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def enter(browser, name):
+    browser.until(lambda: browser.shows("#name"))
+    browser.run("document.querySelector('#name').value = arguments[0]", name)
+    browser.click("#start")
+
+
+def shown(browser, number):
+    """Waits for item `number` -> its answers as the page shows them."""
+    browser.until(lambda: browser.shows("#work") and browser.text("#progress").startswith(f"{number} of"))
+    return browser.run("return [...document.querySelectorAll('.answer .text')].map(e => e.textContent)")
+
+
+def expect(answers, ranks):
+    return {answer: rank for answer, rank in zip(answers, ranks)}
+
+
+def by_keys(browser, number, keys, ranks):
+    answers = shown(browser, number)
+    browser.press(*keys)
+    return expect(answers, ranks)
+
+
+def by_mouse(browser, number, order, ranks):
+    answers = shown(browser, number)
+    for k in order:
+        browser.click(f"li:nth-child({k}) .answer")
+    browser.click("#save")
+    return expect(answers, ranks)
+
+
+def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path, browser, policy):
+    command = ["rank", "--policy", policy, "--n", 10]
+    process, url = start(tmp_path, *command)
+    browser.open(url)
+    enter(browser, "Ann")
+    given = [by_keys(browser, 1, ["2", "1", "4", "enter"], [2, 1, 4, 3]),               # the last one is implied
+             by_mouse(browser, 2, [4, 3, 2, 1], [4, 3, 2, 1]),
+             by_keys(browser, 3, ["t", "enter"], [1, 1, 1, 1]),
+             by_keys(browser, 4, ["3", "t", "enter"], [2, 2, 1, 2]),
+             by_keys(browser, 5, ["1", "2", "=", "4", "enter"], [1, 1, 3, 2])]
+    shown(browser, 6)
+    browser.press("u")                                                                  # back to 5, with its ranking
+    answers = shown(browser, 5)
+    browser.until(lambda: browser.text("li:nth-child(3) .badge") == "3rd")
+    browser.press("escape", "4", "3", "backspace", "2", "1", "enter")
+    given[-1] = expect(answers, [3, 2, 4, 1])
+    before = shown(browser, 6)
+    browser.ask("POST", "/refresh", {})
+    assert shown(browser, 6) == before                                                  # same order, same name
+    given.append(by_keys(browser, 6, ["1", "2", "3", "enter"], [1, 2, 3, 4]))
+
+    answers = shown(browser, 7)
+    process.kill()                                                                      # kill -9, then a vote
+    process.wait()
+    browser.press("4", "3", "2", "enter")
+    browser.until(lambda: browser.shows("#alarm"))
+    assert len(rows_of(tmp_path)) == 6
+    process, url = start(tmp_path, *command)
+    browser.open(url)
+    enter(browser, "Ann")                                                               # another port: another origin
+    assert shown(browser, 7) == answers                                                 # what Ann saw before the kill
+    given.append(by_mouse(browser, 7, [1, 3, 2], [1, 3, 2, 4]))
+    shown(browser, 8)
+    browser.press("s")                                                                  # skip, and take it back
+    shown(browser, 9)
+    browser.click("#undo")
+    given += [by_mouse(browser, n, [2, 3, 1], [3, 1, 2, 4]) for n in (8, 9, 10)]
+    browser.until(lambda: browser.shows("#finished"))
+    assert "10 saved, 0 skipped" in browser.text("#summary")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+
+    rows = rows_of(tmp_path)
+    assert [{text.strip(): rank for text, rank in zip(row["responses"], row["ranks"])} for row in rows] \
+        == [{text.strip(): rank for text, rank in each.items()} for each in given]
+    assert len(read_comparisons(tmp_path / "votes.jsonl")) == 10 and rows_of(tmp_path, "votes.skips.jsonl") == []
+    assert all(row["annotator"] == "Ann" and row["seconds"] > 0 for row in rows)
+
+
+def test_two_tabs_are_two_people_and_two_answers_are_a_plain_choice(tmp_path, browser, policy):
+    _, url = start(tmp_path, "judge", "--a", policy, "--b", shutil.copytree(policy, tmp_path / "b"), "--n", 3)
+    browser.open(url)
+    enter(browser, "Ann")
+    shown(browser, 1)
+    ann = browser.ask("GET", "/window")
+    bob = browser.ask("POST", "/window/new", {"type": "tab"})["handle"]
+    browser.ask("POST", "/window", {"handle": bob})
+    browser.open(url)
+    enter(browser, "Bob")
+    for handle, keys in ((bob, "1"), (ann, "2"), (bob, "t"), (ann, "t"), (ann, "1")):
+        browser.ask("POST", "/window", {"handle": handle})
+        browser.until(lambda: browser.shows("#work"))
+        n = int(browser.text("#progress").split()[0])
+        browser.press(keys)
+        browser.until(lambda: browser.shows("#finished") or browser.text("#progress").startswith(f"{n + 1} of"))
+    rows = rows_of(tmp_path)
+    seen = [(row["annotator"], [row["ranks"][k] for k in row["order"]]) for row in rows]
+    assert seen == [("Bob", [1, 2]), ("Ann", [2, 1]), ("Bob", [1, 1]), ("Ann", [1, 1]), ("Ann", [1, 2])]
+    assert rows[0]["item"] == rows[1]["item"] and rows[2]["item"] == rows[3]["item"]
+
+
+EVIL = "</textarea><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+def prepare(folder, responses):
+    """A prompts file, and its one item as if it had been sampled."""
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n")
+    item = {
+        "item": "0" * 16, "prompt": EVIL, "responses": responses, "finished": [False] * len(responses), "models": []
+    }
+    (folder / "votes.items.jsonl").write_text(json.dumps(item) + "\n")
+    return folder / "prompts.jsonl"
+
+
+def unharmed(browser):
+    return browser.run("return [document.title, document.scripts.length, document.images.length]") == ["Feedback", 1, 0]
+
+
+def test_hostile_answers_stay_text(tmp_path, browser, policy):
+    _, url = start(tmp_path, "rank", "--policy", policy, "--prompts",
+                   prepare(tmp_path, [" " + EVIL, " &lt;b&gt; \u202e abc", ""]))
+    browser.open(url)
+    enter(browser, EVIL[:40])
+    assert sorted(shown(browser, 1)) == sorted([EVIL, "&lt;b&gt; \u202e abc", "(an empty answer)"])
+    assert browser.text("#instruction") == EVIL and browser.text("#who") == EVIL[:40] and unharmed(browser)
+
+
+def test_hostile_drafts_stay_text_and_ctrl_enter_saves(tmp_path, browser):
+    _, url = start(tmp_path, "write", "--prompts", prepare(tmp_path, [" " + EVIL]))
+    browser.open(url)
+    enter(browser, "Ann")
+    browser.until(lambda: browser.shows("#response"))
+    assert browser.run("return document.querySelector('#response').value") == EVIL and unharmed(browser)
+    browser.press("!", "ctrl+enter")
+    browser.until(lambda: browser.shows("#finished"))
+    assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" " + EVIL + "!",)]
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844), (320, 568)])
+def test_nothing_is_wider_than_the_screen(tmp_path, browser, policy, width, height):
+    _, url = start(tmp_path, "rank", "--policy", policy, "--n", 1)
+    browser.cdp("Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=1,
+                mobile=width < 500)
+    browser.open(url)
+    enter(browser, "Ann")
+    shown(browser, 1)
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    heights = browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")
+    assert len(heights) > 5 and not [height for height in heights if 0 < height < 40]   # a finger hits every button
+    assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []

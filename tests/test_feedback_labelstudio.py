@@ -1,0 +1,270 @@
+"""Label Studio: our export, its export, and back.
+
+fixtures_labelstudio_*.json are what Label Studio 1.23.2 wrote for tasks of ours that were imported into it with the
+exported configuration and annotated through its API; the texts are made up. The real export in $MINIRLHF_REAL_DATA is
+other people's.
+"""
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_rm
+from minirlhf.config import UserError
+from minirlhf.data import read_comparisons
+from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools.feedback_labelstudio import export_file, import_file
+from minirlhf.tools.feedback_votes import comparison_row, item_id, to_line
+from minirlhf.weights import save_pretrained
+
+TESTS = Path(__file__).parent
+PAIR = {"prompt": "P", "answer1": " l", "answer2": " r"}
+LIST = {"prompt": "P", "items": [{"id": name, "title": "", "body": f" {name}"} for name in "xyz"]}
+
+
+def rows_of(file):
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
+def vote(prompt, responses, ranks, annotator, n=0):
+    K = len(ranks)
+    return comparison_row(prompt, responses, ranks, [True] * (K - 1) + [False], item=item_id(prompt, responses),
+                          models=["out/sft"] * K, annotator=annotator, order=list(range(K))[::-1], seconds=4.25 + n,
+                          time=f"2026-01-02T03:04:{n:02}.678+00:00")
+
+
+def votes():
+    """Two annotators, taking turns, on pairs and longer lists, with ties and awkward text."""
+    pair, four = [" <b>one</b>", " two\n\n\"2\" é\u2028"], [" a", " b", " c", ""]
+    return [
+        vote("P1", pair, [2, 1], "ann", 0),
+        vote("P2", pair, [1, 1], "bob", 1),
+        vote("P3", four, [2, 1, 3, 3], "ann", 2),
+        vote("P1", pair, [1, 2], "bob", 3),
+        vote("P3", four, [1, 2, 3, 4], "bob", 4),
+        vote("P4", four[:3], [1, 1, 1], "ann", 5)
+    ]
+
+
+def tasks(kind, *annotations, data=None):
+    """An export of one task with the given annotations."""
+    data = data or {"pairwise": PAIR, "ranker": LIST}[kind]
+    annotations = [{"completed_by": n, "was_cancelled": False, **each} for n, each in enumerate(annotations)]
+    return [{"id": 7, "data": data, "annotations": annotations}]
+
+
+def said(kind, value, **more):
+    return {"result": [{"type": kind, "from_name": "rank", "to_name": "x", "value": value}], **more}
+
+
+def left(**more):
+    return said("pairwise", {"selected": "left"}, **more)
+
+
+def right(**more):
+    return said("pairwise", {"selected": "right"}, **more)
+
+
+def run_import(tmp_path, value, *args, **kwargs):
+    (tmp_path / "export.json").write_text(json.dumps(value))
+    out = tmp_path / "out.jsonl"
+    out.unlink(missing_ok=True)
+    import_file(tmp_path / "export.json", out, *args, **kwargs)
+    return rows_of(out)
+
+
+# ---- round trip ------------------------------------------------------------------------------------------------------
+
+def test_a_round_trip_is_exact_to_the_byte(tmp_path):
+    for kind, rows in (("pairwise", [row for row in votes() if len(row["ranks"]) == 2]),
+                       ("ranker", [row for row in votes() if len(row["ranks"]) > 2])):
+        source, folder, back = tmp_path / f"{kind}.jsonl", tmp_path / kind, tmp_path / f"{kind}_back.jsonl"
+        source.write_bytes(b"".join(map(to_line, rows)))
+        export_file(source, folder)
+        import_file(folder / f"{kind}_tasks.json", back, several="each")
+        assert back.read_bytes() == source.read_bytes()
+
+
+def test_the_embedded_world_comes_back_too(tmp_path):
+    lines = (TESTS.parent / "data/tiny/comparisons_test.jsonl").read_bytes().splitlines(keepends=True)[:100]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl", several="each")
+    assert rows_of(tmp_path / "b.jsonl") == rows_of(tmp_path / "a.jsonl")
+
+
+def test_pairs_and_best_of_k_keep_their_meaning(tmp_path):
+    rows = [{"prompt": "a", "chosen": " x", "rejected": " y"},
+            {"prompt": "b", "responses": [" x", " y", " z"], "best": 2}]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    back = []
+    for kind in ("pairwise", "ranker"):
+        import_file(tmp_path / f"ls/{kind}_tasks.json", tmp_path / f"{kind}.jsonl")
+        back += read_comparisons(tmp_path / f"{kind}.jsonl")
+    assert [row[1:] for row in back] == [row[1:] for row in read_comparisons(tmp_path / "a.jsonl")]
+
+
+def test_the_configuration_is_xml_that_fits_the_tasks(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, votes())))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    for kind in ("pairwise", "ranker"):
+        root = ElementTree.parse(tmp_path / f"ls/{kind}_config.xml").getroot()
+        names = {node.get("value")[1:] for node in root.iter() if (node.get("value") or "").startswith("$")}
+        for task in json.loads((tmp_path / f"ls/{kind}_tasks.json").read_text(encoding="utf-8")):
+            assert names <= set(task["data"])
+    assert len(list(root.iter("Bucket"))) == 4    # as many ranks as the longest list has answers
+
+
+def test_what_was_sampled_can_be_exported_unranked_in_a_random_order(tmp_path):
+    same = {"item": "", "responses": [" a", " b"], "finished": [True, False], "models": ["m1", "m2"]}
+    rows = [{**same, "prompt": f"P{i}"} for i in range(40)]
+    (tmp_path / "x.items.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    export_file(tmp_path / "x.items.jsonl", tmp_path / "ls")
+    exported = json.loads((tmp_path / "ls/pairwise_tasks.json").read_text())
+    assert 8 < sum(task["data"]["answer1"] == " a" for task in exported) < 32
+    for task in exported:
+        task["annotations"] = [{"completed_by": 1, **left()}]
+    for row, task in zip(run_import(tmp_path, exported), exported):
+        assert row["models"] == ["m1", "m2"] and row["finished"] == [True, False]
+        assert row["responses"][row["ranks"].index(1)] == task["data"]["answer1"]
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(to_line(votes()[0]))
+    with pytest.raises(UserError, match="not empty"):
+        export_file(tmp_path / "a.jsonl", tmp_path)
+    with pytest.raises(UserError, match="exists"):
+        import_file(tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+
+
+# ---- what Label Studio really writes ---------------------------------------------------------------------------------
+
+def test_pairwise_as_label_studio_wrote_it(tmp_path, capsys):
+    import_file(TESTS / "fixtures_labelstudio_pairwise.json", tmp_path / "out.jsonl", several="each")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["annotator"] for row in rows] == ["ann", "bob", "ann", "ann", "1", "1", "1"]
+    assert [row["ranks"] for row in rows[:4]] == [[2, 1], [1, 2], [1, 1], [1, 2]]
+    assert [row["ranks"] for row in rows[4:]] == [[1, 2], [2, 1], [1, 1]]
+    assert all(row["seconds"] == 7.5 and row["time"].startswith("20") for row in rows[4:])
+    assert "1 skipped or cancelled, 1 empty" in capsys.readouterr().out
+
+
+def test_ranker_as_label_studio_wrote_it(tmp_path, capsys):
+    import_file(TESTS / "fixtures_labelstudio_ranker.json", tmp_path / "out.jsonl", several="each")
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["ranks"] for row in rows[:4]] == [[2, 1, 3, 3], [1, 2, 3, 4], [3, 1, 2], [1, 1, 1]]
+    assert [row["ranks"] for row in rows[4:]] == [[2, 2, 1], [1, 2, 3]]
+    assert "1 with answers left unranked, 1 skipped or cancelled, 1 empty" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.environ.get("MINIRLHF_REAL_DATA"), reason="MINIRLHF_REAL_DATA is not set")
+def test_the_real_export_has_32_comparisons_18_left_and_14_right_and_trains(tmp_path, monkeypatch, capsys):
+    export = Path(os.environ["MINIRLHF_REAL_DATA"]) / "label_studio_export.json"
+    import_file(export, tmp_path / "real.jsonl")
+    rows = read_comparisons(tmp_path / "real.jsonl")
+    assert len(rows) == 32 == len({row.prompt for row in rows}) and "dropped: nothing" in capsys.readouterr().out
+    assert [sum(row.ranks == ranks for row in rows) for ranks in ((1, 2), (2, 1))] == [18, 14]
+    texts = {task["data"]["prompt"]: task["data"] for task in json.loads(export.read_text())}
+    assert all(row.responses == (texts[row.prompt]["answer1"], texts[row.prompt]["answer2"]) for row in rows)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(TESTS.parent / "data/tiny")
+    torch.manual_seed(1)
+    save_pretrained(GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=512, n_embd=16, n_layer=1, n_head=2)),
+                    tmp_path / "sft")
+    save_tokenizer(tokenizer, tmp_path / "sft")
+    train_rm.main(["--model", "sft", "--data", "real.jsonl", "--heldout", "", "--out", "rm", "--epochs", "2",
+                   "--normalise", "2", "--sample_tokens", "4"])
+    assert (tmp_path / "rm/report.json").exists()
+
+
+# ---- reading annotations ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value, ranks", [
+    ({"rank": ["y", "z", "x"]}, [3, 1, 2]),
+    ({"anything": ["x", "y", "z"]}, [1, 2, 3]),
+    ({"rank 1": ["y"], "rank 2": ["x", "z"]}, [2, 1, 2]),
+    ({"rank 10": ["x"], "rank 9": ["y", "z"], "rank 1": []}, [2, 1, 1]),
+    ({"rank 1": ["x", "y", "z"]}, [1, 1, 1]),
+    ({"rank": ["y", "z", "x"], "_": []}, [3, 1, 2]),
+])
+def test_rankings(tmp_path, value, ranks):
+    assert run_import(tmp_path, tasks("ranker", said("ranker", {"ranker": value})))[0]["ranks"] == ranks
+
+
+@pytest.mark.parametrize("annotation, reason", [
+    (left(was_cancelled=True), "1 skipped or cancelled"), ({"result": []}, "1 empty"),
+    ({"result": [{"type": "textarea", "value": {"text": ["hm"]}}]}, "1 without a ranking"),
+    ({"result": left()["result"] + right()["result"]}, "1 contradicting themselves"),
+])
+def test_what_says_nothing_is_dropped_with_its_reason(tmp_path, capsys, annotation, reason):
+    assert len(run_import(tmp_path, tasks("pairwise", annotation, left()))) == 1
+    assert reason in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"no usable annotation in 1 tasks .{reason}"):
+        run_import(tmp_path, tasks("pairwise", annotation))
+
+
+@pytest.mark.parametrize("kind, value, message", [
+    ("pairwise", {"selected": "middle"}, "selected is \"middle\""),
+    ("pairwise", {}, "selected is null"),
+    ("choices", {"choices": ["maybe"]}, "maybe"),
+    ("ranker", {"ranker": {"rank": ["x", "y", "w"]}}, "answer 'w'"),
+    ("ranker", {"ranker": {"rank": ["x", "x", "y", "z"]}}, "answer 'x'"),
+    ("ranker", {"ranker": {"good": ["x"], "bad": ["y", "z"]}}, "order of the buckets good, bad"),
+    ("ranker", {"ranker": {"rank": "xyz"}}, "lists of ids"),
+    ("ranker", {"ranker": []}, "no \"ranker\""),
+    ("ranker", {"ranker": {"rank 1": "xyz"}}, "lists of ids"),
+])
+def test_what_is_unknown_is_an_error_that_names_the_task(tmp_path, kind, value, message):
+    with pytest.raises(UserError, match="task 7.*" + message):
+        run_import(tmp_path, tasks("ranker" if kind == "ranker" else "pairwise", said(kind, value)))
+
+
+@pytest.mark.parametrize("value, message", [
+    ({}, "not a list"),
+    ([1], "task 0: no \"data\""),
+    ([{"id": 7}], "task 7: no \"data\""),
+    ([{"id": 7, "data": {}}], "JSON-MIN"),
+    (tasks("pairwise", left(), data={"prompt": "P", "answer1": " l"}), "task 7: no \"answer2\""),
+    (tasks("pairwise", left(), data={"question": "P"}), "task 7: no \"prompt\" that is a str .found: question"),
+    (tasks("pairwise", {"result": None}), "task 7: no \"result\""),
+    (tasks("pairwise", {"result": [1]}), "task 7: no \"type\""),
+    (tasks("pairwise", left(), data={**PAIR, "minirlhf": {"order": [0, 0]}}), "task 7: its order"),
+    (tasks("pairwise", left(), data={"prompt": "", "answer1": "l", "answer2": "r"}), "task 7: the prompt is empty"),
+])
+def test_malformed_exports_are_named(tmp_path, value, message):
+    with pytest.raises(UserError, match=message):
+        run_import(tmp_path, value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_several_annotators(tmp_path, capsys):
+    two_to_one, split = tasks("pairwise", left(), right(), left()), tasks("pairwise", left(), right())
+    assert run_import(tmp_path, two_to_one)[0]["ranks"] == [1, 2]
+    assert run_import(tmp_path, two_to_one)[0]["annotators"] == [[1, 2], [2, 1], [1, 2]]
+    assert [row["ranks"] for row in run_import(tmp_path, two_to_one, "each")] == [[1, 2], [2, 1], [1, 2]]
+    for value, several, reason in ((two_to_one, "drop", "1 items on which the annotators differ"),
+                                   (split, "majority", "1 items without a majority")):
+        with pytest.raises(UserError, match=reason):
+            run_import(tmp_path, value, several)
+    assert len(run_import(tmp_path, tasks("pairwise", left(), left()), "drop")) == 1
+
+
+def test_a_later_annotation_of_the_same_person_replaces_the_earlier(tmp_path, capsys):
+    early = left(completed_by=5, updated_at="2026-01-01T00:00:00Z")
+    late = right(completed_by=5, updated_at="2026-01-02T00:00:00Z")
+    for order in ((early, late), (late, early)):
+        rows = run_import(tmp_path, tasks("pairwise", *order), "each")
+        assert [(row["annotator"], row["ranks"]) for row in rows] == [("5", [2, 1])]
+        assert "1 replaced by a later one" in capsys.readouterr().out
+
+
+def test_leading_space_is_added_only_on_request_and_where_there_is_none(tmp_path):
+    value = tasks("pairwise", left(), data={"prompt": "P", "answer1": "l", "answer2": " r"})
+    assert run_import(tmp_path, value)[0]["responses"] == ["l", " r"]
+    assert run_import(tmp_path, value, leading_space=True)[0]["responses"] == [" l", " r"]

@@ -1,0 +1,158 @@
+"""The statistics of votes against brute force, published examples and simulation."""
+
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from minirlhf.tools.feedback_stats import (agreements, bradley_terry, cohen_kappa, duel, first_places, print_stats,
+                                           read_votes, sign_test, verdicts, wilson, win_matrix)
+from minirlhf.tools.feedback_votes import comparison_row, to_line
+
+
+# Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+@pytest.mark.parametrize("wins, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                                (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_wilson_is_that_of_newcombe(wins, n, low, high):
+    assert wilson(wins, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_at_the_edges():
+    assert wilson(0, 0) == (0, 1) and wilson(5, 5)[1] == pytest.approx(1) and wilson(0, 5)[0] == pytest.approx(0)
+    assert wilson(7, 10) == pytest.approx(tuple(1 - x for x in reversed(wilson(3, 10))))
+
+
+def test_wilson_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    wins = rng.binomial(200, 0.6, size=4000)
+    assert 0.93 < np.mean([low <= 0.6 <= high for low, high in (wilson(w, 200) for w in wins)]) < 0.97
+
+
+@pytest.mark.parametrize("wins, losses", [(0, 0), (1, 0), (3, 3), (9, 1), (2, 7), (0, 10)])
+def test_sign_test_is_the_count_of_all_coin_sequences(wins, losses):
+    n = wins + losses
+    as_uneven = sum(abs(2 * sum(flips) - n) >= abs(wins - losses) for flips in itertools.product((0, 1), repeat=n))
+    assert sign_test(wins, losses) == pytest.approx(as_uneven / 2 ** n)
+
+
+def test_sign_test_of_large_counts():
+    assert sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.05) and sign_test(5000, 5000) == 1
+
+
+# The two tables that every text on kappa shows: 20/5/10/15 gives 0.4, 45/15/25/15 gives 0.1304.
+@pytest.mark.parametrize("table, kappa", [((20, 5, 10, 15), 0.4), ((45, 15, 25, 15), 0.1304),
+                                          ((25, 35, 5, 35), 0.2593)])
+def test_kappa_of_published_tables(table, kappa):
+    pairs = [pair for pair, n in zip(itertools.product("yn", "yn"), table) for _ in range(n)]
+    assert cohen_kappa(*zip(*pairs)) == pytest.approx(kappa, abs=5e-5)
+
+
+def test_kappa_at_the_edges():
+    assert cohen_kappa([1, 0, 1, -1], [1, 0, 1, -1]) == 1 and cohen_kappa([1, 0], [0, 1]) == -1
+    assert math.isnan(cohen_kappa([1, 1], [1, 1]))
+    rng = random.Random(1)
+    assert abs(cohen_kappa(rng.choices([0, 1], [9, 1], k=20000), rng.choices([0, 1], [8, 2], k=20000))) < 0.02
+
+
+def likelihood(strengths, wins):
+    pairs = itertools.permutations(range(len(wins)), 2)
+    return sum(-wins[i][j] * math.log1p(math.exp(strengths[j] - strengths[i])) for i, j in pairs)
+
+
+def test_bradley_terry_of_two_is_the_log_odds_and_of_four_the_published_one():
+    assert bradley_terry([[0, 30], [10, 0]]) == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
+    wins = [[0, 2, 0, 1], [3, 0, 5, 0], [0, 3, 0, 1], [4, 0, 3, 0]]         # Wikipedia, "Bradley-Terry model"
+    p = np.exp(bradley_terry(wins))
+    assert p / p.sum() == pytest.approx([0.139, 0.226, 0.143, 0.492], abs=5e-4)
+
+
+def test_bradley_terry_is_the_most_likely_and_finds_what_was_simulated():
+    rng, truth = np.random.default_rng(1), np.array([0.8, 0.1, -0.2, -0.7])
+    chance = 1 / (1 + np.exp(truth[None, :] - truth[:, None]))
+    upper = np.triu(rng.binomial(3000, chance), 1)
+    wins = upper + np.tril(3000 - upper.T, -1)
+    found = bradley_terry(wins)
+    assert found == pytest.approx(truth.tolist(), abs=0.06) and sum(found) == pytest.approx(0)
+    for i, step in itertools.product(range(4), (-0.01, 0.01)):
+        assert likelihood(found, wins) > likelihood([s + step * (i == k) for k, s in enumerate(found)], wins)
+
+
+@pytest.mark.parametrize("wins",
+                         [[[0, 5], [0, 0]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 1, 1], [1, 0, 1], [0, 0, 0]]])
+def test_bradley_terry_says_when_there_is_no_answer(wins):
+    assert bradley_terry(wins) is None
+
+
+# ---- votes -----------------------------------------------------------------------------------------------------------
+
+def vote(prompt, ranks, annotator="ann", models=None, order=None, seconds=4.0):
+    responses = [f" {k}" for k in range(len(ranks))]
+    more = {"models": models} if models else {}
+    order = order or list(range(len(ranks)))
+    return comparison_row(prompt, responses, ranks, annotator=annotator, order=order, seconds=seconds, **more)
+
+
+def write(tmp_path, rows):
+    file = tmp_path / "votes.jsonl"
+    file.write_bytes(b"".join(map(to_line, rows)))
+    return file
+
+
+def test_verdicts_are_those_of_every_pair():
+    assert verdicts([2, 1, 2]) == [-1, 0, 1]
+
+
+def test_agreement_counts_only_what_both_have_judged(tmp_path):
+    rows = [vote("a", [1, 2, 3]), vote("a", [1, 3, 2], "bob"), vote("b", [1, 2]), vote("c", [1, 2], "bob"),
+            vote("d", [1, 1]), vote("d", [2, 1], "bob")]
+    assert agreements(read_votes(write(tmp_path, rows))) == {("ann", "bob"): ([1, 1, 1, 0], [1, 1, -1, -1])}
+
+
+def test_position_bias_is_seen_where_it_stood_not_where_it_is_written(tmp_path):
+    rows = [vote(f"p{i}", [1, 2] if i % 2 else [2, 1], order=[0, 1] if i % 2 else [1, 0])
+            for i in range(10)] + [vote("tie", [1, 1])]
+    places, known = first_places(read_votes(write(tmp_path, rows)))
+    assert places == {0: 10} and len(known) == 10
+    assert first_places(read_votes(write(tmp_path, [vote("p", [1, 1, 2], order=[2, 0, 1])])))[0] == {1: 0.5, 2: 0.5}
+
+
+def test_a_duel_is_counted_in_prompts_whoever_and_however_many_judged_them(tmp_path):
+    ab, ba = ["a", "b"], ["b", "a"]
+    rows = [
+        vote("1", [1, 2], "x", ab),
+        vote("1", [1, 2], "y", ab),
+        vote("2", [1, 2], "x", ba),
+        vote("3", [1, 2], "x", ab),
+        vote("3", [2, 1], "y", ab),
+        vote("4", [1, 1], "x", ab)
+    ]
+    votes = read_votes(write(tmp_path, rows))
+    assert duel(votes, "a", "b") == (1, 2, 1) == duel(votes, "b", "a")
+    assert win_matrix(votes, ["a", "b"]).tolist() == [[0, 3.5], [2.5, 0]]
+
+
+def test_stats_prints_what_the_file_holds(tmp_path, capsys):
+    models = ["x", "y", "z"]
+    given = [("p0", [1, 2, 3], "ann"), ("p0", [1, 3, 2], "bob"), ("p1", [2, 1, 1], "ann"), ("p1", [2, 3, 1], "bob"),
+             ("p2", [1, 1, 1], "ann")]
+    rows = [vote(*each, models) for each in given]
+    file = write(tmp_path, rows)
+    (tmp_path / "votes.skips.jsonl").write_text('{"item": "1"}\n')
+    print_stats(file)
+    said = capsys.readouterr().out
+    for line in ("5 votes on 3 items, 15 pairs", "ties       4 of 15 pairs; 1 votes are all ties", "skips      1",
+                 "ann: 3 votes, half within 4.0 s, 900 an hour", "ann and bob: 0.500 of 6 pairs",
+                 "x against y: 1 wins, 2 ties, 0 losses on 3 prompts", "strength   x: +"):
+        assert line in said
+
+
+def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
+    row = {"prompt": "p", "responses": [" a", " b"], "ranks": [1, 2], "annotators": [[1, 2], [2, 1], [1, 2]]}
+    file = tmp_path / "comparisons.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    print_stats(file)
+    said = capsys.readouterr().out
+    assert "3 votes on 1 items" in said and "annotator 1 and annotator 3: 1.000 of 1 pairs" in said
