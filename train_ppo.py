@@ -191,7 +191,7 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
         "objective/entropy": float(ppo.masked_sum(r.entropy, r.mask)) / B,
         "objective/scores": float(r.scores.mean()),
         "val/score_std": float(r.scores.std(correction=0)),
-        "objective/rlhf_reward": float(r.rewards.sum()) / B,
+        "objective/rlhf_reward": float(r.scores.mean()) - beta * float(ppo.masked_sum(kl, r.mask)) / B,
         "objective/beta": beta,
         "val/eos_rate": float(r.finished.float().mean()),
         "val/length": float(r.mask.sum()) / B,

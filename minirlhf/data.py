@@ -8,13 +8,13 @@
     prompts          {"prompt"}
 
 Extra fields are kept out of the way and ignored. Every error is a UserError that names file and line.
-`python -m minirlhf.data FILE` validates and describes a file.
+`python -m minirlhf.data FILE ...` validates and describes files, and counts the prompts that two of them share.
 """
 
 import argparse
 import json
 import statistics
-from collections import Counter
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -49,14 +49,18 @@ def read_jsonl(path):
         raise UserError(f"{path}: {error.strerror}") from None
     with lines:
         for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: a line must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
-            yield where, value
+            yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+
+
+def json_object(line, where):
+    """One line of a file, bytes -> dict."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a line must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
+    return value
 
 
 def text(value, name, where):
@@ -224,32 +228,44 @@ def read_any(path):
 
 
 def describe(path, tokenizer):
-    """Prints what a reader wants to know of a file before training on it."""
+    """Prints what a reader wants to know of a file before training on it; returns its prompts, a set."""
     schema, rows = read_any(path)
-    examples = encode_rows(rows, tokenizer, positions=10**9)
-    print(f"{path}: {len(rows)} {schema}, {len({row.prompt for row in rows})} different prompts")
+    examples, prompts = encode_rows(rows, tokenizer, positions=10**9), {row.prompt for row in rows}
+    print(f"{path}: {len(rows):,} {schema}, {len(prompts):,} different prompts")
     sizes = {"prompt": [len(example.prompt) for example in examples],
              "response": [len(ids) for example in examples for ids in example.responses]}
     for name, lengths in sizes.items():
         if lengths:
             cuts = statistics.quantiles(lengths, n=100, method="inclusive") if len(lengths) > 1 else lengths * 99
-            print(f"{name:>10} tokens: half up to {cuts[49]:.0f}, 95 % up to {cuts[94]:.0f}, longest {max(lengths)}")
-    duplicates = len(rows) - len({row[1:] for row in rows})
-    print(f"{'':>10} {duplicates} rows repeat an earlier one")
+            shown = ", ".join(f"{percent} % up to {cuts[percent - 1]:.0f}" for percent in (10, 50, 90, 95, 99))
+            print(f"{name:>10} tokens: {shown}, longest {max(lengths)}")
+    print(f"{'':>10} {len(rows) - len({row[1:] for row in rows})} rows repeat an earlier one")
     if schema == "comparisons":
-        said = Counter("tie" if len(set(row.ranks)) == 1 else "same" if len(set(row.responses)) == 1 else "ok" for row in rows)
-        print(f"{'':>10} {said['tie']} rows are all ties, {said['same']} have identical answers")
-    first = examples[0]
-    for name, ids in [("prompt", first.prompt)] + [("response", ids) for ids in first.responses]:
-        print(f"{name:>10} {'|'.join(tokenizer.decode([token]) for token in ids)!r}")
+        ties = sum(len(set(row.ranks)) == 1 for row in rows)
+        same = sum(len(set(row.responses)) < len(row.responses) for row in rows)
+        empty = sum("" in map(str.strip, row.responses) for row in rows)
+        print(f"{'':>10} {ties} rows are all ties, {same} have identical answers, {empty} an empty answer")
+    for name, ids in [("prompt", examples[0].prompt)] + [("response", ids) for ids in examples[0].responses]:
+        print(f"{name:>10} {pieces(ids, tokenizer)}")
+    return prompts
+
+
+def pieces(ids, tokenizer, most=60):
+    """Token ids as text with a bar between them; bytes that are no whole character are shown as \\x.."""
+    shown = [tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace") for token in ids[:most]]
+    return repr("|".join(shown)).replace("\\\\x", "\\x") + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Validates a JSONL file and describes it.", prog="python -m minirlhf.data")
-    parser.add_argument("file")
+    parser = argparse.ArgumentParser(prog="python -m minirlhf.data", description="Validates JSONL files and describes "
+                                     "them; of several it counts the prompts that they share.")
+    parser.add_argument("file", nargs="+")
     parser.add_argument("--tokenizer", default="data/tiny", help="a model's name or folder [data/tiny]")
     args = parser.parse_args()
-    describe(args.file, load_tokenizer(args.tokenizer))
+    tokenizer = load_tokenizer(args.tokenizer)
+    prompts = {file: describe(file, tokenizer) for file in args.file}
+    for first, second in combinations(prompts, 2):
+        print(f"{len(prompts[first] & prompts[second]):>6,} prompts are in both {first} and {second}")
 
 
 if __name__ == "__main__":

@@ -103,12 +103,7 @@ class Run:
         self.state = self._continue(config) if config.resume else self._begin(config, extra or {})
 
     def _begin(self, config, extra):
-        if self.folder.exists():                # nothing is overwritten or deleted: the old run moves aside
-            n = 1
-            while (old := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
-                n += 1
-            self.folder.rename(old)
-            print(f"{self.folder} existed: moved to {old}")
+        move_aside(self.folder)
         self.folder.mkdir(parents=True)
         values = {"config": dataclasses.asdict(config), **extra,
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
@@ -161,6 +156,16 @@ class Run:
 
     def report(self, values):
         write_json(self.folder / "report.json", values)
+
+
+def move_aside(folder):
+    """Nothing is overwritten or deleted: what is at this path becomes path.1, or .2, ..."""
+    if folder.exists():
+        n = 1
+        while (old := folder.with_name(f"{folder.name}.{n}")).exists():
+            n += 1
+        folder.rename(old)
+        print(f"{folder} existed: moved to {old}")
 
 
 def read_run(folder):
