@@ -38,7 +38,10 @@ class Explainer:
     def rollout(self, prompt, response=None, seed=1):
         """A rollout of one row with all its fields filled in: of the response given, or of one sampled."""
         if response is None:
-            ids = self.tokenizer.encode_ordinary(prompt)
+            ids, positions = self.tokenizer.encode_ordinary(prompt), self.policy.config.n_positions
+            if len(ids) + self.cfg.max_response > positions:
+                raise UserError(f"the prompt has {len(ids)} tokens, the response may have {self.cfg.max_response}; "
+                                f"this model has {positions} positions in all")
             rng = torch.Generator().manual_seed(seed)
             (sampled, finished), = respond(self.policy, [ids], self.cfg.max_response, eos_of(self.cfg, self.tokenizer),
                                            rng, self.cfg.temperature, self.cfg.stop_after)
