@@ -21,7 +21,7 @@ from minirlhf.functions import call_reward, load_function, load_gold
 from minirlhf.generate import generate, respond
 from minirlhf.health import complaints
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr, set_tf_epsilon
+from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, memory, pick_device, precision, print_table, set_lr, set_tf_epsilon
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate import assess_run, print_report
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -80,7 +80,7 @@ PRESETS = {
     # The style tasks of A: no SFT, 64 + 24 tokens, the first "." (13) at 16 or later ends a response, 1M episodes.
     **{task: dict(model="gpt2", reward=f"out/rm_{task}", data=f"out/data/openai_2019/{task}/prompts.jsonl",
                   heldout=f"out/data/openai_2019/{task}/prompts_test.jsonl", out=f"out/ppo_{task}", max_prompt=64,
-                  max_response=24, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15, target_kl=6.0,
+                  max_response=24, drop_long=True, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15, target_kl=6.0,
                   lr=1e-5, value_lr=1e-5, batch_size=512, minibatches=1, micro_batch=32, iterations=1953, whiten_rewards=True,
                   tf_adam=True, max_grad_norm=1e9, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
 }
@@ -292,10 +292,12 @@ def main(argv=None):
     examples = encode_rows(read_prompts(cfg.data), tokenizer, policy.config.n_positions, cfg.max_prompt,
                            reserve=cfg.max_response, drop_long=cfg.drop_long)
     if cfg.heldout:
-        read_prompts(cfg.heldout)
+        encode_rows(read_prompts(cfg.heldout), tokenizer, policy.config.n_positions, cfg.max_prompt,
+                    reserve=cfg.max_response, drop_long=cfg.drop_long)      # now, not after hours of training
     gold = load_gold(cfg.gold, cfg.data)
     score, reward_trunk = make_scorer(cfg, policy, examples, tokenizer, device)
     trunk = policy if cfg.value_from == "sft" or reward_trunk is None else reward_trunk
+    networks = [] if reward_trunk is None else [reward_trunk]
     value = ScalarHeadModel(copy.deepcopy(trunk)).to(device).requires_grad_(True)
     torch.nn.init.zeros_(value.score.weight)                    # values start at exactly 0 (A)
     optimizers = [torch.optim.AdamW(freeze(model, cfg.freeze), lr=lr, eps=cfg.adam_eps, weight_decay=0.0, fused=True)
@@ -312,7 +314,8 @@ def main(argv=None):
         run.save_state(step, policy=policy.state_dict(), value=value.state_dict(), beta=beta,
                        policy_optimizer=optimizers[0].state_dict(), value_optimizer=optimizers[1].state_dict())
 
-    print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on {device}")
+    print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on {device}, "
+          f"{memory(policy, value, reference, *networks):.2g} GB before activations")
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="ppo", unit="it")
     for iteration in bar:
         batch, _ = epoch_batch(examples, cfg.batch_size, iteration, cfg.seed, 2)

@@ -16,8 +16,9 @@ from minirlhf.functions import load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, memory, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.feedback_stats import wilson
 from minirlhf.weights import from_pretrained
 
 
@@ -100,6 +101,25 @@ def accuracy(model, examples, ranks, device, batch_size=32):
     return right / max(pairs, 1), pairs
 
 
+def length_accuracy(examples):
+    """The share of pairs in which the longer answer, in tokens, is the preferred one; equal lengths count half. What is
+    left of 1 is the share of the shorter ones. A reward model that does no better may have learned nothing but length."""
+    lengths = torch.zeros(rank_tensor(examples).shape)                              # (N, K)
+    for row, example in zip(lengths, examples):
+        row[:len(example.responses)] = torch.tensor([len(response) for response in example.responses])
+    right, pairs = pair_accuracy(lengths, rank_tensor(examples))
+    return float(right.sum()) / max(int(pairs.sum()), 1)
+
+
+def beside_length(accuracy, heldout):
+    """The interval of a held-out accuracy, and what length alone would reach on the same pairs."""
+    # Wilson's interval counts prompts and not pairs, for the pairs of one prompt share their answers.
+    low, high = wilson(accuracy * len(heldout), len(heldout))
+    longer = length_accuracy(heldout)
+    return {"rm_accuracy_heldout_ci": [round(low, 4), round(high, 4)], "longer_is_preferred": longer,
+            "shorter_is_preferred": 1 - longer}
+
+
 def gold_ranks(gold, examples):
     """Ranks (N, K) by the true preference, equal where it is equal."""
     ranks = rank_tensor(examples)
@@ -149,7 +169,7 @@ def main(argv=None):
     gold = load_gold(cfg.gold, cfg.heldout)
     autocast = precision(device, cfg.dtype)
 
-    sft.to(device)
+    sft.to(device).requires_grad_(False)
     torch.manual_seed(cfg.seed)
     model = ScalarHeadModel(from_pretrained(cfg.model)).to(device)
     optimizer = torch.optim.AdamW(freeze(model, cfg.freeze), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -161,7 +181,8 @@ def main(argv=None):
     first = run.state.get("step", 0)
 
     n_pairs = int(sum(len(e.responses) * (len(e.responses) - 1) / 2 for e in examples))
-    print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}")
+    print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}, "
+          f"{memory(model, sft):.2g} GB before activations")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rm", unit="step")
     shown, report = {}, {}
     for step in bar:
@@ -209,6 +230,8 @@ def main(argv=None):
     normalise(model, sft, examples, cfg, tokenizer)
     run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     run.export(model, tokenizer)
+    if heldout:
+        report |= beside_length(report["rm_accuracy_heldout"], heldout)
     report |= {"seed": cfg.seed, "seconds": run.seconds(), "reward_mean": model.reward_mean, "reward_std": model.reward_std}
     run.report(report)
     print_table(f"Reward model done: {run.folder}", list(report.items()))

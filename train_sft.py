@@ -15,7 +15,7 @@ from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_demonstrations
 from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.runs import Run, epoch_batch, freeze, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, epoch_batch, freeze, memory, pick_device, precision, print_table, set_lr
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -68,7 +68,7 @@ def sft_loss(model, examples, device):
 
 
 @torch.no_grad()
-def heldout_loss(model, examples, device, batch_size=64):
+def heldout_loss(model, examples, device, batch_size):
     """Mean loss per response token, nats."""
     batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
     losses, tokens = zip(*(sft_loss(model, batch, device) for batch in batches))
@@ -95,7 +95,8 @@ def main(argv=None):
     first = run.state.get("step", 0)
 
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on {device}")
+    print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on {device}, "
+          f"{memory(model):.2g} GB before activations")
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", unit="step")
     loss_heldout = math.nan
     for step in bar:
@@ -125,7 +126,7 @@ def main(argv=None):
         metrics = {"loss/train": loss}
         if heldout and epoch_ends:
             with autocast:
-                loss_heldout = metrics["loss/heldout"] = heldout_loss(model, heldout, device)
+                loss_heldout = metrics["loss/heldout"] = heldout_loss(model, heldout, device, cfg.micro_batch or cfg.batch_size)
         run.log(step, metrics)
         bar.set_postfix(train=f"{loss:.3f}", heldout=f"{loss_heldout:.3f}")
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from minirlhf.config import UserError
+from minirlhf.tensors import read_json
 from minirlhf.tokenizer import save_tokenizer
 from minirlhf.weights import save_pretrained
 
@@ -76,6 +77,12 @@ def freeze(model, share):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def memory(*models):
+    """GB of weights, gradients and Adam's two moments in float32: 16 bytes a parameter that trains, 4 one that does not."""
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters) / 1e9
+
+
 def set_lr(optimizer, lr, step, steps, warmup=0):
     """Linear warm-up over the first `warmup` steps, then linearly to 0 at `steps` (A, B: linear decay)."""
     factor = min((step + 1) / warmup, 1.0) if warmup else 1.0
@@ -97,7 +104,7 @@ class Run:
     """A run's folder, made (or found, with --resume) once all input has been read and found good."""
 
     def __init__(self, config, extra=None):
-        """config: the script's dataclass, with `out` and `resume`; extra: more for run.json (a data set's template)."""
+        """config: the script's dataclass, with `out` and `resume`; extra: more for run.json."""
         self.folder = Path(config.out)
         self.started = time.time()
         self.state = self._continue(config) if config.resume else self._begin(config, extra or {})
@@ -105,7 +112,7 @@ class Run:
     def _begin(self, config, extra):
         move_aside(self.folder)
         self.folder.mkdir(parents=True)
-        values = {"config": dataclasses.asdict(config), **extra,
+        values = {"config": dataclasses.asdict(config), **templates(config), **extra,
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
         write_json(self.folder / "run.json", values)
         (self.folder / "metrics.jsonl").touch()
@@ -156,6 +163,13 @@ class Run:
 
     def report(self, values):
         write_json(self.folder / "report.json", values)
+
+
+def templates(config):
+    """The data set's templates, from the meta.json beside it: run.json keeps them, so that one can be asked for the bare
+    instruction later."""
+    meta = Path(getattr(config, "data", "")).parent / "meta.json"
+    return {name: value for name, value in read_json(meta).items() if name.startswith("template")} if meta.exists() else {}
 
 
 def move_aside(folder):

@@ -12,7 +12,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.config import UserError
-from minirlhf.data import encode_rows, read_prompts
+from minirlhf.data import Example, Row, encode_rows, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.runs import Run
 from minirlhf.tokenizer import load_tokenizer, save_tokenizer
@@ -184,3 +184,35 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(world, script, ar
 def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "train_ppo.py", "--modle", "x"], cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: unrecognized arguments: --modle x (see --help)\n"
+
+
+def test_the_length_baseline_counts_the_pairs_that_the_longer_answer_wins():
+    def example(ranks, *lengths):
+        return Example(Row("f:1", "p", ("x",) * len(ranks), ranks, (True,) * len(ranks)), [1], [[5] * n for n in lengths])
+    assert train_rm.length_accuracy([example((1, 2), 3, 1), example((1, 2), 1, 3), example((1, 2), 2, 2), example((2, 1), 0, 4)]) == 2.5 / 4
+    # best of 3: 2 pairs, the longest loses both; a tie and the padding to K = 3 say nothing
+    assert train_rm.length_accuracy([example((1, 2, 2), 1, 3, 2), example((1, 2), 9, 1)]) == pytest.approx(1 / 3)
+
+
+def test_the_reward_models_report_has_an_interval_and_the_length_baseline(world):
+    report = json.loads((world / "rm/report.json").read_text())
+    low, high = report["rm_accuracy_heldout_ci"]
+    assert 0 <= low < report["rm_accuracy_heldout"] < high <= 1 and high - low > 0.3           # 8 prompts say little
+    assert 0 <= report["longer_is_preferred"] <= 1
+
+
+def test_heldout_prompts_that_do_not_fit_are_refused_before_training_or_dropped(world):
+    long = world / "long.jsonl"
+    long.write_text((world / "prompts_test.jsonl").read_text() + json.dumps({"prompt": "the " * 60}) + "\n")
+    with pytest.raises(UserError, match="long.jsonl:9"):
+        train_ppo.main(ppo_args(world, "never") + ["--heldout", str(long), "--gold", "none"])
+    assert not (world / "never").exists()
+    train_ppo.main(ppo_args(world, "ppo_long") + ["--heldout", str(long), "--gold", "none", "--drop_long"])
+    assert json.loads((world / "ppo_long/report.json").read_text())["n_prompts"] == 8
+
+
+def test_frozen_blocks_and_embeddings_stay_as_they_were(world):
+    train_sft.main(sft_args(world, "sft_frozen") + ["--freeze", "0.5"])
+    before, after = (from_pretrained(world / name).state_dict() for name in ("base", "sft_frozen"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)

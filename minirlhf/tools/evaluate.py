@@ -38,15 +38,15 @@ class Answers(NamedTuple):
 
 # ---- measuring one model ---------------------------------------------------------------------------------------------
 
-def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=None, earliest=0):
+def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=None, earliest=0, **limits):
     """Samples one answer to every prompt. The same seed gives every model the same uniform numbers."""
-    examples = encode_rows(rows, tokenizer, model.config.n_positions, reserve=max_response)
+    examples = encode_rows(rows, tokenizer, model.config.n_positions, reserve=max_response, **limits)
     prompt_ids = [example.prompt for example in examples]
     sampled = respond(model, prompt_ids, max_response, tokenizer.eot_token if eos is None else eos, generator(seed, 9), temperature,
                       earliest, progress=name)
     ids, finished = map(list, zip(*sampled))
     texts = [decode(tokenizer, tokens) for tokens in ids]
-    return Answers([row.prompt for row in rows], texts, prompt_ids, ids, finished)
+    return Answers([example.row.prompt for example in examples], texts, prompt_ids, ids, finished)
 
 
 def distinct_2(sequences):
@@ -56,7 +56,7 @@ def distinct_2(sequences):
 
 
 @torch.no_grad()
-def summed_logprobs(model, prompts, responses, temperature=1.0, batch_size=64):
+def summed_logprobs(model, prompts, responses, temperature=1.0, batch_size=16):
     """Log-probability of each whole response, nats: an array of N."""
     device, sums = next(model.parameters()).device, []
     for i in range(0, len(prompts), batch_size):
@@ -131,13 +131,13 @@ def assess_run(folder, seconds, device):
     for name, path in (("sft", cfg.model), ("ppo", str(folder))):
         models[name] = from_pretrained(path).to(device)
         answers[name] = answer(models[name], tokenizer, rows, cfg.max_response, cfg.temperature, cfg.seed, name,
-                               eos_of(cfg, tokenizer), cfg.stop_after)
+                               eos_of(cfg, tokenizer), cfg.stop_after, max_prompt=cfg.max_prompt, drop_long=cfg.drop_long)
         report[name] = qualities(models[name], tokenizer, answers[name], demonstrations, measure)
     rate, interval = None, None
     if gold:
         rate, interval = win_rate(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft")))
     return {
-        "n_prompts": len(rows), "seed": cfg.seed,
+        "n_prompts": len(answers["sft"].prompts), "seed": cfg.seed,
         "seconds": {"sft": sft_report.get("seconds"), "rm": rm_report.get("seconds"), "ppo": seconds},
         "annotator_agreement": annotator_agreement(comparisons) if measure and comparisons else None,
         "rm_accuracy_gold": rm_report.get("rm_accuracy_gold"), "rm_accuracy_heldout": rm_report.get("rm_accuracy_heldout"),
