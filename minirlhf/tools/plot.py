@@ -51,7 +51,7 @@ def draw(runs, out):
     for axis in axes[1]:
         axis.set_xlabel("PPO iteration", fontsize=9)
     if len(runs) > 1:
-        axes[0][0].legend(fontsize=9, frameon=False)
+        axes[0][2].legend(fontsize=9, frameon=False)
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
