@@ -1,0 +1,26 @@
+"""Proof that a test would notice: the code under test with a defect put in, on which the same check must fail.
+
+    check(real)                                             # passes
+    with pytest.raises(AssertionError):
+        check(mutant(real, "mask.sum()", "mask.numel()"))   # is caught
+"""
+
+import inspect
+import textwrap
+
+
+def mutant(function, *changes):
+    """The function with pieces of its source replaced (old, new, old, new, ...); everything else is as in its module.
+
+    Each old piece must occur exactly once; if not it is a ValueError, which no check expects.
+    """
+    function = inspect.unwrap(function)
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        if source.count(old) != 1:
+            raise ValueError(f"{function.__qualname__} has changed: {old!r} is in it {source.count(old)} times, not "
+                             "once; the mutation of this test must be brought up to date")
+        source = source.replace(old, new)
+    names = {}
+    exec(source, function.__globals__, names)
+    return names[function.__name__]

@@ -1,0 +1,116 @@
+"""PPO token by token: the table adds up, and says what the run itself would have said."""
+
+import io
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf.config import UserError
+from minirlhf.tools import chat
+from minirlhf.tools.explain import Explainer
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
+from small_world import CPU, EOS, run_ppo, small_world, write_jsonl
+from test_ppo import gae_by_definition
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A finished run whose beta has moved from where it began."""
+    folder = small_world(tmp_path_factory.mktemp("world"))
+    metrics = run_ppo(folder, "--iterations", 4, "--temperature", 0.8, "--beta", 0.2,
+                      "--target_kl", 6, "--horizon", 100)
+    assert metrics[-1]["objective/kl_k3"] > 0.01
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explainer(world):
+    return Explainer(world / "ppo", CPU)
+
+
+CASES = [("abc", None, 1), ("d", None, 2), ("abcdef", None, 3), ("ab", "cdefg", 1), ("j", "a", 1), ("ab", "", 1)]
+
+
+@pytest.mark.parametrize("prompt, response, seed", CASES)
+def test_the_rewards_add_up_to_the_score_less_beta_times_the_kl(explainer, prompt, response, seed):
+    r = explainer.rollout(prompt, response, seed)
+    kl = (r.logprobs - r.ref_logprobs).sum()
+    torch.testing.assert_close(r.rewards.sum(), r.scores[0] - explainer.beta * kl)
+    torch.testing.assert_close(r.rewards[0, :-1], -explainer.beta * (r.logprobs - r.ref_logprobs)[0, :-1])
+
+
+@pytest.mark.parametrize("prompt, response, seed", CASES)
+def test_advantages_and_returns_are_those_of_the_quadratic_definition(explainer, prompt, response, seed):
+    r = explainer.rollout(prompt, response, seed)
+    advantages = gae_by_definition(r.rewards, r.values, [r.mask.shape[1]], 1.0, 0.95)
+    np.testing.assert_allclose(r.returns - r.values, advantages, atol=1e-5)
+
+
+def test_the_networks_are_those_of_the_run(world, explainer):
+    """Log-probabilities of the trained policy and of the SFT model at the sampling temperature, the score of the reward
+    model, the values of the trained value model: each by hand."""
+    r = explainer.rollout("ab", "cd")
+    ids = torch.tensor([[97, 98, 99, 100, EOS]])
+    assert torch.equal(r.ids, ids) and r.finished.all()
+    for logprobs, folder in ((r.logprobs, "ppo"), (r.ref_logprobs, "sft")):
+        model = from_pretrained(world / folder).double()
+        expected = (model.logits(model(ids))[0] / 0.8).log_softmax(-1)[[1, 2, 3], [99, 100, EOS]]
+        torch.testing.assert_close(logprobs[0].double(), expected, rtol=1e-4, atol=1e-4)
+    reward = scalar_from_pretrained(world / "rm")
+    torch.testing.assert_close(r.scores, (reward(ids)[:, -1] - 0.3) / 2)
+    state = torch.load(world / "ppo/state.pt", weights_only=True)
+    reward.load_state_dict(state["value"])
+    torch.testing.assert_close(r.values[0], reward(ids)[0, 1:4])
+    assert (r.values != 0).all() and explainer.beta == state["beta"] < 0.2
+
+
+def test_an_unfinished_response_gets_the_missing_eos_score(explainer):
+    rollouts = [explainer.rollout("abc", seed=seed) for seed in range(30)]
+    cut = [r for r in rollouts if not r.finished]
+    assert 0 < len(cut) < 30
+    assert all(r.scores.tolist() == [-3] and r.mask.shape[1] == 12 for r in cut)
+    assert all((r.ids[0, -1] == EOS) == r.finished[0] for r in rollouts)
+
+
+def numbers(line):
+    return [float(number) for number in re.findall(r"[+-]\d+\.\d{3}", line)]
+
+
+def talk(monkeypatch, capsys, text, *args):
+    """chat with these lines on its standard input -> what it prints."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    chat.main([*args, "--device", "cpu"])
+    return capsys.readouterr()
+
+
+def test_chat_prints_the_table_and_its_columns_add_up(world, explainer, monkeypatch, capsys):
+    write_jsonl(world / "test.jsonl", [{"prompt": "hij"}])
+    out = talk(monkeypatch, capsys, "abc\n\n", f"{world}/ppo", "--explain", "--prompts", f"{world}/test.jsonl").out
+    tables = out.split("token ")[1:]
+    assert len(tables) == 2 and "hij" in tables[0]              # the empty line asked one of the prompts
+    for table, prompt, seed in zip(tables, ("abc", "hij"), (1, 2)):
+        header, *lines = table.splitlines()
+        assert header.split() == ["logp", "ref_logp", "KL", "reward", "value", "advantage", "return"]
+        rows = np.array([numbers(line) for line in lines if len(numbers(line)) == 7])
+        logp, ref_logp, kl, reward, value, advantage, returns = rows.T
+        assert len(rows) == explainer.rollout(prompt, seed=seed).mask.shape[1]
+        np.testing.assert_allclose(kl, logp - ref_logp, atol=2e-3)
+        np.testing.assert_allclose(returns, value + advantage, atol=2e-3)
+        score = numbers(next(line for line in lines if line.startswith("score")))[0]
+        assert abs(reward.sum() - (score - explainer.beta * kl.sum())) < 1e-3 * (len(rows) + 1)
+        assert logp.max() < 0
+
+
+def test_a_prompt_that_does_not_fit_ends_no_conversation(world, monkeypatch, capsys):
+    lines = "a" * 60 + "\nabc\n"
+    said = talk(monkeypatch, capsys, lines, f"{world}/ppo", "--explain", "--prompts", f"{world}/prompts.jsonl")
+    assert "error: " in said.err and "60 tokens" in said.err and "48" in said.err
+    assert said.out.count("ref_logp") == 1
+
+
+def test_a_folder_that_is_no_ppo_run_is_refused(world):
+    with pytest.raises(UserError, match="sft"):
+        Explainer(world / "sft", CPU)

@@ -1,0 +1,330 @@
+"""The mathematics of PPO against brute force: enumeration, definitions, finite differences. The traps are in
+test_traps.py; here is what must hold of each function of minirlhf/ppo.py."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf import ppo
+from minirlhf.runs import set_lr, set_tf_epsilon
+from mutation import mutant
+from small_world import ragged_mask
+
+LENGTHS, R = [5, 1, 7, 3], 7
+POISONS = [1e6, -1e6, math.nan, math.inf]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def distributions(seed, V=3):
+    """Two distributions over V tokens, as logits in float64."""
+    return randn(V, seed=seed), randn(V, seed=seed + 100)
+
+
+# ---- statistics over tokens ------------------------------------------------------------------------------------------
+
+def check_whitening(whiten):
+    mask, x = ragged_mask(LENGTHS, R), randn(4, R) * 3 + 5
+    compact = x[mask].numpy()
+    white = whiten(x, mask)
+    np.testing.assert_allclose(white[mask], (compact - compact.mean()) / compact.std(), rtol=1e-7)
+    assert (white[~mask] == 0).all()
+    scaled = whiten(x, mask, shift_mean=False)[mask].numpy()
+    assert math.isclose(scaled.mean(), compact.mean()) and math.isclose(scaled.std(), 1, rel_tol=1e-7)
+
+
+def test_whitening_is_whitening_of_the_compacted_vector():
+    check_whitening(ppo.whiten)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("mean = masked_mean(x, mask)", "mean = x.mean()"),
+    ("variance = masked_mean((x - mean) ** 2, mask)", "variance = x.var()"),
+    ("variance = masked_mean((x - mean) ** 2, mask)", "variance = x[mask].var()"),             # n - 1
+    ("white if shift_mean else white + mean", "white"),
+    (".masked_fill(~mask, 0)", ""),
+])
+def test_other_ways_to_whiten_are_noticed(old, new):
+    with pytest.raises(AssertionError):
+        check_whitening(mutant(ppo.whiten, old, new))
+
+
+def test_the_mean_is_over_tokens_and_not_over_rows():
+    x = torch.tensor([[1.0, 1, 1], [4, 9, 9]])
+    assert ppo.masked_mean(x, ragged_mask([3, 1], 3)) == 7 / 4
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_none_for_a_constant_and_numpys_in_between():
+    mask, returns = ragged_mask(LENGTHS, R), randn(4, R)
+    assert math.isclose(ppo.explained_variance(returns, returns, mask), 1)
+    assert math.isclose(ppo.explained_variance(returns + 3, returns, mask), 1)         # an offset is not its business
+    assert abs(ppo.explained_variance(torch.full_like(returns, 2), returns, mask)) < 1e-6
+    values = returns + randn(4, R, seed=1)
+    expected = 1 - np.var((returns - values)[mask].numpy()) / np.var(returns[mask].numpy())
+    assert math.isclose(ppo.explained_variance(values, returns, mask), expected, rel_tol=1e-6)
+
+
+# ---- log-probabilities, KL, entropy: a world of three tokens ---------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_log_probabilities_and_entropy_are_those_of_the_tempered_distribution(temperature):
+    logits = randn(5, 3)
+    weights = np.exp(logits.numpy() / temperature)
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    for token in range(3):
+        logprobs = ppo.token_logprobs(logits, torch.full((5,), token), temperature)
+        assert logprobs.dtype == torch.float32
+        np.testing.assert_allclose(logprobs.exp(), probabilities[:, token], rtol=1e-6)
+    entropy = -(probabilities * np.log(probabilities)).sum(axis=1)
+    np.testing.assert_allclose(ppo.token_entropy(logits, temperature), entropy, rtol=1e-6)
+
+
+def test_bfloat16_logits_are_raised_to_float32_before_the_softmax():
+    logits = randn(4, 1000).bfloat16()
+    torch.testing.assert_close(ppo.token_logprobs(logits, torch.arange(4)),
+                               ppo.token_logprobs(logits.double(), torch.arange(4)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_approx_kl_tends_to_the_exact_kl_for_small_steps(seed):
+    old, direction = distributions(seed)
+    for step in (1e-1, 1e-2, 1e-3):
+        old_logprobs, logprobs = old.log_softmax(0), (old + step * direction).log_softmax(0)
+        exact = (old_logprobs.exp() * (old_logprobs - logprobs)).sum()
+        estimate = (old_logprobs.exp() * ppo.approx_kl(logprobs, old_logprobs)).sum()
+        assert abs(estimate / exact - 1) < 3 * step
+
+
+# ---- rewards, values, advantages -------------------------------------------------------------------------------------
+
+def gae_by_definition(rewards, values, lengths, gamma, lam):
+    """A_t = sum over l of (gamma lambda)^l delta_(t+l), row by row, in O(T^2)."""
+    advantages = np.zeros(rewards.shape)
+    for b, T in enumerate(lengths):
+        r, v = rewards[b, :T].tolist(), values[b, :T].tolist() + [0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(T)]
+        for t in range(T):
+            advantages[b, t] = sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:]))
+    return advantages
+
+
+def check_gae(gae, gamma, lam):
+    mask, rewards, values = ragged_mask(LENGTHS, R), randn(4, R), randn(4, R, seed=1)
+    expected = gae_by_definition(rewards, values, LENGTHS, gamma, lam)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    np.testing.assert_allclose(returns[mask], (torch.tensor(expected) + values)[mask], atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.5), (1, 0), (0.99, 1), (1, 1)])
+def test_gae_is_the_quadratic_definition_on_ragged_rows(gamma, lam):
+    check_gae(ppo.gae, gamma, lam)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("gamma * lam * next_advantage", "lam * next_advantage"),
+    ("+ gamma * next_value - values", "+ gamma * values[:, -1] - values"),
+    ("values.masked_fill(~mask, 0)", "values"),                                                 # bootstraps off a pad
+    ("rewards.masked_fill(~mask, 0)", "rewards"),
+    ("return advantages, advantages + values", "return advantages, advantages"),
+])
+def test_other_recursions_are_noticed(old, new):
+    with pytest.raises(AssertionError):
+        check_gae(mutant(ppo.gae, old, new), 0.9, 0.5)
+
+
+def test_with_lambda_one_the_return_is_the_reward_to_go_whatever_the_values():
+    mask, rewards = ragged_mask(LENGTHS, R), randn(4, R)
+    _, returns = ppo.gae(rewards, 100 * randn(4, R, seed=1), mask, gamma=1, lam=1)
+    for b, T in enumerate(LENGTHS):
+        for t in range(T):
+            assert math.isclose(returns[b, t], rewards[b, t:T].sum(), abs_tol=1e-9)
+
+
+def test_the_kl_is_paid_at_every_token_and_the_score_comes_at_the_last():
+    mask, kl, scores = ragged_mask(LENGTHS, R), randn(4, R), randn(4, seed=1)
+    rewards = ppo.token_rewards(kl, scores, mask, beta=0.3)
+    for b, t in itertools.product(range(4), range(R)):
+        expected = -0.3 * kl[b, t] if t < LENGTHS[b] else 0
+        assert math.isclose(rewards[b, t], expected + scores[b] * (t == LENGTHS[b] - 1), abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_stands_under_the_mask_reaches_no_statistic_reward_or_advantage(poison):
+    mask, x, y, scores = ragged_mask(LENGTHS, R), randn(4, R), randn(4, R, seed=1), randn(4, seed=2)
+    px, py = x.masked_fill(~mask, poison), y.masked_fill(~mask, poison)
+    assert ppo.masked_sum(px, mask) == ppo.masked_sum(x, mask)
+    assert ppo.masked_mean(px, mask) == ppo.masked_mean(x, mask)
+    assert ppo.explained_variance(px, py, mask) == ppo.explained_variance(x, y, mask)
+    assert torch.equal(ppo.token_rewards(px, scores, mask, 0.1), ppo.token_rewards(x, scores, mask, 0.1))
+    for shift_mean in (True, False):
+        assert torch.equal(ppo.whiten(px, mask, shift_mean), ppo.whiten(x, mask, shift_mean))
+    for poisoned, clean in zip(ppo.gae(px, py, mask), ppo.gae(x, y, mask)):
+        assert torch.equal(poisoned, clean)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+def check_gradient(loss, x, h=1e-6):
+    """autograd against central differences, in float64."""
+    x = x.clone().requires_grad_()
+    gradient, = torch.autograd.grad(loss(x), x)
+    x = x.detach()
+    for i in range(x.numel()):
+        step = torch.zeros_like(x)
+        step.view(-1)[i] = h
+        difference = (loss(x + step) - loss(x - step)) / (2 * h)
+        assert abs(gradient.view(-1)[i] - difference) < 1e-6
+
+
+def clipping_cases():
+    """Log-ratios on both sides of both edges of the clip 0.2, each with both signs of the advantage."""
+    ratios = torch.tensor([[0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0]] * 2, dtype=torch.float64)
+    advantages = torch.tensor([[1.5], [-0.7]], dtype=torch.float64).expand(2, 7)
+    return ratios.log(), advantages
+
+
+def check_policy_gradient(policy_losses):
+    logprobs, advantages = clipping_cases()
+    old = randn(2, 7)
+    check_gradient(lambda x: policy_losses(x, old, advantages, 0.2).sum(), old + logprobs)
+
+
+def check_policy_bound(policy_losses):
+    """The loss is never below that of the plain ratio, is it inside the clip, and is flat where a step has gone far
+    enough: above 1.2 for a good token, below 0.8 for a bad one."""
+    logprobs, advantages = clipping_cases()
+    x = logprobs.clone().requires_grad_()
+    losses, plain = policy_losses(x, torch.zeros_like(x), advantages, 0.2), -logprobs.exp() * advantages
+    gradient, = torch.autograd.grad(losses.sum(), x)
+    inside = (logprobs.exp() - 1).abs() < 0.2
+    assert (losses >= plain).all() and torch.equal(losses[inside], plain[inside])
+    assert (gradient == 0).tolist() == [[False] * 5 + [True] * 2, [True] * 2 + [False] * 5]
+
+
+def check_value_gradient(value_losses):
+    returns, old = randn(4, R), randn(4, R, seed=1)
+    check_gradient(lambda x: value_losses(x, old, returns, 0.2).sum(), old + 0.3 * randn(4, R, seed=2))
+
+
+def check_value_bound(value_losses):
+    """Within the clip it is half the squared error; outside it is the worse of two, so never less than that."""
+    returns, old, change = randn(4, R), randn(4, R, seed=1), 0.3 * randn(4, R, seed=2)
+    losses, plain = value_losses(old + change, old, returns, 0.2), (old + change - returns) ** 2 / 2
+    inside = change.abs() < 0.2
+    assert (losses >= plain).all()
+    torch.testing.assert_close(losses[inside], plain[inside])
+    stuck = 0.5 * (old + 0.2 * change.sign() - returns) ** 2           # what the loss would be at the edge of the clip
+    torch.testing.assert_close(losses[~inside], torch.maximum(plain, stuck)[~inside])
+    torch.testing.assert_close(value_losses(old + change, old, returns, math.inf), plain)       # --value_clip 0
+
+
+@pytest.mark.parametrize("check, function", [
+    (check_policy_gradient, ppo.policy_losses), (check_policy_bound, ppo.policy_losses),
+    (check_value_gradient, ppo.value_losses), (check_value_bound, ppo.value_losses),
+])
+def test_losses_and_their_gradients(check, function):
+    check(function)
+
+
+@pytest.mark.parametrize("check, function, old, new", [
+    (check_policy_gradient, ppo.policy_losses, "* advantages)", "* advantages).detach() + logprobs"),
+    (check_policy_bound, ppo.policy_losses, "-torch.min(", "-torch.max("),
+    (check_policy_bound, ppo.policy_losses, "return -torch", "return torch"),
+    (check_policy_bound, ppo.policy_losses, "ratio.clamp(1 - clip, 1 + clip)", "ratio"),
+    (check_value_gradient, ppo.value_losses, "(values - old_values).clamp", "(values - old_values).detach().clamp"),
+    (check_value_bound, ppo.value_losses, "torch.max(", "torch.min("),
+    (check_value_bound, ppo.value_losses, "return 0.5 * ", "return "),
+])
+def test_other_losses_are_noticed(check, function, old, new):
+    with pytest.raises(AssertionError):
+        check(mutant(function, old, new))
+
+
+def test_the_gradient_of_the_first_step_is_the_policy_gradient():
+    """At ratio 1 the clipped loss has the gradient of -A log p: by enumeration, that of the expected advantage."""
+    logits, advantages = randn(3).requires_grad_(), torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    expected, = torch.autograd.grad(-(logits.softmax(0) * advantages).sum(), logits)
+    logprobs, probabilities = logits.log_softmax(0), logits.softmax(0).detach()
+    losses = ppo.policy_losses(logprobs, logprobs.detach(), advantages, 0.2)
+    actual, = torch.autograd.grad((probabilities * losses).sum(), logits)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_clipped_says_which_ratios_lie_outside():
+    logprobs, _ = clipping_cases()
+    assert ppo.clipped(logprobs[0], torch.zeros(7), 0.2).tolist() == [True, True, False, False, False, True, True]
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+class TensorFlowAdam:
+    """tf.train.AdamOptimizer as its documentation writes it, where epsilon is "epsilon hat": numpy, float64."""
+
+    def __init__(self, lr, eps, beta1=0.9, beta2=0.999):
+        self.lr, self.eps, self.beta1, self.beta2 = lr, eps, beta1, beta2
+        self.t, self.m, self.v = 0, 0.0, 0.0
+
+    def step(self, parameter, gradient):
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * gradient
+        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient ** 2
+        lr = self.lr * math.sqrt(1 - self.beta2 ** self.t) / (1 - self.beta1 ** self.t)
+        return parameter - lr * self.m / (np.sqrt(self.v) + self.eps)
+
+
+def check_adam(set_epsilon, eps=1e-5, steps=300):
+    """Gradients from far above to far below epsilon; both start from 0 and must stay together."""
+    scales = np.logspace(1, -8, 10)
+    parameter = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, eps=eps, weight_decay=0.0, fused=True)
+    theirs, rng, expected = TensorFlowAdam(1e-3, eps), np.random.default_rng(0), np.zeros(10)
+    for _ in range(steps):
+        gradient = scales * (0.5 + rng.normal(size=10))
+        expected = theirs.step(expected, gradient)
+        parameter.grad = torch.tensor(gradient)
+        set_epsilon(optimizer, eps)
+        optimizer.step()
+        np.testing.assert_allclose(parameter.detach(), expected, rtol=1e-7)
+
+
+def test_tensorflow_adam_is_a_hand_written_one_over_300_steps():
+    check_adam(set_tf_epsilon)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("group[\"eps\"] = eps / (1 - group[\"betas\"][1] ** t) ** 0.5", "group[\"eps\"] = eps"),  # PyTorch's form
+    ("t = 1 + max(", "t = max("),
+    ("** 0.5", ""),
+])
+def test_other_epsilons_are_noticed(old, new):
+    with pytest.raises((AssertionError, ZeroDivisionError)):
+        check_adam(mutant(set_tf_epsilon, old, new))
+
+
+def test_pytorchs_early_steps_are_larger_than_tensorflows():
+    """Several times, where gradients are near epsilon: B saw it in the approx-KL of early updates."""
+    lengths = {}
+    for name in ("torch", "tensorflow"):
+        parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([parameter], lr=1.0, eps=1e-5, weight_decay=0.0)
+        parameter.grad = torch.full((1,), 1e-4, dtype=torch.float64)
+        if name == "tensorflow":
+            set_tf_epsilon(optimizer, 1e-5)
+        optimizer.step()
+        lengths[name] = -float(parameter.detach())
+    assert 2 < lengths["torch"] / lengths["tensorflow"] < 10
+
+
+def test_the_learning_rate_falls_in_a_line_to_zero():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rates = []
+    for step in range(10):
+        set_lr(optimizer, 0.5, step, 10)
+        rates.append(optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, np.linspace(0.5, 0, 11)[:-1])
