@@ -50,7 +50,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature, and of every log-probability (A: 0.7)", least=0.01)
     lr: float = option(6e-4, "policy learning rate, decaying linearly to 0 (A: 1e-5, C: 3e-6, for larger models)", least=0)
     value_lr: float = option(1e-3, "value learning rate, likewise", least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm (A: no limit)", least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 is no limit (A)", least=0)
     beta: float = option(0.05, "reward lost per nat of KL (C: 0.05, A: 0.15)", least=0)
     target_kl: float = option(0.0, "adapt beta to this KL, nats per sequence (A: 6); 0 keeps beta fixed", least=0)
     horizon: int = option(10_000, "of the adaptation, in episodes (A)", least=1)
@@ -82,7 +82,7 @@ PRESETS = {
                   heldout=f"out/data/openai_2019/{task}/prompts_test.jsonl", out=f"out/ppo_{task}", max_prompt=64,
                   max_response=24, drop_long=True, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15, target_kl=6.0,
                   lr=1e-5, value_lr=1e-5, batch_size=512, minibatches=1, micro_batch=32, iterations=1953, whiten_rewards=True,
-                  tf_adam=True, max_grad_norm=1e9, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
+                  tf_adam=True, max_grad_norm=0.0, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
 }
 
 
@@ -218,7 +218,7 @@ def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
             if n_seen == 0:
                 check_first_ratio(sums, n_tokens, cfg)
             for optimizer, model in zip(optimizers, (policy, value)):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
                 if cfg.tf_adam:
                     set_tf_epsilon(optimizer, cfg.adam_eps)
                 optimizer.step()

@@ -37,7 +37,7 @@ class Config:
     loss: str = option("pairs", f"ranking loss: {', '.join(LOSSES)}")
     lr: float = option(2e-3, "learning rate, decaying linearly to 0", least=0)
     lm_coef: float = option(0.3, "weight of the language-modelling loss on the answers beside the ranking loss", least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 is no limit", least=0)
     normalise: int = option(512, "samples of the SFT model whose scores get mean 0 and deviation 1", least=2)
     temperature: float = option(1.0, "of those samples: the temperature PPO will sample at", least=0)
     stop_token: int = option(-1, "the token id that ends a sample; -1 is EOS", least=-1)
@@ -207,7 +207,7 @@ def main(argv=None):
                             "a lower --lr may help")
 
         # 3. The step.
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
         set_lr(optimizer, cfg.lr, step, steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -228,12 +228,12 @@ def main(argv=None):
 
     # 5. Normalise: a unit of reward is one standard deviation of what the SFT model earns.
     normalise(model, sft, examples, cfg, tokenizer)
-    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     run.export(model, tokenizer)
     if heldout:
         report |= beside_length(report["rm_accuracy_heldout"], heldout)
     report |= {"seed": cfg.seed, "seconds": run.seconds(), "reward_mean": model.reward_mean, "reward_std": model.reward_std}
     run.report(report)
+    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     print_table(f"Reward model done: {run.folder}", list(report.items()))
 
 

@@ -132,11 +132,11 @@ def main(argv=None):
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
 
-    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     run.export(model, tokenizer)
     report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": loss, "loss_heldout": loss_heldout,
               "perplexity": math.exp(loss_heldout)}
     run.report(report)
+    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     print_table(f"SFT done: {run.folder}", list(report.items()))
 
 

@@ -50,9 +50,12 @@ def from_dict(config_class, values, where):
 
 
 def run_main(main):
-    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a training script goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)

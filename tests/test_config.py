@@ -66,6 +66,14 @@ def test_main_turns_a_user_error_into_one_line_and_exit_code_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "error: out/sft: no such folder\n"
 
 
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo])
 def test_help_shows_every_option_with_its_default(script, capsys):
     with pytest.raises(SystemExit) as stop:

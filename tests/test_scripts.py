@@ -216,3 +216,10 @@ def test_frozen_blocks_and_embeddings_stay_as_they_were(world):
     before, after = (from_pretrained(world / name).state_dict() for name in ("base", "sft_frozen"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)
+
+
+def test_without_a_limit_gradients_are_as_long_as_they_are(world):
+    """0 is no limit: the same run as with a limit that nothing reaches, and not one that stands still."""
+    for name, limit in (("rm_unlimited", "0"), ("rm_huge", "1e9")):
+        train_rm.main(rm_args(world, name) + ["--max_grad_norm", limit])
+    assert same_run(world / "rm_unlimited", world / "rm_huge") and not same_run(world / "rm_unlimited", world / "rm")
