@@ -11,7 +11,6 @@ Extra fields are kept out of the way and ignored. Every error is a UserError tha
 `python -m minirlhf.data FILE ...` validates and describes files, and counts the prompts that two of them share.
 """
 
-import argparse
 import json
 import statistics
 from itertools import combinations
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf.config import UserError, run_main
+from minirlhf.config import Parser, UserError, run_main
 from minirlhf.tokenizer import load_tokenizer
 
 
@@ -257,8 +256,8 @@ def pieces(ids, tokenizer, most=60):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.data", description="Validates JSONL files and describes "
-                                     "them; of several it counts the prompts that they share.")
+    parser = Parser(prog="python -m minirlhf.data", description="Validates JSONL files and describes "
+                    "them; of several it counts the prompts that they share.")
     parser.add_argument("file", nargs="+")
     parser.add_argument("--tokenizer", default="data/tiny", help="a model's name or folder [data/tiny]")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ from itertools import zip_longest
 
 import torch
 
-from minirlhf.config import UserError, run_main
+from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import decode, read_prompts
 from minirlhf.generate import respond
 from minirlhf.runs import pick_device
@@ -44,8 +44,8 @@ def side_by_side(texts, width):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.tools.chat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m minirlhf.tools.chat", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="one or more model folders")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="what an empty line chooses from")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from minirlhf import ppo
-from minirlhf.config import UserError, run_main
+from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import decode, encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function, load_gold
 from minirlhf.generate import respond, response_logprobs
@@ -158,8 +158,8 @@ def print_report(columns):
 # ---- python -m minirlhf.tools.evaluate -------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.tools.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m minirlhf.tools.evaluate", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="model folders; the first is the reference")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
@@ -175,9 +175,9 @@ def main(argv=None):
     measure = load_function(f"{TINY_GOLD}:measure") if gold else None
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
 
+    loaded = [(path, load_tokenizer(path), from_pretrained(path).to(device)) for path in args.models]
     columns, reference, before = {}, None, None
-    for path in args.models:
-        tokenizer, model = load_tokenizer(path), from_pretrained(path).to(device)
+    for path, tokenizer, model in loaded:
         answers = answer(model, tokenizer, rows, args.max_response, args.temperature, args.seed, path)
         columns[path] = qualities(model, tokenizer, answers, demonstrations, measure)
         values = gold(answers.prompts, answers.texts) if gold else None

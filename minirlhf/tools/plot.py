@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from minirlhf.config import UserError, run_main
+from minirlhf.config import Parser, UserError, run_main
 from minirlhf.runs import read_run
 
 PANELS = [  # metric, title, unit
@@ -57,8 +57,8 @@ def draw(runs, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minirlhf.tools.plot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m minirlhf.tools.plot", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of PPO runs")
     parser.add_argument("--labels", nargs="+", help="names for the legend, one per run; the folders' if not given")
     parser.add_argument("--out", default="curves.png", help="the picture to write [curves.png]")
