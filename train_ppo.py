@@ -15,13 +15,15 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import ppo
-from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.compute import (all_sum, check_shares, eos_of, epoch_batch, freeze, generator, join, memory, pick_device, precision,
+                              set_lr, set_tf_epsilon, share, spread, sum_gradients)
+from minirlhf.config import UserError, during, option, parse, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_function, load_gold
 from minirlhf.generate import generate, respond
 from minirlhf.health import complaints
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, memory, pick_device, precision, print_table, set_lr, set_tf_epsilon
+from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate import assess_run, print_report
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -71,6 +73,7 @@ class Config:
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
+    allow_changes: bool = option(False, "let --resume go on though other options differ from before")
 
 
 PRESETS = {
@@ -116,22 +119,22 @@ def response_values(model, ids, attend, P):
     return model(ids, attend)[:, P - 1:-1]
 
 
-def in_chunks(function, size, *tensors):
-    """function over rows, `size` at a time, so that memory does not grow with the rollout; the results concatenated."""
-    chunks = zip(*(tensor.split(size) for tensor in tensors))
-    return torch.cat([function(*chunk) for chunk in chunks])
-
-
 def roll_out(policy, batch, tokenizer, cfg, iteration, device):
     """Step 1: one sampled response per prompt."""
-    uniforms = torch.rand(len(batch), cfg.max_response, generator=generator(cfg.seed, 4, iteration)).to(device)
+    def sample(prompts, prompt_mask, uniforms):
+        sampled = generate(policy, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
+        return torch.cat([sampled.ids, sampled.mask, sampled.finished[:, None]], dim=1)             # (B, R + R + 1) int64
+
+    R = cfg.max_response
+    uniforms = torch.rand(len(batch), R, generator=generator(cfg.seed, 4, iteration)).to(device)
     prompts, prompt_mask = left_pad([example.prompt for example in batch], device)
-    sampled = generate(policy, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
-    R = int(sampled.mask.sum(dim=1).max())                      # columns that no response reached are cut off
-    ids, mask = sampled.ids[:, :R].clone(), sampled.mask[:, :R].clone()     # out of inference mode
+    sampled = spread(sample, len(batch), prompts, prompt_mask, uniforms)
+    ids, mask, finished = sampled[:, :R], sampled[:, R:2 * R].bool(), sampled[:, -1].bool()
+    R = int(mask.sum(dim=1).max())                              # columns that no response reached are cut off
+    ids, mask = ids[:, :R], mask[:, :R]
     texts = [decode(tokenizer, row[:n]) for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist())]
     return Rollout([example.row.prompt for example in batch], texts, prompts.shape[1], torch.cat([prompts, ids], dim=1),
-                   torch.cat([prompt_mask, mask], dim=1), mask, sampled.finished)
+                   torch.cat([prompt_mask, mask], dim=1), mask, finished)
 
 
 def make_scorer(cfg, policy, examples, tokenizer, device):
@@ -142,7 +145,7 @@ def make_scorer(cfg, policy, examples, tokenizer, device):
         if reward.config.vocab_size != policy.config.vocab_size:
             raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
                             f"{policy.config.vocab_size}: they must share one vocabulary")
-        return (lambda r: in_chunks(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
+        return (lambda r: spread(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
     function = load_function(cfg.reward)
     print(f"the reward is {cfg.reward}: its code runs here")
     chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
@@ -151,7 +154,12 @@ def make_scorer(cfg, policy, examples, tokenizer, device):
     texts = [decode(tokenizer, ids) for ids, _ in answers]
     raw = call_reward(function, [e.row.prompt for e in chosen], texts)
     mean, std = float(raw.mean()), float(raw.std()) or 1.0
-    return (lambda r: ((call_reward(function, r.prompts, r.texts) - mean) / std).to(device)), None
+
+    def score(r):
+        def of_rows(rows):
+            return call_reward(function, [r.prompts[i] for i in rows], [r.texts[i] for i in rows]).to(device)
+        return (spread(of_rows, len(r.texts), torch.arange(len(r.texts))) - mean) / std
+    return score, None
 
 
 @torch.no_grad()
@@ -160,7 +168,7 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
     r, size = rollout, cfg.micro_batch or len(rollout.ids)
 
     # 2. Score: one number per response; a fixed low one where it did not end.
-    r.scores = ppo.penalise_unfinished(score(r), r.finished, cfg.missing_eos)
+    r.scores = ppo.penalise_unfinished(finite(score(r), r), r.finished, cfg.missing_eos)
 
     # 3. Log-probabilities under the policy and the reference: the same function, temperature and precision, and full
     #    forward passes, since in bfloat16 those of the cached sampling differ by about 1e-2.
@@ -168,8 +176,8 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
         logits = response_logits(model, ids, attend, r.P)
         return torch.stack([ppo.token_logprobs(logits, ids[:, r.P:], cfg.temperature),
                             ppo.token_entropy(logits, cfg.temperature)], dim=1)         # (B, 2, R)
-    r.logprobs, r.entropy = in_chunks(lambda *x: logprobs_and_entropy(policy, *x), size, r.ids, r.attend).unbind(1)
-    r.ref_logprobs = in_chunks(lambda *x: logprobs_and_entropy(reference, *x), size, r.ids, r.attend)[:, 0]
+    r.logprobs, r.entropy = spread(lambda *x: logprobs_and_entropy(policy, *x), size, r.ids, r.attend).unbind(1)
+    r.ref_logprobs = spread(lambda *x: logprobs_and_entropy(reference, *x), size, r.ids, r.attend)[:, 0]
 
     # 4. Reward per token: -beta KL everywhere, the score at the last one.
     kl = ppo.kl_k1(r.logprobs, r.ref_logprobs)                                          # (B, R)
@@ -178,7 +186,7 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
         r.rewards = ppo.whiten(r.rewards, r.mask, shift_mean=False)
 
     # 5. Values, advantages, returns.
-    r.values = in_chunks(lambda *x: response_values(value, *x, r.P), size, r.ids, r.attend)
+    r.values = spread(lambda *x: response_values(value, *x, r.P), size, r.ids, r.attend)
     advantages, r.returns = ppo.gae(r.rewards, r.values, r.mask, cfg.gamma, cfg.lam)
 
     # 6. Whiten over the tokens of the whole rollout.
@@ -201,32 +209,35 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
 def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
     """Step 7: several passes of clipped policy and value losses over one rollout; returns means per token of them all."""
-    sums, n_seen, lengths = {}, 0, rollout.mask.sum(dim=1).cpu()
+    totals, n_seen, lengths = {}, 0, rollout.mask.sum(dim=1).cpu()
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(lengths), generator=generator(cfg.seed, 5, iteration, epoch))
-        kl_before, n_before = sums.get("policy/approxkl_avg", 0.0), n_seen
+        kl_before, n_before = totals.get("policy/approxkl_avg", 0.0), n_seen
         for rows in order.chunk(cfg.minibatches):
             rows = rows[lengths[rows].argsort(stable=True)]     # similar lengths share a pass: fewer pads
-            n_tokens = int(lengths[rows].sum())                 # of the minibatch, not of the micro-batch
-            for part in rows.split(cfg.micro_batch or len(rows)):
+            n_tokens, sums = int(lengths[rows].sum()), 0.0      # of the minibatch, not of the micro-batch
+            for part in share(rows).split(cfg.micro_batch or len(rows)):
                 with autocast:
                     losses = minibatch_losses(rollout, part.to(rollout.ids.device), int(lengths[part].max()), policy, value, cfg)
                 ((losses["loss/policy_avg"] + losses["loss/value_avg"]) / n_tokens).backward()
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(loss.detach())
-            check_losses(sums, rollout, rows, iteration)
+                sums = sums + torch.stack([loss.detach() for loss in losses.values()])
+            sums = dict(zip(losses, all_sum(sums).tolist()))
+            check_finite("loss", sums["loss/policy_avg"] + sums["loss/value_avg"], rollout, rows)
             if n_seen == 0:
                 check_first_ratio(sums, n_tokens, cfg)
             for optimizer, model in zip(optimizers, (policy, value)):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
+                sum_gradients(model)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
+                check_finite("gradient", float(norm), rollout, rows)
                 if cfg.tf_adam:
                     set_tf_epsilon(optimizer, cfg.adam_eps)
                 optimizer.step()
                 optimizer.zero_grad()
+            totals = {name: totals.get(name, 0.0) + sums[name] for name in sums}
             n_seen += n_tokens
-        if cfg.stop_kl and (sums["policy/approxkl_avg"] - kl_before) / (n_seen - n_before) > cfg.stop_kl:
+        if cfg.stop_kl and (totals["policy/approxkl_avg"] - kl_before) / (n_seen - n_before) > cfg.stop_kl:
             break
-    return {name: total / n_seen for name, total in sums.items()}
+    return {name: total / n_seen for name, total in totals.items()}
 
 
 def minibatch_losses(rollout, rows, R, policy, value, cfg):
@@ -254,12 +265,20 @@ def minibatch_losses(rollout, rows, R, policy, value, cfg):
     return {name: ppo.masked_sum(x, mask) for name, x in per_token.items()}
 
 
-def check_losses(sums, rollout, rows, iteration):
-    """Nothing is skipped: a loss that is not a number ends the run before it reaches a weight."""
-    if not math.isfinite(sums["loss/policy_avg"] + sums["loss/value_avg"]):
+def finite(scores, rollout):
+    """The scores (B,); UserError names the first response that has none."""
+    for score, prompt, text in zip(scores.tolist(), rollout.prompts, rollout.texts):
+        if not math.isfinite(score):
+            raise UserError(f"the score is {score} for the response {text!r} to {prompt!r}")
+    return scores
+
+
+def check_finite(what, number, rollout, rows):
+    """Nothing is skipped: a loss or gradient that is not a number ends the run before it reaches a weight."""
+    if not math.isfinite(number):
         i = int(rows[0])
-        raise UserError(f"iteration {iteration}: the loss is not finite; among its responses is {rollout.texts[i]!r} to "
-                        f"{rollout.prompts[i]!r}; a lower --lr or --value_lr may help")
+        raise UserError(f"the {what} is {number}; among its responses is {rollout.texts[i]!r} to {rollout.prompts[i]!r}; "
+                        "a lower --lr or --value_lr may help")
 
 
 def check_first_ratio(sums, n_tokens, cfg):
@@ -285,15 +304,15 @@ def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     if cfg.value_from not in ("reward", "sft"):
         raise UserError(f"--value_from must be reward or sft, not {cfg.value_from}")
-    device = pick_device(cfg.device)
+    device = join(pick_device(cfg.device))
     tokenizer = load_tokenizer(cfg.model)
     policy, reference = from_pretrained(cfg.model).to(device), from_pretrained(cfg.model).to(device)
     reference.requires_grad_(False)
-    examples = encode_rows(read_prompts(cfg.data), tokenizer, policy.config.n_positions, cfg.max_prompt,
-                           reserve=cfg.max_response, drop_long=cfg.drop_long)
+    limits = dict(positions=policy.config.n_positions, max_prompt=cfg.max_prompt, reserve=cfg.max_response, drop_long=cfg.drop_long)
+    examples = encode_rows(read_prompts(cfg.data), tokenizer, **limits)
     if cfg.heldout:
-        encode_rows(read_prompts(cfg.heldout), tokenizer, policy.config.n_positions, cfg.max_prompt,
-                    reserve=cfg.max_response, drop_long=cfg.drop_long)      # now, not after hours of training
+        encode_rows(read_prompts(cfg.heldout), tokenizer, **limits)     # now, not after hours of training
+    check_shares(len(examples), cfg.batch_size, cfg.minibatches)
     gold = load_gold(cfg.gold, cfg.data)
     score, reward_trunk = make_scorer(cfg, policy, examples, tokenizer, device)
     trunk = policy if cfg.value_from == "sft" or reward_trunk is None else reward_trunk
@@ -304,35 +323,27 @@ def main(argv=None):
                   for model, lr in ((policy, cfg.lr), (value, cfg.value_lr))]
     autocast = precision(device, cfg.dtype)
     run = Run(cfg)
-    beta, first, history, warned = cfg.beta, run.state.get("step", 0), [], set()
-    if run.state:
-        for part, name in zip((policy, value, *optimizers), ("policy", "value", "policy_optimizer", "value_optimizer")):
-            part.load_state_dict(run.state[name])
-        beta = run.state["beta"]
-
-    def save(step):
-        run.save_state(step, policy=policy.state_dict(), value=value.state_dict(), beta=beta,
-                       policy_optimizer=optimizers[0].state_dict(), value_optimizer=optimizers[1].state_dict())
+    parts = dict(policy=policy, value=value, policy_optimizer=optimizers[0], value_optimizer=optimizers[1])
+    first, beta, warned = run.restore(**parts), run.state.get("beta", cfg.beta), set()
 
     print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on {device}, "
           f"{memory(policy, value, reference, *networks):.2g} GB before activations")
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="ppo", unit="it")
-    for iteration in bar:
+    for iteration in (bar := progress(first, cfg.iterations, "ppo", "it")):
         batch, _ = epoch_batch(examples, cfg.batch_size, iteration, cfg.seed, 2)
-        with autocast:
-            rollout = roll_out(policy, batch, tokenizer, cfg, iteration, device)                            # 1
-            metrics = make_experience(rollout, policy, reference, value, score, cfg, beta)                  # 2 - 6
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.value_lr)):
             set_lr(optimizer, lr, iteration, cfg.iterations)
-        metrics |= update(rollout, policy, value, optimizers, cfg, iteration, autocast)                     # 7
+        with during(f"iteration {iteration}"):
+            with autocast:
+                rollout = roll_out(policy, batch, tokenizer, cfg, iteration, device)                        # 1
+                metrics = make_experience(rollout, policy, reference, value, score, cfg, beta)              # 2 - 6
+            metrics |= update(rollout, policy, value, optimizers, cfg, iteration, autocast)                 # 7
 
         # 8. Log, print the best and the worst sample, update beta, checkpoint.
         gold_values = gold(rollout.prompts, rollout.texts) if gold else []
         if gold:
             metrics["objective/gold"] = sum(gold_values) / len(gold_values)
         run.log(iteration, metrics)
-        history.append(metrics)
-        for sign, sentence in complaints(history):
+        for sign, sentence in complaints(run.rows):
             if sign not in warned:
                 tqdm.write(f"[{iteration}] warning: {sentence}")
             warned.add(sign)
@@ -343,10 +354,10 @@ def main(argv=None):
             print_samples(rollout, iteration, gold_values)
         if cfg.target_kl:
             beta = ppo.adaptive_beta(beta, metrics["objective/kl"], cfg.target_kl, len(batch), cfg.horizon)
-        if (iteration + 1) % cfg.save_every == 0:
-            save(iteration + 1)
+        run.checkpoint(iteration + 1, cfg.iterations, **parts, beta=beta)
+    if not run.writes:
+        return
 
-    save(cfg.iterations)
     run.export(policy, tokenizer)
     report = {"seed": cfg.seed, "seconds": {"ppo": run.seconds()}}
     if cfg.heldout:

@@ -8,15 +8,16 @@ import dataclasses
 import math
 
 import torch
-from tqdm import tqdm
 
+from minirlhf.compute import (all_sum, eos_of, epoch_batch, freeze, generator, in_parts, join, memory, pick_device, precision,
+                              set_lr, share, sum_gradients)
 from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_comparisons, response_mask, right_pad
 from minirlhf.functions import load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.runs import Run, eos_of, epoch_batch, freeze, generator, memory, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.feedback_stats import wilson
 from minirlhf.weights import from_pretrained
@@ -51,6 +52,7 @@ class Config:
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
+    allow_changes: bool = option(False, "let --resume go on though other options differ from before")
 
 
 PRESETS = {
@@ -160,7 +162,7 @@ def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     if cfg.loss not in LOSSES:
         raise UserError(f"--loss must be one of {', '.join(LOSSES)}, not {cfg.loss}")
-    device, ranking_loss = pick_device(cfg.device), LOSSES[cfg.loss]
+    device, ranking_loss = join(pick_device(cfg.device)), LOSSES[cfg.loss]
     tokenizer, sft = load_tokenizer(cfg.model), from_pretrained(cfg.model)
     limits = dict(positions=sft.config.n_positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
                   drop_long=cfg.drop_long)
@@ -175,38 +177,36 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(freeze(model, cfg.freeze), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
     run = Run(cfg)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    first = run.state.get("step", 0)
+    parts = dict(model=model, optimizer=optimizer)
+    first = run.restore(**parts)
 
     n_pairs = int(sum(len(e.responses) * (len(e.responses) - 1) / 2 for e in examples))
     print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}, "
           f"{memory(model, sft):.2g} GB before activations")
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="rm", unit="step")
-    shown, report = {}, {}
-    for step in bar:
+    shown = {}
+    for step in (bar := progress(first, steps, "rm", "step")):
         # 1. A batch of prompts, each with all its answers: all pairs of a prompt belong to one step (InstructGPT).
         batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
 
         # 2. The ranking loss, the mean over the prompts of the whole batch, whatever the micro-batch.
         n_tokens = sum(len(response) for e in batch for response in e.responses)
-        size, loss, right, pairs = cfg.micro_batch or len(batch), 0.0, 0.0, 0
-        for i in range(0, len(batch), size):
-            part = batch[i:i + size]
+        sums = torch.zeros(3, device=device)                    # loss, pairs in the right order, pairs
+        for part in in_parts(share(batch), cfg.micro_batch):
             ranks = rank_tensor(part).to(device)
             with autocast:
                 scores, *answers = score_all(model, part, device)
                 lm_loss = language_loss(model, part, *answers) / n_tokens if cfg.lm_coef else 0.0
-            part_loss = ranking_loss(scores, ranks) * len(part) / len(batch) + cfg.lm_coef * lm_loss
-            part_loss.backward()
-            r, n = pair_accuracy(scores.detach(), ranks)
-            loss, right, pairs = loss + float(part_loss.detach()), right + float(r.sum()), pairs + int(n.sum())
+            loss = ranking_loss(scores, ranks) * len(part) / len(batch) + cfg.lm_coef * lm_loss
+            loss.backward()
+            right, pairs = pair_accuracy(scores.detach(), ranks)
+            sums += torch.stack([loss.detach(), right.sum(), pairs.sum()])
+        loss, right, pairs = all_sum(sums).tolist()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; among its comparisons is {batch[0].row.where}; "
                             "a lower --lr may help")
 
         # 3. The step.
+        sum_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
         set_lr(optimizer, cfg.lr, step, steps)
         optimizer.step()
@@ -216,24 +216,24 @@ def main(argv=None):
         metrics = {"loss/train": loss, "accuracy/train": right / pairs}
         if heldout and epoch_ends:
             with autocast:
-                report["rm_accuracy_heldout"], n = accuracy(model, heldout, rank_tensor(heldout), device)
+                metrics["rm_accuracy_heldout"], _ = accuracy(model, heldout, rank_tensor(heldout), device)
                 if gold:
-                    report["rm_accuracy_gold"], n = accuracy(model, heldout, gold_ranks(gold, heldout), device)
-            metrics |= report
-            shown = {name.removeprefix("rm_accuracy_"): f"{value:.3f}" for name, value in report.items()}
+                    metrics["rm_accuracy_gold"], _ = accuracy(model, heldout, gold_ranks(gold, heldout), device)
+            shown = {name.removeprefix("rm_accuracy_"): f"{metrics[name]:.3f}" for name in metrics if name.startswith("rm_")}
         run.log(step, metrics)
         bar.set_postfix(loss=f"{loss:.3f}", train=f"{right / pairs:.3f}", **shown)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+        run.checkpoint(step + 1, steps, **parts)
+    if not run.writes:
+        return
 
     # 5. Normalise: a unit of reward is one standard deviation of what the SFT model earns.
     normalise(model, sft, examples, cfg, tokenizer)
     run.export(model, tokenizer)
+    report = {name: value for name in ("rm_accuracy_heldout", "rm_accuracy_gold") if not math.isnan(value := run.last(name))}
     if heldout:
         report |= beside_length(report["rm_accuracy_heldout"], heldout)
     report |= {"seed": cfg.seed, "seconds": run.seconds(), "reward_mean": model.reward_mean, "reward_std": model.reward_std}
     run.report(report)
-    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     print_table(f"Reward model done: {run.folder}", list(report.items()))
 
 

@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from minirlhf.compute import all_sum, epoch_batch, freeze, in_parts, join, memory, pick_device, precision, set_lr, share, sum_gradients
 from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_demonstrations
 from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.runs import Run, epoch_batch, freeze, memory, pick_device, precision, print_table, set_lr
+from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -44,6 +44,7 @@ class Config:
     device: str = option("", "cuda, mps or cpu; the first there is if not given")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
     resume: bool = option(False, "continue the run in --out")
+    allow_changes: bool = option(False, "let --resume go on though other options differ from before")
 
 
 PRESETS = {
@@ -70,14 +71,13 @@ def sft_loss(model, examples, device):
 @torch.no_grad()
 def heldout_loss(model, examples, device, batch_size):
     """Mean loss per response token, nats."""
-    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-    losses, tokens = zip(*(sft_loss(model, batch, device) for batch in batches))
+    losses, tokens = zip(*(sft_loss(model, part, device) for part in in_parts(examples, batch_size)))
     return float(sum(losses)) / sum(tokens)
 
 
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
-    device = pick_device(cfg.device)
+    device = join(pick_device(cfg.device))
     tokenizer, model = load_model(cfg.model, cfg.seed)
     limits = dict(positions=model.config.n_positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
                   drop_long=cfg.drop_long)
@@ -89,35 +89,32 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(freeze(model, cfg.freeze), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps = cfg.epochs * math.ceil(len(examples) / cfg.batch_size)
     run = Run(cfg)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    first = run.state.get("step", 0)
+    parts = dict(model=model, optimizer=optimizer)
+    first = run.restore(**parts)
 
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on {device}, "
           f"{memory(model):.2g} GB before activations")
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="sft", unit="step")
-    loss_heldout = math.nan
-    for step in bar:
+    for step in (bar := progress(first, steps, "sft", "step")):
         # 1. A batch: every epoch is a fresh permutation.
         batch, epoch_ends = epoch_batch(examples, cfg.batch_size, step, cfg.seed)
 
         # 2. The loss: the mean over the response tokens of the whole batch, whatever the micro-batch.
         batch.sort(key=lambda e: len(e.prompt) + len(e.responses[0]))   # similar lengths share a pass: fewer pads
         n_tokens = sum(len(e.responses[0]) for e in batch)
-        size = cfg.micro_batch or len(batch)
-        loss = 0.0
-        for i in range(0, len(batch), size):
+        loss = torch.zeros((), device=device)
+        for part in in_parts(share(batch), cfg.micro_batch):
             with autocast:
-                part, _ = sft_loss(model, batch[i:i + size], device)
-            (part / n_tokens).backward()
-            loss += float(part.detach()) / n_tokens
+                part_loss = sft_loss(model, part, device)[0] / n_tokens
+            part_loss.backward()
+            loss += part_loss.detach()
+        loss = float(all_sum(loss))
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; among its demonstrations is {batch[0].row.where}; "
                             "a lower --lr may help")
 
         # 3. The step.
+        sum_gradients(model)
         set_lr(optimizer, cfg.lr, step, steps, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,17 +123,17 @@ def main(argv=None):
         metrics = {"loss/train": loss}
         if heldout and epoch_ends:
             with autocast:
-                loss_heldout = metrics["loss/heldout"] = heldout_loss(model, heldout, device, cfg.micro_batch or cfg.batch_size)
+                metrics["loss/heldout"] = heldout_loss(model, heldout, device, cfg.micro_batch or cfg.batch_size)
         run.log(step, metrics)
-        bar.set_postfix(train=f"{loss:.3f}", heldout=f"{loss_heldout:.3f}")
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+        bar.set_postfix(train=f"{loss:.3f}", heldout=f"{run.last('loss/heldout'):.3f}")
+        run.checkpoint(step + 1, steps, **parts)
+    if not run.writes:
+        return
 
     run.export(model, tokenizer)
-    report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": loss, "loss_heldout": loss_heldout,
-              "perplexity": math.exp(loss_heldout)}
+    report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": run.last("loss/train"),
+              "loss_heldout": run.last("loss/heldout"), "perplexity": math.exp(run.last("loss/heldout"))}
     run.report(report)
-    run.save_state(steps, model=model.state_dict(), optimizer=optimizer.state_dict())
     print_table(f"SFT done: {run.folder}", list(report.items()))
 
 

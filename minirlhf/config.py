@@ -1,6 +1,7 @@
 """One dataclass per script is at once its command line, its saved JSON and the list of what may be changed."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 
@@ -49,6 +50,15 @@ def from_dict(config_class, values, where):
     return config_class(**values)
 
 
+@contextlib.contextmanager
+def during(what):
+    """Puts `what`, say "iteration 7", before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error.__cause__
+
+
 def run_main(main):
     """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
@@ -56,6 +66,10 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; a training script goes on from its last checkpoint with --resume", file=sys.stderr)
+    except OSError as error:                                    # a folder that cannot be made, moved or written to
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted; a training script goes on from its last checkpoint with --resume"
+        print(f"\n{said}", file=sys.stderr)
         sys.exit(130)

@@ -1,142 +1,95 @@
-"""What the three scripts share that is not RLHF: a run's folder, seeds, device and precision, the learning rate.
+"""A run's folder: what is written while a script trains, and how --resume goes on from it.
 
-A run folder holds the model (an export in the official layout), run.json (the resolved configuration), metrics.jsonl
-(only what is deterministic), state.pt (everything that --resume needs) and, at the end, report.json.
+It holds the model (an export in the official layout), run.json (the resolved configuration), metrics.jsonl
+(only what is deterministic), state.pt (everything that --resume needs), state.previous.pt (the one before it) and, at the
+end, report.json.
 """
 
-import contextlib
 import dataclasses
 import json
+import math
 import os
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from minirlhf.compute import ranks
 from minirlhf.config import UserError
-from minirlhf.tensors import read_json
+from minirlhf.tensors import read_json, whole_file, write_whole
 from minirlhf.tokenizer import save_tokenizer
 from minirlhf.weights import save_pretrained
 
+try:
+    import fcntl
+except ImportError:                                             # Windows: two runs on one folder go unnoticed there
+    fcntl = None
 
-# ---- seeds, device, precision ----------------------------------------------------------------------------------------
+HELD = {}                                                       # {folder: the file descriptor that keeps it locked}
 
-def generator(*numbers):
-    """A CPU generator for (seed, purpose, step, ...). Nothing draws from a global stream, so a draw depends on its own
-    numbers only: not on what ran before, and a resumed run needs no saved state of the generator."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number) % 2**63
-    return torch.Generator().manual_seed(mixed)
-
-
-def epoch_batch(items, size, step, *numbers):
-    """The batch of this step, and whether it is the last of its pass over the items; every pass is a fresh permutation
-    seeded by the numbers and the pass. The last batch of a pass may be smaller."""
-    n_batches = -(-len(items) // size)
-    epoch, position = divmod(step, n_batches)
-    order = torch.randperm(len(items), generator=generator(*numbers, epoch))
-    return [items[i] for i in order[position * size:(position + 1) * size]], position == n_batches - 1
-
-
-def pick_device(name):
-    """cuda, then mps, then cpu; a name overrides."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def precision(device, dtype):
-    """float32, or autocast to bfloat16 for the forward passes; parameters, losses and optimizer stay in float32."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype must be float32 or bfloat16, not {dtype}")
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-
-
-def eos_of(config, tokenizer):
-    """The token that ends a response: the tokenizer's EOS, unless --stop_token says otherwise."""
-    return tokenizer.eot_token if config.stop_token < 0 else config.stop_token
-
-
-def freeze(model, share):
-    """Freezes the embeddings and the first `share` of the blocks, and returns the parameters that are left to train.
-
-    A 6B model fits one GPU this way; a small one keeps what it knows. share 0 freezes nothing.
-    """
-    body = getattr(model, "transformer", model)
-    frozen = round(share * len(body.h))
-    if share:
-        model.requires_grad_(False)
-        for part in (*body.h[frozen:], body.ln_f, getattr(model, "score", None), getattr(body, "lm_head", None)):
-            if part is not None:
-                part.requires_grad_(True)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def memory(*models):
-    """GB of weights, gradients and Adam's two moments in float32: 16 bytes a parameter that trains, 4 one that does not."""
-    parameters = [parameter for model in models for parameter in model.parameters()]
-    return sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters) / 1e9
-
-
-def set_lr(optimizer, lr, step, steps, warmup=0):
-    """Linear warm-up over the first `warmup` steps, then linearly to 0 at `steps` (A, B: linear decay)."""
-    factor = min((step + 1) / warmup, 1.0) if warmup else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = lr * factor * (1 - step / steps)
-
-
-def set_tf_epsilon(optimizer, eps):
-    """TensorFlow's Adam divides by sqrt(v) + eps before the bias correction of v, PyTorch's after it. They are equal when
-    PyTorch's eps is eps / sqrt(1 - beta2^t); without it early updates are several times larger (B). Call before step()."""
-    t = 1 + max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    for group in optimizer.param_groups:
-        group["eps"] = eps / (1 - group["betas"][1] ** t) ** 0.5
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
 
 class Run:
-    """A run's folder, made (or found, with --resume) once all input has been read and found good."""
+    """A run's folder, made (or found, with --resume) once all input has been read and found good.
 
-    def __init__(self, config, extra=None):
-        """config: the script's dataclass, with `out` and `resume`; extra: more for run.json."""
-        self.folder = Path(config.out)
-        self.started = time.time()
-        self.state = self._continue(config) if config.resume else self._begin(config, extra or {})
+    Of several processes only the first `writes` to it. `rows` holds the metrics of all steps so far, as metrics.jsonl does.
+    Ctrl-C is held back until the step is done and saved; a second one stops at once.
+    """
 
-    def _begin(self, config, extra):
-        move_aside(self.folder)
-        self.folder.mkdir(parents=True)
-        values = {"config": dataclasses.asdict(config), **templates(config), **extra,
-                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        write_json(self.folder / "run.json", values)
-        (self.folder / "metrics.jsonl").touch()
+    def __init__(self, config):
+        """config: the script's dataclass; it has `out`, `save_every`, `resume` and `allow_changes`."""
+        self.folder, self.config = Path(config.out), config
+        self.writes, self.interrupted, self.started, self.rows = ranks()[0] == 0, False, time.time(), []
+        self.state = self._continue() if config.resume else self._begin()
+        if ranks()[1] == 1:                                     # torchrun has its own ways with signals
+            signal.signal(signal.SIGINT, self._hold_back)
+
+    def _begin(self):
+        if self.writes:
+            move_aside(self.folder)
+            self.folder.mkdir(parents=True)
+            lock(self.folder)
+            self._write_run_json()
+            (self.folder / "metrics.jsonl").touch()
         return {}
 
-    def _continue(self, config):
+    def _continue(self):
         """The saved state, after checking that this is the same run; metrics after that state are cut off."""
-        if not (self.folder / "state.pt").exists():
-            raise UserError(f"--resume: {self.folder} has no state.pt to continue from")
+        files = [file for name in ("state.pt", "state.previous.pt") if (file := self.folder / name).exists()]
+        if not files:
+            raise UserError(f"--resume: {self.folder} has no state.pt to continue from; without --resume a new run begins")
         if (self.folder / "report.json").exists():
             raise UserError(f"--resume: {self.folder} is finished; there is nothing left to do")
-        before = read_run(self.folder)
-        now = dataclasses.asdict(config)
-        changed = [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
-                   if name != "resume" and now[name] != before.get(name)]
-        if changed:
-            raise UserError(f"--resume: {self.folder} was started with other values: {', '.join(changed)}")
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        if self.writes:
+            lock(self.folder)
+        changed = changes(read_run(self.folder), dataclasses.asdict(self.config))
+        if changed and not self.config.allow_changes:
+            raise UserError(f"--resume: {self.folder} was started with other values: {', '.join(changed)}; give those, or "
+                            "--allow_changes")
+        state = newest_state(files)
         metrics = self.folder / "metrics.jsonl"
-        rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < state["step"]]
-        metrics.write_text("".join(row + "\n" for row in rows))
+        self.rows = [row for row in read_rows(metrics) if row["step"] < state["step"]]
+        if [row["step"] for row in self.rows] != list(range(state["step"])):
+            raise UserError(f"{metrics}: not the steps 0 to {state['step'] - 1} that {self.folder} has behind it")
+        if self.writes:
+            write_whole(metrics, [json_line(row) for row in self.rows])
+            if changed:
+                self._write_run_json()
         self.started -= state["seconds"]
-        print(f"{self.folder}: continued at step {state['step']}")
+        print(f"{self.folder}: continued at step {state['step']}" + (f", with {', '.join(changed)}" if changed else ""))
         return state
+
+    def _write_run_json(self):
+        write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), **templates(self.config),
+                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
+
+    def _hold_back(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
     def seconds(self):
         """Wall-clock seconds of this run, those before a --resume included."""
@@ -144,25 +97,116 @@ class Run:
 
     def log(self, step, metrics):
         """Appends one line to metrics.jsonl. Only what is deterministic belongs there: no times."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.rows.append({"step": step, **metrics})
+        if self.writes:
+            append(self.folder / "metrics.jsonl", json_line(self.rows[-1]))
 
-    def save_state(self, step, **parts):
-        """state.pt, whole or not at all: `step` is the first step still to be done."""
-        temporary = self.folder / "state.pt.tmp"
-        with open(temporary, "wb") as file:
-            torch.save({"step": step, "seconds": self.seconds(), **parts}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / "state.pt")
+    def last(self, name):
+        """The newest value of a metric, nan if it was never logged."""
+        return next((row[name] for row in reversed(self.rows) if name in row), math.nan)
+
+    def restore(self, **parts):
+        """Gives models and optimizers what the saved state has of the same names. Returns the first step still to do."""
+        for name, part in parts.items() if self.state else ():
+            try:
+                part.load_state_dict(self.state[name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise UserError(f"--resume: {self.folder}/state.pt does not fit the {name.replace('_', ' ')}: "
+                                f"{str(error).splitlines()[0]}") from None
+        return self.state.get("step", 0)
+
+    def checkpoint(self, step, steps, **parts):
+        """Writes state.pt every --save_every steps, after the last one and after Ctrl-C, which then ends the run.
+
+        step: how many are done, of `steps`; parts: models, optimizers, plain values; by these names restore() finds them.
+        """
+        if not self.writes or not (step % self.config.save_every == 0 or step == steps or self.interrupted):
+            return
+        state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+        append(self.folder / "metrics.jsonl", b"", sync=True)   # the rows before this step must not be lost either
+        with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
+            torch.save({"step": step, "seconds": self.seconds(), **state}, file)
+        if self.interrupted:
+            raise KeyboardInterrupt(f"interrupted: {self.folder} is saved after step {step} of {steps}; the same command with "
+                                    "--resume goes on from there")
 
     def export(self, model, tokenizer):
-        """The model in the official layout, and its vocabulary."""
+        """The model in the official layout, and its vocabulary. From here on Ctrl-C stops at once: the state is saved."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{self.folder}: the last step left NaN or infinity in {name}; nothing is exported; a lower "
+                                "--lr may help")
         save_pretrained(model, self.folder)
         save_tokenizer(tokenizer, self.folder)
 
     def report(self, values):
+        """report.json, the sign that the run is finished; the checkpoint before the last one has no use any more."""
         write_json(self.folder / "report.json", values)
+        (self.folder / "state.previous.pt").unlink(missing_ok=True)
+
+
+def changes(before, now):
+    """["--lr 0.1 -> 0.2", ...] of two configurations, as dicts; the options that say how to resume are none."""
+    return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
+            if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)]
+
+
+def newest_state(files):
+    """The first of these files that is whole, and a line about those that are not. UserError if none is."""
+    for file in files:
+        try:
+            # torch.load does not look at the checksums of its zip file, so a flipped bit in a weight would go unseen.
+            if zipfile.ZipFile(file).testzip() is None:
+                state = torch.load(file, map_location="cpu", weights_only=True)     # never code, only tensors and values
+                if isinstance(state, dict) and type(state.get("step")) is int:
+                    return state
+        except Exception:                                       # a damaged file fails in many ways
+            pass
+        print(f"{file} is damaged" + (f"; going on from {files[-1].name}, the checkpoint before it" if file != files[-1] else ""))
+    raise UserError(f"--resume: {' and '.join(map(str, files))}: damaged; without --resume a new run begins")
+
+
+def lock(folder):
+    """Takes a folder for this process, as long as it lives; UserError if another process has it."""
+    if fcntl is None:
+        return
+    if (held := HELD.pop(folder.absolute(), None)) is not None:
+        os.close(held)
+    descriptor = HELD[folder.absolute()] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: let it finish, or give another --out") from None
+    except OSError:                                             # some network file systems have no locks
+        pass
+
+
+def append(file, line, sync=False):
+    """Adds bytes to the end of a file, and waits until they are on the disk if sync. UserError if that cannot be done."""
+    try:
+        with open(file, "ab") as f:
+            f.write(line)
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}; once it can, --resume goes on") from None
+
+
+def json_line(row):
+    return (json.dumps(row) + "\n").encode()
+
+
+def read_rows(file):
+    """The rows of a metrics.jsonl, up to a line that was cut off."""
+    rows = []
+    for line in file.read_bytes().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def templates(config):
@@ -173,8 +217,9 @@ def templates(config):
 
 
 def move_aside(folder):
-    """Nothing is overwritten or deleted: what is at this path becomes path.1, or .2, ..."""
+    """Nothing is overwritten or deleted: what is at this path becomes path.1, or .2, ... UserError while a run uses it."""
     if folder.exists():
+        lock(folder)
         n = 1
         while (old := folder.with_name(f"{folder.name}.{n}")).exists():
             n += 1
@@ -191,9 +236,12 @@ def read_run(folder):
 
 
 def write_json(file, values):
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, file)
+    write_whole(file, [(json.dumps(values, indent=2) + "\n").encode()])
+
+
+def progress(first, steps, name, unit):
+    """A bar over the steps that are left; of several processes only the first shows it."""
+    return tqdm(range(first, steps), initial=first, total=steps, desc=name, unit=unit, disable=ranks()[0] > 0)
 
 
 def print_table(title, rows):

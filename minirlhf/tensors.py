@@ -7,6 +7,7 @@ What is read here may have been written by anyone. Every offset and size is chec
 before it is used, nothing in a file is ever executed, and a file in which something is off gives no tensors at all.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -142,9 +143,27 @@ def write_safetensors(file, tensors):
 
 
 def write_whole(file, parts):
-    """Pieces of bytes -> file, under another name until all are written: a crash leaves the old file as it was."""
+    """Pieces of bytes -> file, whole or not at all."""
+    with whole_file(file) as f:
+        f.writelines(parts)
+
+
+@contextlib.contextmanager
+def whole_file(file, previous=None):
+    """A file to write bytes to that gets its name when all of it is on the disk: a crash, or a disk that is full, leaves
+    the old one as it was. `previous` is another name that the old one then goes by. UserError if it cannot be written.
+    """
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as f:
-        for part in parts:
-            f.write(part)
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if previous and file.exists():
+            os.replace(file, previous)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:                    # torch.save makes a RuntimeError of a disk that is full
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be written: {reason}; what was there before is whole") from None

@@ -15,12 +15,12 @@ import train_rm
 import train_sft
 from minirlhf import generate as sampling
 from minirlhf import gpt2, ppo, reward
+from minirlhf.compute import generator
 from minirlhf.config import UserError
 from minirlhf.data import Example, Row, encode_rows, left_pad, right_pad
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.generate import generate
 from minirlhf.reward import ScalarHeadModel, at_last_token
-from minirlhf.runs import generator
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 from mutation import mutant
 from small_world import (CPU, EOS, TOKENIZER, Networks, config, examples, letters_gpt2, ppo_flags, ragged_mask,
@@ -523,9 +523,9 @@ def test_trap_16_micro_batches_do_not_change_the_step(world, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("sft", "(part / n_tokens).backward()", "(part / sum(len(e.responses[0]) for e in batch[i:i + size])).backward()"),
+    ("sft", "[0] / n_tokens", "[0] / sum(len(e.responses[0]) for e in part)"),
     ("rm", "ranking_loss(scores, ranks) * len(part) / len(batch)", "ranking_loss(scores, ranks)"),
-    ("rm", "* len(part) / len(batch)", "/ math.ceil(len(batch) / size)"),           # the smaller last part weighs more
+    ("rm", "* len(part) / len(batch)", "/ len(in_parts(batch, cfg.micro_batch))"),  # the smaller last part weighs more
     ("rm", "language_loss(model, part, *answers) / n_tokens", "language_loss(model, part, *answers) / len(part)"),
     ("ppo", "/ n_tokens).backward()", "/ int(lengths[part].sum())).backward()"),
 ])
@@ -556,8 +556,8 @@ def check_gradient_is_clipped(patch, update):
 
 def test_trap_17_gradients_are_clipped_after_backward(monkeypatch):
     check_gradient_is_clipped(monkeypatch, train_ppo.update)
-    too_early = mutant(train_ppo.update, CLIP, "pass", "for part in rows.split(",
-                       f"[{CLIP} for model in (policy, value)]\n            for part in rows.split(")
+    too_early = mutant(train_ppo.update, CLIP, "torch.tensor(0.0)", "for part in share(rows).split(",
+                       f"[{CLIP} for model in (policy, value)]\n            for part in share(rows).split(")
     with pytest.raises(AssertionError):
         check_gradient_is_clipped(monkeypatch, too_early)
 
@@ -649,7 +649,7 @@ def test_trap_20_ppo_loads_the_reward_model_that_was_trained(world, monkeypatch)
         check_scores_are_the_reward_models(world, patch)
     fresh = mutant(train_ppo.make_scorer, "scalar_from_pretrained(cfg.reward)",
                    "ScalarHeadModel(from_pretrained(cfg.model))")
-    raw = mutant(train_ppo.make_scorer, "in_chunks(reward.reward,", "in_chunks(lambda *x: 2 * reward.reward(*x) + 0.3,")
+    raw = mutant(train_ppo.make_scorer, "spread(reward.reward,", "spread(lambda *x: 2 * reward.reward(*x) + 0.3,")
     for changed in (fresh, raw):
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             patch.setattr(train_ppo, "make_scorer", changed)
@@ -687,8 +687,8 @@ def test_trap_21_a_resumed_run_is_the_run(world, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("zip((policy, value, *optimizers)", "zip((policy, value)"),                                # a new optimizer
-    ("beta = run.state[\"beta\"]", "pass"),
+    ("run.restore(**parts)", "run.restore(policy=policy, value=value)"),                        # a new optimizer
+    ("run.state.get(\"beta\", cfg.beta)", "cfg.beta"),
     ("epoch_batch(examples, cfg.batch_size, iteration,", "epoch_batch(examples, cfg.batch_size, iteration - first,"),
     ("roll_out(policy, batch, tokenizer, cfg, iteration, device)",
      "roll_out(policy, batch, tokenizer, cfg, int(torch.randint(99, ())), device)"),            # a global stream
@@ -782,7 +782,7 @@ def naive_metrics(n):
 
 def check_metrics(patch, temperature=0.7):
     patch.setattr(train_ppo, "check_first_ratio", lambda *_: None)
-    n = Networks(config(temperature=temperature, minibatches=3, epochs=2))
+    n = Networks(config(temperature=temperature, minibatches=3, micro_batch=3, epochs=2))
     n.rollout.logprobs = n.rollout.logprobs + 0.3 * torch.randn(n.rollout.logprobs.shape, generator=generator(1))
     n.rollout.values = n.rollout.values + 0.3 * torch.randn(n.rollout.values.shape, generator=generator(2))
     expected, metrics = naive_metrics(n), n.update(lr=0.0)
@@ -796,7 +796,8 @@ def test_trap_25_metrics_are_means_over_every_token_of_the_update(monkeypatch):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("update", "sums[name] = sums.get(name, 0.0) + ", "sums[name] = "),                                 # the last one's
+    ("update", "totals.get(name, 0.0) + sums[name]", "sums[name]"),                                     # the last minibatch's
+    ("update", "sums + torch.stack", "torch.stack"),                                                    # the last micro-batch's
     ("update", "n_seen += n_tokens", "n_seen += len(rows) * rollout.mask.shape[1]"),                    # pads counted
     ("minibatch_losses", "ppo.masked_sum(x, mask)", "x.sum()"),
     ("update", "n_seen += n_tokens", "n_seen = n_tokens"),

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from minirlhf import ppo
+from minirlhf.compute import eos_of, generator, pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import decode, encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function, load_gold
 from minirlhf.generate import respond, response_logprobs
-from minirlhf.runs import eos_of, generator, pick_device, read_run, write_json
+from minirlhf.runs import read_run, write_json
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 

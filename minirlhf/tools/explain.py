@@ -9,11 +9,12 @@ import torch
 
 import train_ppo
 from minirlhf import ppo
+from minirlhf.compute import eos_of
 from minirlhf.config import UserError, from_dict
 from minirlhf.data import decode, encode, encode_rows, read_prompts
 from minirlhf.generate import respond
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import eos_of, read_run
+from minirlhf.runs import read_run
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 

@@ -31,9 +31,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from minirlhf.compute import pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import encode_rows, is_list_of, read_comparisons, read_demonstrations, read_prompts, text
-from minirlhf.runs import pick_device
 from minirlhf.tools.feedback_items import Sampler, find_templates, instruction_of, load_policies
 from minirlhf.tools.feedback_labelstudio import export_file, import_file
 from minirlhf.tools.feedback_stats import print_duel, print_stats, read_votes

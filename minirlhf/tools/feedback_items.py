@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from minirlhf.compute import generator
 from minirlhf.config import UserError
 from minirlhf.generate import respond
-from minirlhf.runs import generator
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.feedback_votes import item_id
 from minirlhf.weights import from_pretrained
