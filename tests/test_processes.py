@@ -29,7 +29,7 @@ def flags(world, name, out):
         return ppo_flags(world, "--iterations", 5, "--batch_size", 16, "--micro_batch", 3, "--target_kl", 1, "--horizon", 40,
                          "--stop_kl", 0.02, "--whiten_rewards", out=out)
     data = {"sft": "demonstrations", "rm": "comparisons"}[name]
-    own = [] if name == "sft" else ["--normalise", 16, "--sample_tokens", 8]
+    own = ["--warmup", 0] if name == "sft" else ["--normalise", 16, "--sample_tokens", 8]
     return script_flags(world, out, "--data", f"{world}/{data}.jsonl", "--epochs", 5, "--batch_size", 32 if name == "rm" else 160,
                         "--micro_batch", 7, "--heldout", f"{world}/{data}.jsonl", *own)
 
