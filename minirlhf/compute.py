@@ -42,9 +42,12 @@ def pick_device(name):
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name}: must be cuda, mps or cpu")
+    return device
 
 
 def precision(device, dtype):

@@ -201,11 +201,14 @@ def json_line(row):
 def read_rows(file):
     """The rows of a metrics.jsonl, up to a line that was cut off."""
     rows = []
-    for line in file.read_bytes().splitlines():
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
 
 
@@ -229,10 +232,11 @@ def move_aside(folder):
 
 def read_run(folder):
     """The configuration of the run in this folder, as a dict. UserError if it has none."""
-    try:
-        return json.loads((Path(folder) / "run.json").read_text())["config"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: no run.json of a training script in it") from None
+    file = Path(folder) / "run.json"
+    config = read_json(file).get("config") if file.is_file() else None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: no run.json of a training script in it")
+    return config
 
 
 def write_json(file, values):

@@ -98,9 +98,11 @@ def test_a_line_of_metrics_that_a_power_cut_left_half_written_is_no_row(tmp_path
 
 def test_metrics_with_a_gap_are_refused(tmp_path):
     metrics = begin(tmp_path, 3).folder / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[::2]))
-    with pytest.raises(UserError, match="metrics.jsonl: not the steps 0 to 2"):
-        resume(tmp_path)
+    rows = metrics.read_text().splitlines(keepends=True)
+    for damaged in (rows[::2], [rows[0], "[1]\n", rows[2]], [rows[0], "{}\n", rows[2]], ["[" * 100_000, *rows]):
+        metrics.write_text("".join(damaged))
+        with pytest.raises(UserError, match="metrics.jsonl: not the steps 0 to 2"):
+            resume(tmp_path)
 
 
 def flip_a_bit(data):
@@ -191,5 +193,7 @@ def test_nothing_that_is_not_a_number_is_exported(tmp_path):
 def test_unknown_device_and_precision_are_named():
     with pytest.raises(UserError, match="--device qpu"):
         pick_device("qpu")
+    with pytest.raises(UserError, match="--device meta: must be"):
+        pick_device("meta")
     with pytest.raises(UserError, match="--dtype.*float16"):
         precision(torch.device("cpu"), "float16")
