@@ -107,11 +107,14 @@ def all_sum(x):
 
 
 def sum_gradients(model):
-    """Adds up the gradients of all processes; call after the last micro-batch. One that had no rows adds zeros."""
-    for parameter in model.parameters() if dist.is_initialized() else ():
-        if parameter.requires_grad:
+    """Adds up the gradients of all processes, in one message; call after the last micro-batch. One without rows adds zeros."""
+    if dist.is_initialized():
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(parameter.grad)
+        whole = all_sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        for parameter, part in zip(parameters, whole.split([parameter.numel() for parameter in parameters])):
+            parameter.grad.copy_(part.view_as(parameter))
 
 
 def spread(function, size, *tensors):
