@@ -7,7 +7,23 @@ import sys
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: shown as one line, without a traceback. Exit code 2."""
+    """Something the person at the keyboard can mend: shown as one line, without a traceback. Exit code 2.
+
+    What a message quotes may come from any file: line ends and control characters in it are shown as \\n or \\x1b, and of
+    a very long message the middle is left out.
+    """
+
+    def __init__(self, message):
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= 4000 else f"{line[:2000]} ... {line[-2000:]}")
+
+
+def shown(value):
+    """How a message quotes a value; one that is nested too deeply to be written is told by its type."""
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return f"a {type(value).__name__}"
 
 
 def option(default, help, least=None):
@@ -38,14 +54,18 @@ def parse(config_class, description, presets, argv=None):
 def from_dict(config_class, values, where):
     """Checks names, types and least values of a dict (a preset, or a saved run.json) and makes the config."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: no options with their values, but {shown(values)}")
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{where}: unknown option '{name}'")
         field = fields[name]
         if type(value) is not field.type and not (field.type is float and type(value) is int):
-            raise UserError(f"{where}: --{name} wants {field.type.__name__}, not {value!r}")
+            raise UserError(f"{where}: --{name} wants {field.type.__name__}, not {shown(value)}")
+        if type(value) in (int, float) and not abs(value) < 2**63:                  # "not <" catches nan too
+            raise UserError(f"{where}: --{name} must be a number below 2^63, not {shown(value)}")
         least = field.metadata["least"]
-        if least is not None and not value >= least:            # "not >=" catches nan too
+        if least is not None and value < least:
             raise UserError(f"{where}: --{name} must be at least {least}, not {value}")
     return config_class(**values)
 

@@ -11,15 +11,19 @@ Extra fields are kept out of the way and ignored. Every error is a UserError tha
 `python -m minirlhf.data FILE ...` validates and describes files, and counts the prompts that two of them share.
 """
 
-import json
+import re
 import statistics
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
-from minirlhf.config import Parser, UserError, run_main
+from minirlhf.config import Parser, UserError, run_main, shown
+from minirlhf.tensors import strict_json
 from minirlhf.tokenizer import load_tokenizer
+
+
+LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")     # tiktoken 0.14 crashes at 999,999 of them with something behind
 
 
 class Row(NamedTuple):
@@ -44,8 +48,8 @@ def read_jsonl(path):
     """Yields (where, object) for every line; UserError if the file or a line is not what it should be."""
     try:
         lines = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:                      # ValueError: a name with NUL in it
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
     with lines:
         for number, line in enumerate(lines, start=1):
             yield f"{path}:{number}", json_object(line, f"{path}:{number}")
@@ -54,8 +58,8 @@ def read_jsonl(path):
 def json_object(line, where):
     """One line of a file, bytes -> dict."""
     try:
-        value = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = strict_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: a line must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
@@ -63,9 +67,11 @@ def json_object(line, where):
 
 
 def text(value, name, where):
-    """A string field that UTF-8 can hold."""
+    """A string field that UTF-8 can hold and the tokenizer can cut."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a string, not {json.dumps(value)[:60]}")
+        raise UserError(f"{where}: {name} must be a string, not {shown(value)}")
+    if LONG_SPACE.search(value):
+        raise UserError(f"{where}: {name} has 100,000 white-space characters in a row, on which the tokenizer would give up")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -131,11 +137,11 @@ def ranks_of(value, K, where):
     if "best" in value:
         best = value["best"]
         if type(best) is not int or not 0 <= best < K:
-            raise UserError(f"{where}: best must be a number from 0 to {K - 1}, not {json.dumps(best)[:60]}")
+            raise UserError(f"{where}: best must be a number from 0 to {K - 1}, not {shown(best)}")
         return [1 if k == best else 2 for k in range(K)]
     ranks = field(value, "ranks", where)
-    if not is_list_of(int, ranks, K) or min(ranks) != 1:
-        raise UserError(f"{where}: ranks must be a list of {K} whole numbers from 1 (the best), not {ranks}")
+    if not is_list_of(int, ranks, K) or min(ranks) != 1 or max(ranks) > K:
+        raise UserError(f"{where}: ranks must be a list of {K} whole numbers from 1 (the best) to {K}, not {shown(ranks)}")
     return ranks
 
 

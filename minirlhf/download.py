@@ -33,7 +33,7 @@ def is_official(name_or_folder):
 
 def model_folder(name_or_folder):
     """The folder that is meant, or UserError if there is none."""
-    if not Path(name_or_folder).is_dir():
+    if not os.path.isdir(name_or_folder):           # False for a name that no file can have, where Path.is_dir() raises
         raise UserError(f"{name_or_folder}: no such model folder; the official models are {', '.join(OFFICIAL)}")
     return Path(name_or_folder)
 

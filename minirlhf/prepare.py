@@ -11,10 +11,11 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from minirlhf.config import Parser, UserError
+from minirlhf.config import Parser, UserError, shown
 from minirlhf.data import field, json_object, text
 from minirlhf.download import cache_folder, download, sha256_of
 from minirlhf.runs import move_aside, write_json
+from minirlhf.tensors import strict_json
 
 LONGEST = 1_000_000             # characters of a field: two hundred times what GPT-2 can read
 
@@ -64,15 +65,15 @@ def read_objects(path):
         return
     whole = b"".join(line for _, line in lines)
     try:
-        values = json.loads(whole.decode("utf-8"))
+        values = strict_json(whole)
     except UnicodeDecodeError as error:
         line = 1 + whole.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     for i, value in enumerate(values):
         if not isinstance(value, dict):
-            raise UserError(f"{path}[{i}]: a row must be an object, not {json.dumps(value)[:40]}")
+            raise UserError(f"{path}[{i}]: a row must be an object, not {shown(value)}")
         yield f"{path}[{i}]", value
 
 

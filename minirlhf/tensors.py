@@ -7,6 +7,7 @@ What is read here may have been written by anyone. Every offset and size is chec
 before it is used, nothing in a file is ever executed, and a file in which something is off gives no tensors at all.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -19,22 +20,41 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.config import UserError, shown
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}   # those that weights may have
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
+def strict_json(data):
+    """Bytes -> the value they are in JSON and UTF-8. ValueError says what is wrong, a key that is there twice included:
+    json.loads would silently keep the last."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=no_key_twice)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def no_key_twice(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (name, _), = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'"{name}" is there twice')
+    return values
+
+
 def read_json(file, data=None):
     """A file that holds one JSON object (or the bytes of one, from that file) -> dict."""
     try:
-        values = json.loads(file.read_bytes() if data is None else data)
+        values, problem = strict_json(file.read_bytes() if data is None else data), "a list or a single value"
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: a model folder has config.json and model.safetensors") from None
-    except (ValueError, RecursionError):
-        values = None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        values, problem = None, error
     if not isinstance(values, dict):
-        raise UserError(f"{file}: damaged, there is no JSON object where one belongs; fetch or export it again")
+        raise UserError(f"{file}: damaged, no JSON object where one belongs ({problem}); fetch or export it again")
     return values
 
 
@@ -69,6 +89,8 @@ def shards(index):
 
 def read_safetensors(file):
     """{name: tensor} of one .safetensors file. The tensors must tile it: no gap, no overlap, nothing after the last."""
+    if not file.is_file():
+        raise UserError(f"{file}: is not a file")
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -88,7 +110,7 @@ def read_safetensors(file):
             flat = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=8 + length + start)
             tensors[name] = flat.view(shape)
         else:
-            tensors[name] = torch.empty(shape, dtype=torch.bool, device="meta")     # for the caller to skip or refuse
+            tensors[name] = torch.empty(0, dtype=torch.bool, device="meta")         # for the caller to skip or refuse
     if expected != size:
         raise UserError(f"{file}: the last {size - expected} bytes belong to no tensor; fetch it again")
     return tensors
@@ -98,12 +120,13 @@ def layout(file, name, entry):
     """One entry of the header -> (start, end, name, dtype, shape), once they are known to agree with each other."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        agree = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        agree = type(shape) is list and len(shape) <= 64                        # as many as torch can handle
+        agree = agree and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
         agree = agree and end - start == math.prod(shape) * SIZES[dtype]
     except (KeyError, TypeError, ValueError):
         agree = False
     if not agree:
-        raise UserError(f"{file}: tensor {name}: its dtype, shape and offsets do not agree: {str(entry)[:99]}")
+        raise UserError(f"{file}: tensor {name}: its dtype, shape and offsets do not agree: {shown(entry)}")
     return start, end, name, dtype, shape
 
 

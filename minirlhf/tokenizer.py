@@ -51,13 +51,17 @@ def read_ranks(file):
     By hand, for tiktoken.load keeps what it once read from a path, and would serve it when the file has changed.
     """
     ranks = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UserError(f"{file}:{number}: not a token in base64, a space and its rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
         raise UserError(f"{file}: cut off or damaged: its ranks are not 0, 1, 2, ..., or a single byte is missing")
     return ranks
 

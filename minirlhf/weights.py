@@ -6,14 +6,13 @@ name, and a model comes out only if every tensor found its place: never one that
 """
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.config import UserError, shown
 from minirlhf.download import fetch_official, is_official, model_folder
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.gptj import GPTJ, GPTJConfig
@@ -46,8 +45,8 @@ def scalar_from_pretrained(folder):
     folder = model_folder(folder)
     model, values = load(folder, scalar=True), read_json(folder / "config.json")
     mean, std = values.get("reward_mean", 0.0), values.get("reward_std", 1.0)
-    if not all(type(x) in (int, float) and math.isfinite(x) for x in (mean, std)) or std <= 0:
-        raise UserError(f"{folder / 'config.json'}: reward_mean {mean!r} and reward_std {std!r} are no normalisation")
+    if not all(type(x) in (int, float) and abs(x) < 1e30 for x in (mean, std)) or std <= 0:     # NaN is not < 1e30
+        raise UserError(f"{folder / 'config.json'}: reward_mean {shown(mean)}, reward_std {shown(std)}: no normalisation")
     model.reward_mean, model.reward_std = float(mean), float(std)
     return model
 
@@ -92,19 +91,20 @@ def read_config(file):
     """
     values = read_json(file)
     classes = {"gpt2": GPT2Config, "gptj": GPTJConfig}
-    config_class = classes.get(str(values.get("model_type")))
-    if config_class is None:
-        raise UserError(f"{file}: model_type is {values.get('model_type')!r}; known here are {' and '.join(classes)}")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in classes:
+        raise UserError(f"{file}: model_type is {shown(kind)}; known here are {' and '.join(classes)}")
+    config_class = classes[kind]
     fields = config_class.__dataclass_fields__
     config = config_class(**{name: values[name] for name in fields if name in values})
     for name, field in fields.items():
         value = getattr(config, name)
         if type(value) not in (int, field.type) or not 0 < value < 2 ** 31:
-            raise UserError(f"{file}: {name} is {value!r}, not a {field.type.__name__} above 0")
+            raise UserError(f"{file}: {name} is {shown(value)}, not a {field.type.__name__} above 0")
     for name, ours in {**IMPLEMENTED, "tie_word_embeddings": config_class is GPT2Config}.items():
         value = values.get(name, ours)
         if value != ours and not (name == "n_inner" and value == 4 * config.n_embd):
-            raise UserError(f"{file}: {name} is {value!r}; implemented here is only {ours!r}")
+            raise UserError(f"{file}: {name} is {shown(value)}; implemented here is only {ours!r}")
     if config.n_embd % config.n_head:
         raise UserError(f"{file}: n_embd {config.n_embd} cannot be divided among n_head {config.n_head}")
     if config_class is GPTJConfig:

@@ -36,7 +36,11 @@ def test_defaults_then_preset_then_flags():
     (["--step", "3"], "--step"),                    # no abbreviations: they change meaning when an option is added
     (["--steps", "three"], "--steps"),
     (["--steps", "0"], "--steps must be at least 1"),
-    (["--lr", "nan"], "--lr must be at least 0"),
+    (["--lr", "-1"], "--lr must be at least 0"),
+    (["--lr", "nan"], "--lr must be a number below 2^63"),
+    (["--lr", "inf"], "--lr must be a number below 2^63"),
+    (["--steps", str(2**63)], "--steps must be a number below 2^63"),       # torch raises from here on
+    (["stray\nline"], r"stray\nline"),
     (["--preset", "huge"], "--preset"),
     (["--model"], "--model"),
     (["stray"], "stray"),
@@ -56,6 +60,22 @@ def test_a_saved_config_reads_back_and_names_unknown_keys_and_wrong_types():
         from_dict(Config, values | {"steps": "3"}, "run.json")
     with pytest.raises(UserError, match="--steps wants int, not True"):
         from_dict(Config, values | {"steps": True}, "run.json")
+    with pytest.raises(UserError, match=r"run.json: no options with their values, but \[1\]"):
+        from_dict(Config, [1], "run.json")
+
+
+def test_a_message_is_one_line_of_bounded_length_whatever_it_quotes():
+    assert str(UserError("tensor a\nb\x1b[31m \ud800 é 東京")) == r"tensor a\nb\x1b[31m \ud800 é 東京"
+    long = str(UserError("out/sft: " + "x" * 100_000 + "; lower --lr"))
+    assert len(long) < 4100 and long.startswith("out/sft: x") and long.endswith("x; lower --lr")
+
+
+def test_a_value_that_nests_too_deeply_to_be_quoted_is_told_by_its_type():
+    value = []
+    for _ in range(2000):
+        value = [value]
+    with pytest.raises(UserError, match="--steps wants int, not a list"):
+        from_dict(Config, {"steps": value}, "run.json")
 
 
 def test_main_turns_a_user_error_into_one_line_and_exit_code_2(capsys):

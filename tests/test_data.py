@@ -43,12 +43,17 @@ PAIR = {"prompt": "p", "responses": [" a", " b"]}
     (read_demonstrations, b'{"prompt": "p", "response": "\xff"}\n', "UTF-8"),
     (read_demonstrations, b"[" * 100_000 + b"\n", "not a line of JSON"),
     (read_demonstrations, b"<html>404</html>\n", "not a line of JSON"),
+    (read_demonstrations, b'{"prompt": "p", "response": " r", "x": ' + b"9" * 5000 + b"}\n", "not a line of JSON"),
+    (read_demonstrations, b'{"prompt": "p", "response": " r", "response": " s"}\n', '"response" is there twice'),
+    (read_demonstrations, b'{"prompt": "p", "response": " r", "x": {"y": 1, "y": 1}}\n', '"y" is there twice'),
+    (read_demonstrations, b'\xef\xbb\xbf{"prompt": "p", "response": " r"}\n', "BOM"),
     (read_demonstrations, b"3\n", "must be an object"),
     (read_demonstrations, {"prompt": "p"}, 'no "response"'),
     (read_demonstrations, {"prompt": 3, "response": " r"}, "prompt must be a string"),
     (read_demonstrations, {"prompt": "", "response": " r"}, "prompt is empty"),
     (read_demonstrations, {"prompt": "p", "response": ""}, "response is empty"),
     (read_demonstrations, b'{"prompt": "\\ud800", "response": " r"}\n', "surrogate"),
+    (read_demonstrations, GOOD | {"prompt": "p" + "\n" * 999_999 + "p"}, "100,000 white-space characters in a row"),
     (read_prompts, {"promt": "p"}, 'no "prompt"'),
     (read_comparisons, {"prompt": "p", "chosen": " a"}, 'no "rejected"'),
     (read_comparisons, {"prompt": "p", "responses": [" a"], "best": 0}, "at least two"),
@@ -56,6 +61,8 @@ PAIR = {"prompt": "p", "responses": [" a", " b"]}
     (read_comparisons, PAIR | {"ranks": [1]}, "list of 2"),
     (read_comparisons, PAIR | {"ranks": [0, 1]}, "from 1"),
     (read_comparisons, PAIR | {"ranks": [1, True]}, "whole numbers"),
+    (read_comparisons, PAIR | {"ranks": [1, 10**30]}, "from 1 (the best) to 2"),         # torch.tensor would raise
+    (read_comparisons, PAIR | {"ranks": [1, 3]}, "from 1 (the best) to 2"),
     (read_comparisons, PAIR | {"best": 2}, "from 0 to 1"),
     (read_comparisons, PAIR | {"best": 0, "finished": [True]}, "finished must be a list of 2"),
     (read_comparisons, {"prompt": "p", "responses": [" a", None], "best": 0}, "response must be a string"),
@@ -76,6 +83,25 @@ def test_a_missing_an_empty_and_a_packed_file(tmp_path):
     packed.write_bytes(gzip.compress(b'{"prompt": "p"}\n'))
     with pytest.raises(UserError, match="rows.jsonl.gz:1"):
         read_prompts(packed)
+
+
+def test_a_field_that_nests_almost_too_deeply_is_one_clear_error(tmp_path):
+    """json reads what it could not write again: no message may try to."""
+    for depth in range(900, 1000):
+        with pytest.raises(UserError, match="rows.jsonl:1: (prompt must be a string|not a line of JSON)"):
+            read_prompts(write(tmp_path, b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}\n"))
+
+
+def test_a_file_name_that_no_file_can_have_is_one_clear_error():
+    for name in ("a\0b", "x" * 5000):
+        with pytest.raises(UserError, match="null byte|too long"):
+            read_prompts(name)
+
+
+def test_white_space_that_is_only_long_is_read_and_in_no_time(tmp_path):
+    """Looking for a run from each of its characters would take minutes here."""
+    prompt = ("\n" * 99_999 + "p") * 10
+    assert read_prompts(write(tmp_path, {"prompt": prompt}))[0].prompt == prompt
 
 
 def test_windows_line_ends_are_json_white_space(tmp_path):

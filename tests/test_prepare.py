@@ -252,6 +252,8 @@ GOOD = b'[{"instruction": "i", "input": "", "output": "o"},\n'
     (GOOD + b'{"instruction": "\xff", "input": "", "output": "o"}]', "rows.json:2: not UTF-8"),
     (GOOD + b'{"instruction": ', "rows.json:2: not JSON"),
     (b"[" * 100_000, "rows.json:1: not JSON"),
+    (GOOD + b'{"instruction": ' + b"9" * 5000 + b"}]", "rows.json:1: not JSON"),
+    (GOOD + b'{"instruction": "i", "output": "o", "output": "p"}]', '"output" is there twice'),
     (GOOD + json.dumps({"instruction": "i", "input": "", "output": "o" * 10_000_000}).encode() + b"]",
      "rows.json[1]: output has 10,000,000 characters"),
     (PAGE, "rows.json:1: not a line of JSON"),

@@ -108,6 +108,7 @@ def test_a_changed_vocabulary_is_never_served_stale(tmp_path):
     (lambda data: data + b"hello\n", r"vocab.tiktoken:768: not a token"),
     (lambda data: data + b"!!!! 767\n", r"vocab.tiktoken:768: not a token"),
     (lambda data: data + b"AA== 767\n", "damaged"),
+    (lambda data: data + data.splitlines(keepends=True)[5], "damaged"),         # a token twice, with its own rank
     (lambda data: data.replace(b" 700\n", b" 7000\n"), "damaged"),
 ])
 def test_a_damaged_vocabulary_is_one_clear_error(tmp_path, damage, says):

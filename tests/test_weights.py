@@ -333,6 +333,29 @@ def lie(name, **fields):
     return corrupt
 
 
+def no_numbers_but_sizes_that_overflow(folder):
+    """Its shape and offsets agree, and torch could not even make an empty tensor of that shape."""
+    header, body = read_parts(folder / "model.safetensors")
+    header["x"] = {"dtype": "F32", "shape": [0, 2 ** 62, 2 ** 62], "data_offsets": [0, 0]}
+    write_parts(folder / "model.safetensors", header, body)
+
+
+def key_twice(folder):
+    header, body = read_parts(folder / "model.safetensors")
+    text = json.dumps(header)
+    write_parts(folder / "model.safetensors", (text[:-1] + f', "{WPE}": {json.dumps(header[WPE])}}}').encode(), body)
+
+
+def utf_16(folder):
+    header, body = read_parts(folder / "model.safetensors")
+    write_parts(folder / "model.safetensors", json.dumps(header).encode("utf-16"), body)
+
+
+def a_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
 def overlap(folder):
     header, body = read_parts(folder / "model.safetensors")
     header["transformer.ln_f.bias"]["data_offsets"] = header["transformer.ln_f.weight"]["data_offsets"]
@@ -398,6 +421,9 @@ CORRUPTIONS = [
     (lie(WPE, data_offsets=[0, 2 ** 60]), FILE, WPE), (lie(WPE, data_offsets=[2 ** 60, 2 ** 60 + 65 * 160]), FILE, ""),
     (lie(WPE, data_offsets=[0]), FILE, WPE), (lie(WPE, data_offsets=None), FILE, WPE),
     (lie(WPE, data_offsets=[-10400, 0]), FILE, WPE), (overlap, FILE, "ln_f"),
+    (lie(WPE, shape=""), FILE, WPE), (lie(WPE, shape={}), FILE, WPE), (lie(WPE, shape=[65, 40] + [1] * 70), FILE, WPE),
+    (lie("transformer.ln_f.bias", shape=[2 ** 63, 0]), FILE, "ln_f"), (no_numbers_but_sizes_that_overflow, FILE, "tensor x"),
+    (key_twice, FILE, "wpe.weight. is there twice"), (utf_16, FILE, "damaged"), (a_folder, FILE, "is not a file"),
     (wrong_shape, FILE, r"wpe.weight is \(64, 40\), and \(65, 40\)"), (conv1d_not_transposed, FILE, "h.1.mlp.c_fc"),
     (missing, "model", "wpe.weight is missing"), (extra, FILE, "h.3.ln_1.bias"), (nan, FILE, "wpe.weight"),
     (infinity, FILE, "wpe.weight"), (integers, FILE, "wpe.weight"), (untied_head, FILE, "lm_head.weight"),
@@ -512,16 +538,25 @@ def test_n_inner_may_say_what_is_so_anyway(folder):
     assert_equal(from_pretrained(folder), small_model())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"model_type": "gpt2"'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"model_type": "gpt2"', '{"n_embd": ' + "9" * 5000 + "}",
+                                  '{"n_embd": 40, "n_embd": 40}', "\ufeff{}", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_one_clear_error(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: damaged"):
         from_pretrained(folder)
 
 
+def test_a_config_that_is_a_folder_is_one_clear_error(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(UserError, match="config.json: Is a directory"):
+        from_pretrained(folder)
+
+
 def test_what_is_missing_is_named(folder):
-    with pytest.raises(UserError, match="nowhere: no such model folder; the official models are gpt2, "):
-        from_pretrained("nowhere")
+    for name in ("nowhere", "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no such model folder; the official models are gpt2, "):
+            from_pretrained(name)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model: no weights: neither model.safetensors nor pytorch_model.bin"):
         from_pretrained(folder)
@@ -551,7 +586,8 @@ def test_a_language_model_is_no_reward_model(folder):
         scalar_from_pretrained(folder)
 
 
-@pytest.mark.parametrize("mean, std", [("0", 1), (float("nan"), 1), (0, 0), (0, -1.0), (0, None), (True, 1)])
+@pytest.mark.parametrize("mean, std", [("0", 1), (float("nan"), 1), (0, 0), (0, -1.0), (0, None), (True, 1),
+                                       (10 ** 400, 1)])
 def test_a_reward_model_with_a_broken_normalisation_is_refused(folder, mean, std):
     save_pretrained(ScalarHeadModel(small_model()), folder, {"reward_mean": mean, "reward_std": std})
     with pytest.raises(UserError, match="reward_std"):
