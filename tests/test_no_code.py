@@ -1,0 +1,210 @@
+"""Nothing that is read is executed: not a checkpoint, not a model, only the file of a reward function that the user names."""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ppo
+import train_rm
+import train_sft
+from minirlhf.config import UserError
+from minirlhf.tools.explain import Explainer
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
+from small_world import ppo_flags, run_ppo, script_flags, small_world
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(file for file in ROOT.rglob("*.py") if not {".venv", "out", ".git"} & set(file.relative_to(ROOT).parts))
+CODE_FROM_DATA = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "torch.jit.load", "torch.package.PackageImporter",
+                  "shelve.open", "joblib.load", "runpy.run_path", "eval", "exec", "compile", "__import__"}
+
+
+class Code:
+    """What a hostile pickle does: run a command when it is read."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+# ---- the source ------------------------------------------------------------------------------------------------------
+
+def calls_of(source):
+    """(name as it is written, call) of every call: torch.load(f) gives "torch.load"."""
+    return [(ast.unparse(node.func), node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+
+
+def unsafe_loads(source):
+    """The lines on which torch.load, under whatever name, could unpickle code, and the imports that would hide one."""
+    lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module == "torch"
+             and any(alias.name == "load" for alias in node.names)]
+    for name, call in calls_of(source):
+        safe = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("weights_only") == "True"
+        if name.endswith("torch.load") and not safe:
+            lines.append(call.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_torch_load_is_weights_only(file):
+    assert not unsafe_loads(file.read_text(encoding="utf-8"))
+
+
+def test_a_torch_load_that_is_not_would_be_noticed():
+    sources = ["import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)", "from torch import load\nload(f)",
+               "import torch\nx = [torch.load(f, map_location='cpu') for f in files]", "import torch\ntorch.load(f, weights_only=ok)"]
+    assert all(unsafe_loads(source) for source in sources)
+    assert sum(name == "torch.load" for file in SOURCES for name, _ in calls_of(file.read_text(encoding="utf-8"))) >= 4
+
+
+def test_one_place_only_executes_a_file():
+    """functions.py, by importlib; every other way to run what was read is absent outside the tests."""
+    for file in SOURCES:
+        name, names = file.relative_to(ROOT), {name for name, _ in calls_of(file.read_text(encoding="utf-8"))}
+        assert name.parts[0] == "tests" or not CODE_FROM_DATA & names, name
+        assert name.parts[0] == "tests" or str(name) == "minirlhf/functions.py" or not any("exec_module" in n for n in names), name
+
+
+# ---- files with code in them -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def world(tmp_path):
+    return small_world(tmp_path)
+
+
+def poison(file, folder):
+    """The file as it is, with a command in it that would leave folder/ran behind."""
+    content = torch.load(file, weights_only=True) if file.exists() else {}
+    torch.save(content | {"code": Code(folder / "ran")}, file)
+
+
+def test_a_poisoned_file_would_run_its_command(tmp_path):
+    poison(tmp_path / "state.pt", tmp_path)
+    torch.load(tmp_path / "state.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def cut_short(world):
+    """A PPO run as a power cut leaves it after two of three checkpoints."""
+    run_ppo(world, "--iterations", 2, "--save_every", 1)
+    (world / "ppo/report.json").unlink()
+    return world / "ppo/state.pt"
+
+
+def test_resume_runs_no_code_of_a_hostile_state(world):
+    poison(cut_short(world), world)
+    with pytest.raises(UserError, match="state.pt: damaged, or more in it than") as error:
+        run_ppo(world, "--iterations", 2, "--save_every", 1, "--resume")
+    assert "\n" not in str(error.value) and not (world / "ran").exists()
+
+
+def test_resume_goes_on_from_the_checkpoint_before_a_hostile_one(world, capsys):
+    run_ppo(world, "--iterations", 2, "--save_every", 1, out="whole")
+    state = cut_short(world)
+    (world / "ppo/metrics.jsonl").write_text((world / "ppo/metrics.jsonl").read_text())
+    state.with_name("state.previous.pt").write_bytes(state.read_bytes())
+    poison(state, world)
+    run_ppo(world, "--iterations", 2, "--save_every", 1, "--resume")
+    assert "state.pt is damaged" in capsys.readouterr().out and not (world / "ran").exists()
+    assert (world / "ppo/model.safetensors").read_bytes() == (world / "whole/model.safetensors").read_bytes()
+
+
+def test_explain_runs_no_code_of_a_hostile_state(world):
+    run_ppo(world)
+    poison(world / "ppo/state.pt", world)
+    with pytest.raises(UserError, match="state.pt"):
+        Explainer(world / "ppo", "cpu")
+    assert not (world / "ran").exists()
+
+
+@pytest.mark.parametrize("name, load", [("sft", from_pretrained), ("rm", scalar_from_pretrained)])
+def test_a_model_runs_no_code_of_a_hostile_pickle(world, name, load):
+    (world / name / "model.safetensors").unlink()
+    poison(world / name / "pytorch_model.bin", world)
+    with pytest.raises(UserError, match="pytorch_model.bin: .*can be code; nothing was read") as error:
+        load(world / name)
+    assert "\n" not in str(error.value) and not (world / "ran").exists()
+
+
+def test_a_model_folder_runs_no_python_that_lies_in_it(world):
+    """Other loaders look for modelling code in the folder ("auto_map")."""
+    config = json.loads((world / "sft/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    (world / "sft/config.json").write_text(json.dumps(config))
+    (world / "sft/modeling.py").write_text(f"open({str(world / 'ran')!r}, 'w')\n")
+    from_pretrained(world / "sft")
+    assert not (world / "ran").exists()
+
+
+# ---- the reward function: the code that is executed, and that says so ------------------------------------------------
+
+def test_a_reward_function_is_executed_and_the_script_says_so(world, capsys):
+    (world / "mine.py").write_text(f"open({str(world / 'ran')!r}, 'w')\ndef f(prompts, responses):\n    return [len(r) for r in responses]\n")
+    run_ppo(world, "--reward", f"{world}/mine.py:f")
+    assert (world / "ran").exists()
+    assert f"the reward is {world}/mine.py:f: its code runs here\n" in capsys.readouterr().out
+
+
+def test_without_a_function_no_script_speaks_of_code(world, capsys):
+    run_ppo(world)
+    assert "code" not in capsys.readouterr().out
+
+
+# ---- numbers that are none, through the command lines ----------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "ppo's reward model"])
+def test_nan_and_infinity_in_weights_are_refused_by_every_script(world, name, number):
+    folder = world / ("rm" if name == "ppo's reward model" else "sft")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-4:] = torch.tensor([number]).numpy().tobytes()
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=rf"{folder}/model.safetensors: tensor \S+ has NaN or infinity in it"):
+        if name.startswith("ppo"):
+            train_ppo.main(ppo_flags(world, out="run"))
+        else:
+            script, rows = {"sft": (train_sft, "demonstrations"), "rm": (train_rm, "comparisons")}[name]
+            script.main(script_flags(world, "run", "--data", f"{world}/{rows}.jsonl"))
+    assert not (world / "run").exists()
+
+
+LATER = "N = [0]\ndef f(prompts, responses):\n    N[0] += 1\n    scores = [float(len(r)) for r in responses]\n    return {} if N[0] > 2 else scores\n"
+
+
+@pytest.mark.parametrize("value, says", [
+    ("scores[1:]", "must return a list of 12 numbers, not "), ("None", "must return a list of 12 numbers, not None"),
+    ("[str(s) for s in scores]", "gave '.*' for the response '.*' to '.*'"), ("scores[:-1] + [float('nan')]", "gave nan for the response"),
+    ("scores[:-1] + [float('inf')]", "gave inf for the response"), ("[s > 3 for s in scores]", "gave (True|False) for the response"),
+    ("[1e39] * 12", "gave 1e.39 for the response"), ("1 / 0", r"raised ZeroDivisionError: .* \(.*mine.py:5\) .* the first of them '.*' to '.*'"),
+])
+def test_a_reward_function_that_goes_wrong_later_ends_the_run_with_iteration_prompt_and_response(world, value, says):
+    """The first call is the normalisation's, the second is iteration 0's; the checkpoint of iteration 0 stays."""
+    (world / "mine.py").write_text(LATER.format(value))
+    with pytest.raises(UserError, match=f"^iteration 1: the reward function {says}") as error:
+        run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3, "--save_every", 1)
+    assert "\n" not in str(error.value)
+    assert torch.load(world / "ppo/state.pt", weights_only=True)["step"] == 1
+    assert not (world / "ppo/model.safetensors").exists()
+
+
+def test_a_reward_model_whose_scores_are_not_finite_ends_the_run_with_prompt_and_response(world):
+    config = json.loads((world / "rm/config.json").read_text()) | {"reward_std": 1e-45}
+    (world / "rm/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="^iteration 0: the score is (-?inf|nan) for the response '.*' to '.*'"):
+        run_ppo(world)
+    assert not (world / "ppo/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "bool"])
+def test_an_array_of_numpy_is_a_reward(world, dtype):
+    (world / "mine.py").write_text(f"import numpy as np\ndef f(prompts, responses):\n    return np.array([len(r) for r in responses]).astype('{dtype}')\n")
+    if dtype == "bool":
+        with pytest.raises(UserError, match="gave True for the response"):
+            run_ppo(world, "--reward", f"{world}/mine.py:f")
+    else:
+        assert len(run_ppo(world, "--reward", f"{world}/mine.py:f")) == 1
