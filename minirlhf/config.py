@@ -54,8 +54,6 @@ def parse(config_class, description, presets, argv=None):
 def from_dict(config_class, values, where):
     """Checks names, types and least values of a dict (a preset, or a saved run.json) and makes the config."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: no options with their values, but {shown(values)}")
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{where}: unknown option '{name}'")

@@ -491,7 +491,7 @@ def test_a_mutated_pytorch_file_is_read_or_is_one_error(tmp_path, zipped, n):
 # ---- run.json and command lines --------------------------------------------------------------------------------------
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
-RUN_ERRORS = ["no run.json of a training script", "no options with their values", "unknown option", " wants ", "must be a number below", "must be at least"]
+RUN_ERRORS = ["damaged", "no run.json of a training script", "unknown option", " wants ", "must be a number below", "must be at least"]
 
 
 def read_saved(config_class, folder):
