@@ -1,4 +1,6 @@
-"""minirlhf/DETAILS.md against the code: what it names exists, and the values it gives are those of the scripts."""
+"""minirlhf/DETAILS.md against the code: what it names exists, and the values it gives are those of the scripts. And the
+promises of README.md: each names the test that holds it.
+"""
 
 import ast
 import functools
@@ -11,13 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "minirlhf/DETAILS.md").read_text()
 CODE = sorted(set(re.findall(r"`([\w/]+\.py):(\w+(?:\.\w+)?)`", TEXT)))             # `file:function`
-TESTS = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", TEXT)))                  # `tests/file.py::test`
+README = (ROOT / "README.md").read_text()
+TESTS = sorted(set(re.findall(r"`(tests/\w+\.py)::(\w+)`", TEXT + README)))         # `tests/file.py::test`
 VALUES = re.findall(r"`(train_\w+)\.py((?: --\w+ [\w.+-]+)+)`", TEXT)               # `script.py --name value ...`
 
 
-def rows_of(heading):
+def rows_of(heading, text=TEXT):
     """The cells of the table under a heading, a list for each row, without the two lines of its head."""
-    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -48,6 +51,11 @@ def test_every_detail_names_a_function_and_a_test_and_every_trap_a_test():
         assert ".py:" in where and "::test_" in test
     for number, _, test in rows_of("The traps"):
         assert "::test_" in test and (number == "18" or f"::test_trap_{int(number):02}_" in test)
+
+
+def test_every_promise_of_the_readme_names_a_test():
+    promises = rows_of("What is promised", README)
+    assert len(promises) > 10 and all(len(row) == 3 and "::test_" in row[2] for row in promises)
 
 
 @pytest.mark.parametrize("file, name", CODE)
