@@ -339,8 +339,9 @@ def main(argv=None):
             metrics |= update(rollout, policy, value, optimizers, cfg, iteration, autocast)                 # 7
 
         # 8. Log, print the best and the worst sample, update beta, checkpoint.
-        gold_values = gold(rollout.prompts, rollout.texts) if gold else []
+        gold_values = []
         if gold:
+            gold_values = call_reward(gold, rollout.prompts, rollout.texts, "the function of --gold").tolist()
             metrics["objective/gold"] = sum(gold_values) / len(gold_values)
         run.log(iteration, metrics)
         for sign, sentence in complaints(run.rows):

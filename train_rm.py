@@ -13,7 +13,7 @@ from minirlhf.compute import (all_sum, eos_of, epoch_batch, freeze, generator, i
                               set_lr, share, sum_gradients)
 from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_comparisons, response_mask, right_pad
-from minirlhf.functions import load_gold
+from minirlhf.functions import call_reward, load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
@@ -126,7 +126,8 @@ def gold_ranks(gold, examples):
     """Ranks (N, K) by the true preference, equal where it is equal."""
     ranks = rank_tensor(examples)
     for row, example in zip(ranks, examples):
-        values = gold([example.row.prompt] * len(example.row.responses), list(example.row.responses))
+        prompts = [example.row.prompt] * len(example.row.responses)
+        values = call_reward(gold, prompts, example.row.responses, "the function of --gold").tolist()
         for k, value in enumerate(values):
             row[k] = 1 + sum(other > value for other in values)
     return ranks

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 
 
@@ -60,8 +61,9 @@ def from_dict(config_class, values, where):
         field = fields[name]
         if type(value) is not field.type and not (field.type is float and type(value) is int):
             raise UserError(f"{where}: --{name} wants {field.type.__name__}, not {shown(value)}")
-        if type(value) in (int, float) and not abs(value) < 2**63:                  # "not <" catches nan too
-            raise UserError(f"{where}: --{name} must be a number below 2^63, not {shown(value)}")
+        most, said = (math.inf, "infinity") if type(value) is float else (2**63, "2^63")
+        if type(value) in (int, float) and not abs(value) < most:                   # "not <" catches nan too
+            raise UserError(f"{where}: --{name} must be a number below {said}, not {shown(value)}")
         least = field.metadata["least"]
         if least is not None and value < least:
             raise UserError(f"{where}: --{name} must be at least {least}, not {value}")

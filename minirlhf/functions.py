@@ -43,7 +43,7 @@ def load_gold(spec, data_file):
     return None if spec == "none" else load_function(spec)
 
 
-def call_reward(function, prompts, responses):
+def call_reward(function, prompts, responses, name="the reward function"):
     """Calls a reward function and checks what it returns -> (B,) float32. UserError names the response at fault.
 
     The function gets lists of its own, so that it may sort or change them.
@@ -52,14 +52,14 @@ def call_reward(function, prompts, responses):
         scores = plain(function(list(prompts), list(responses)))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"the reward function raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
+        raise UserError(f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
                         f"{len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}") from error
     if not isinstance(scores, (list, tuple)) or len(scores) != len(prompts):
-        raise UserError(f"the reward function must return a list of {len(prompts)} numbers, not {shown(scores)}")
+        raise UserError(f"{name} must return a list of {len(prompts)} numbers, not {shown(scores)}")
     scores = [plain(score) for score in scores]
     for prompt, response, score in zip(prompts, responses, scores):
         if type(score) not in (int, float) or not abs(score) <= LARGEST:        # "not <=" catches nan too
-            raise UserError(f"the reward function gave {shown(score)} for the response {response!r} to {prompt!r}")
+            raise UserError(f"{name} gave {shown(score)} for the response {response!r} to {prompt!r}")
     return torch.tensor(scores, dtype=torch.float32)
 
 

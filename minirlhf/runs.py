@@ -69,7 +69,9 @@ class Run:
         if changed and not self.config.allow_changes:
             raise UserError(f"--resume: {self.folder} was started with other values: {', '.join(changed)}; give those, or "
                             "--allow_changes")
-        state = newest_state(files)
+        state, file = newest_state(files)
+        if file != files[0] and self.writes:
+            files[0].rename(files[0].with_name("state.damaged.pt"))     # or it would become the checkpoint before the next one
         metrics = self.folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(metrics) if row["step"] < state["step"]]
         if [row["step"] for row in self.rows] != list(range(state["step"])):
@@ -153,18 +155,18 @@ def changes(before, now):
 
 
 def newest_state(files):
-    """The first of these files that is whole, and a line about those that are not. UserError if none is."""
+    """(state, file) of the first of these files that is whole; says which are not. UserError if none is."""
     for file in files:
         try:
             # torch.load does not look at the checksums of its zip file, so a flipped bit in a weight would go unseen.
             if zipfile.ZipFile(file).testzip() is None:
                 state = torch.load(file, map_location="cpu", weights_only=True)     # never code, only tensors and values
                 if isinstance(state, dict) and type(state.get("step")) is int:
-                    return state
+                    return state, file
         except Exception:                                       # a damaged file fails in many ways
             pass
         print(f"{file} is damaged" + (f"; going on from {files[-1].name}, the checkpoint before it" if file != files[-1] else ""))
-    raise UserError(f"--resume: {' and '.join(map(str, files))}: damaged; without --resume a new run begins")
+    raise UserError(f"{' and '.join(map(str, files))}: damaged, nothing to go on from; a new run begins without --resume")
 
 
 def lock(folder):

@@ -37,8 +37,8 @@ def test_defaults_then_preset_then_flags():
     (["--steps", "three"], "--steps"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--lr", "-1"], "--lr must be at least 0"),
-    (["--lr", "nan"], "--lr must be a number below 2^63"),
-    (["--lr", "inf"], "--lr must be a number below 2^63"),
+    (["--lr", "nan"], "--lr must be a number below infinity"),
+    (["--lr", "inf"], "--lr must be a number below infinity"),
     (["--steps", str(2**63)], "--steps must be a number below 2^63"),       # torch raises from here on
     (["stray\nline"], r"stray\nline"),
     (["--preset", "huge"], "--preset"),

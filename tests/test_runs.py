@@ -121,7 +121,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
     _, weight, steps = resume(tmp_path)
     assert weight == 2 and steps == [0, 1]
     assert f"{state} is damaged; going on from state.previous.pt" in capsys.readouterr().out
-    state.with_name("state.previous.pt").write_bytes(damage(whole))
+    assert resume(tmp_path)[1] == 2                             # the damaged one is out of the way
+    for file in (state, state.with_name("state.previous.pt")):
+        file.write_bytes(damage(whole))
     with pytest.raises(UserError, match="state.pt and .*state.previous.pt: damaged"):
         resume(tmp_path)
 

@@ -14,7 +14,7 @@ from minirlhf.config import UserError, from_dict
 from minirlhf.data import decode, encode, encode_rows, read_prompts
 from minirlhf.generate import respond
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import read_run
+from minirlhf.runs import newest_state, read_run
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
@@ -27,7 +27,7 @@ class Explainer:
         self.cfg = from_dict(train_ppo.Config, read_run(folder), f"{folder}/run.json")
         if not (folder / "state.pt").exists():
             raise UserError(f"--explain: {folder} has no state.pt, where a PPO run keeps its value model")
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state, _ = newest_state([folder / "state.pt"])
         self.beta, self.device, self.tokenizer = state["beta"], device, load_tokenizer(folder)
         self.policy, self.reference = from_pretrained(folder).to(device), from_pretrained(self.cfg.model).to(device)
         self.value = ScalarHeadModel(from_pretrained(self.cfg.model)).to(device)
