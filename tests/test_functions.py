@@ -50,9 +50,10 @@ def test_an_array_of_something_else_is_refused_with_the_first_response(value):
 
 
 def test_a_function_that_fails_is_named_with_its_line_and_the_first_response(tmp_path):
-    (tmp_path / "bad.py").write_text("def f(prompts, responses):\n    return [g(r) for r in responses]\n\n\ndef g(r):\n    return 1 / 0\n")
-    with pytest.raises(UserError, match=r"raised ZeroDivisionError: division by zero \(.*bad.py:6\) on 3 responses, the first of "
-                                        "them ' a' to 'p'"):
+    (tmp_path / "bad.py").write_text("def f(prompts, responses):\n    return [g(r) for r in responses]\n\n"
+                                     "def g(r):\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"raised ZeroDivisionError: division by zero \(.*bad.py:5\) on 3 responses, the first "
+                                        "of them ' a' to 'p'"):
         call_reward(load_function(f"{tmp_path}/bad.py:f"), PROMPTS, RESPONSES)
 
 
@@ -65,8 +66,10 @@ def test_a_function_that_sorts_its_lists_moves_no_score_to_another_response():
         call_reward(f, PROMPTS, RESPONSES)
 
 
-@pytest.mark.parametrize("text, says", [("def f(:\n", "cannot be run: SyntaxError"), ("import nowhere_at_all\n", "nowhere_at_all"),
-                                        ("g = 3\n", "has no function 'f'"), ("f = 3\n", "has no function 'f'")])
+@pytest.mark.parametrize("text, says", [
+    ("def f(:\n", "cannot be run: SyntaxError"), ("import nowhere_at_all\n", "cannot be run: ModuleNotFoundError"),
+    ("g = 3\n", "has no function 'f'"), ("f = 3\n", "has no function 'f'"),
+])
 def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tmp_path, text, says):
     (tmp_path / "reward.py").write_text(text)
     with pytest.raises(UserError, match=says):

@@ -13,6 +13,8 @@ import json
 import random
 import resource
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,17 +44,25 @@ def amounts(quick, whole):
 
 @pytest.fixture(autouse=True)
 def limits():
-    """Beyond MEGABYTES more than now, allocating raises MemoryError; a mutant that takes SECONDS raises, too."""
+    """Beyond MEGABYTES more than now, allocating raises MemoryError; a mutant that takes SECONDS raises TimeoutError."""
     def too_slow(*_):
         raise TimeoutError(f"a mutant took {SECONDS} s")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, too_slow), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (MEGABYTES << 20), before[1][1]))
+    handler, (soft, hard) = signal.signal(signal.SIGALRM, too_slow), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (MEGABYTES << 20), hard))
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before[0])
-    resource.setrlimit(resource.RLIMIT_AS, before[1])
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_the_limits_are_real(monkeypatch):
+    with pytest.raises(MemoryError):
+        bytes(2 * MEGABYTES << 20)
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.01)
+    with pytest.raises(TimeoutError):
+        outcome(time.sleep, 1)
 
 
 def outcome(load, *args):
@@ -91,7 +101,8 @@ ODD = [None, True, False, 0, -1, 1, 3, 1.0, 0.5, -0.0, float("nan"), float("inf"
        2**64, 10**400, 1e300, "", "a", "1", "\ud800", "\x00", "\u2028", "\x1b[31m", "x" * 3000, [], {}, [1], [[]], {"a": 1},
        [1] * 70, "@deep", "@deeper", "@digits"]
 # What json.dumps would not write, put in the place of its quoted name.
-MARKS = {"@deep": lambda rng: nest(rng.randrange(900, 1000)), "@deeper": lambda rng: nest(100_000), "@digits": lambda rng: "9" * 5000}
+MARKS = {"@deep": lambda rng: nest(rng.randrange(900, 1000)), "@deeper": lambda rng: nest(100_000),
+         "@digits": lambda rng: "9" * 5000}
 
 
 def nest(depth):
@@ -99,12 +110,16 @@ def nest(depth):
 
 
 def to_json(rng, value):
-    """A value as text, with what only text can say; in ASCII or not, tight or wide."""
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.8, separators=rng.choice([None, (",", ":"), (" , ", " : ")]))
+    """A value as text: in ASCII or not, tight or wide."""
+    return json.dumps(value, ensure_ascii=rng.random() < 0.8, separators=rng.choice([None, (",", ":"), (" , ", " : ")]))
+
+
+def to_bytes(rng, text):
+    """The marks become what they stand for; half of a surrogate pair becomes bytes that are no UTF-8."""
     for mark, replacement in MARKS.items():
         if mark in text:
             text = text.replace(f'"{mark}"', replacement(rng))
-    return text
+    return text.encode("utf-8", "surrogatepass")
 
 
 def twice(rng, text):
@@ -134,6 +149,7 @@ def change_bytes(rng, data):
     i, j = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
     j = min(j, i + 40)
     at = rng.randrange(max(len(data), 1))
+    odd = rng.choice([b"\0", b"\r\n", b"\n", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b" "])
     return rng.choice([
         lambda: data[:at] + bytes([(data[at:at + 1] or b"\0")[0] ^ 1 << rng.randrange(8)]) + data[at + 1:],
         lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1:],
@@ -142,7 +158,7 @@ def change_bytes(rng, data):
         lambda: data[:i] + data[j:],
         lambda: data[:j] + data[i:],
         lambda: data[:at] + data[i:j] + data[at:],
-        lambda: data[:at] + rng.choice([b"\0", b"\r\n", b"\n", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b" "]) + data[at:],
+        lambda: data[:at] + odd + data[at:],
     ])()
 
 
@@ -160,7 +176,8 @@ def change_value(rng, values):
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1}
-READ_ERRORS = ["damaged", "cut off or no safetensors", "do not agree", "the one before ends at", "ends at byte", "belong to no tensor"]
+READ_ERRORS = ["damaged", "cut off or no safetensors", "do not agree", "the one before ends at", "ends at byte",
+               "belong to no tensor"]
 
 
 def sound_tensors(rng):
@@ -215,12 +232,13 @@ def safetensors_mutant(rng):
         header.pop("__metadata__", None)
         change_entry(rng, header)
     text = to_json(rng, header) + " " * rng.randrange(9)
-    text = (change_text(rng, text) if how == "text" else text).encode("utf-8", "surrogatepass")
+    text = to_bytes(rng, change_text(rng, text) if how == "text" else text)
     text = change_bytes(rng, text) if how == "bytes" else text
     body = change_bytes(rng, body) if how == "body" else body
-    length = rng.choice([len(text) + rng.randrange(-9, 9), rng.randrange(2**rng.randrange(1, 64))]) if how == "length" else len(text)
-    data = max(length, 0).to_bytes(8, "little") + text + body
-    return data, sound
+    length = len(text)
+    if how == "length":
+        length = rng.choice([max(length + rng.randrange(-9, 9), 0), rng.randrange(2**rng.randrange(1, 64))])
+    return length.to_bytes(8, "little") + text + body, sound
 
 
 def by_hand(data):
@@ -232,11 +250,11 @@ def by_hand(data):
 
 
 def by_package(data):
-    """The same by the package safetensors; None where it does not read the file."""
+    """(the same by the package safetensors, "") or (None, why it does not read the file)"""
     try:
-        return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(data)}
-    except safetensors.SafetensorError:
-        return None
+        return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in safetensors.deserialize(data)}, ""
+    except safetensors.SafetensorError as error:
+        return None, str(error)
 
 
 def check_tensors(tensors, theirs):
@@ -258,21 +276,22 @@ def is_stricter_here(data, message):
 
 
 def fuzz_safetensors(file, n, read):
-    rng, counts, n_theirs = random.Random(1), collections.Counter(), 0
+    rng, counts = random.Random(1), collections.Counter()
     for _ in range(n):
         data, sound = safetensors_mutant(rng)
         put(file, data)
         tensors, message = outcome(read, file)
-        theirs = by_package(data)
+        theirs, refusal = by_package(data)
         if tensors is None:
             assert not sound and (theirs is None or is_stricter_here(data, message)), message
         else:
             check_tensors(tensors, by_hand(data))
-            check_tensors(tensors, theirs or by_hand(data))
-            n_theirs += theirs is not None
+            if theirs is not None:
+                check_tensors(tensors, theirs)
+            else:                           # for what we ignore: NaN or half of a surrogate pair beside the layout, say
+                assert "invalid JSON in header" in refusal or "overflow computing buffer size" in refusal
         counts[kind_of(message, READ_ERRORS)] += 1
     check_shares(counts, READ_ERRORS)
-    assert n_theirs > 0.95 * counts["loads"]        # it refuses what json ignores: half of a surrogate pair, NaN, depth
 
 
 @amounts(1_000, 20_000)
@@ -314,14 +333,15 @@ def sound_row(rng, schema):
 def change_row(rng, row):
     name = rng.choice(list(row))
     if isinstance(row[name], list) and rng.random() < 0.7:
-        k = rng.randrange(len(row[name]))
-        rng.choice([lambda: row[name].pop(k), lambda: row[name].append(row[name][k]), lambda: row[name].insert(k, rng.choice(ODD)),
-                    lambda: row[name].__setitem__(k, rng.choice(ODD))])()
+        k, odd, values = rng.randrange(len(row[name])), rng.choice(ODD), row[name]
+        row[name] = rng.choice([values[:k] + values[k + 1:], values + [values[k]], values[:k] + [odd] + values[k:],
+                                values[:k] + [odd] + values[k + 1:]])
     elif isinstance(row[name], str) and rng.random() < 0.1:
         row[name] = ""
     elif isinstance(row[name], str) and rng.random() < 0.5:
         k = rng.randrange(len(row[name]) + 1)
-        row[name] = row[name][:k] + rng.choice(["\ud83d", "\udc00", "\x00", "\u2028", " " * 100_000, "\n" * 99_999]) + row[name][k:]
+        odd = rng.choice(["\ud83d", "\udc00", "\x00", "\u2028", " " * 100_000, "\n" * 99_999])
+        row[name] = row[name][:k] + odd + row[name][k:]
     else:
         change_value(rng, row)
 
@@ -335,7 +355,8 @@ def harmless_row(rng, row):
 
 def jsonl_mutant(rng, schema):
     """(the bytes of a file, whether nothing is wrong with them)"""
-    rows, end = [harmless_row(rng, sound_row(rng, schema)) for _ in range(rng.randrange(1, 5))], rng.choice(["\n", "\r\n", " \n"])
+    rows = [harmless_row(rng, sound_row(rng, schema)) for _ in range(rng.randrange(1, 5))]
+    end = rng.choice(["\n", "\r\n", " \n"])
     how = rng.choice(["", "row", "row", "row", "text", "bytes"])
     bad = rng.randrange(len(rows))
     if how == "row":
@@ -344,8 +365,7 @@ def jsonl_mutant(rng, schema):
     lines = [to_json(rng, row) for row in rows]
     if how == "text":
         lines[bad] = change_text(rng, lines[bad])
-    text = end.join(lines) + rng.choice([end, ""])
-    data = text.encode("utf-8", "surrogatepass")
+    data = to_bytes(rng, end.join(lines) + rng.choice([end, ""]))
     return (change_bytes(rng, data) if how == "bytes" else data), how == ""
 
 
@@ -353,12 +373,14 @@ def row_by_hand(where, line):
     """A line that was accepted, as json.loads reads it."""
     value = json.loads(line)
     assert len(json.loads(line, object_pairs_hook=list)) == len(value)             # no field is there twice
-    pair = "chosen" in value or "rejected" in value
-    responses = [value["chosen"], value["rejected"]] if pair else value.get("responses", [value["response"]] if "response" in value else [])
-    ranks = [1, 2][:len(responses)] if pair or "best" not in value and "ranks" not in value else value.get("ranks")
-    if "best" in value and not pair:
-        ranks = [2] * len(responses)
-        ranks[value["best"]] = 1
+    if "chosen" in value or "rejected" in value:
+        responses, ranks = [value["chosen"], value["rejected"]], [1, 2]
+    else:
+        responses = value.get("responses", [value.get("response")])
+        ranks = value.get("ranks", [1])
+        if "best" in value:
+            ranks = [2] * len(responses)
+            ranks[value["best"]] = 1
     return Row(where, value["prompt"], tuple(responses), tuple(ranks), tuple(value.get("finished", [True] * len(responses))))
 
 
@@ -385,7 +407,8 @@ def test_mutated_jsonl_loads_as_json_reads_it_line_by_line_or_is_one_error(tmp_p
 
 @pytest.mark.parametrize("function, old, new", [
     ("strict_json", "object_pairs_hook=no_key_twice", ""), ("strict_json", 'decode("utf-8")', 'decode("utf-8", "replace")'),
-    ("text", "if LONG_SPACE.search(value):", "value = value.strip()\n    if False:"), ("ranks_of", "k == best", "k + 1 == best"),
+    ("text", "if LONG_SPACE.search(value):", "value = value.strip()\n    if False:"),
+    ("ranks_of", "k == best", "k + 1 == best"),
     ("comparison", "value.get(\"finished\", [True] * len(responses))", "[True] * len(responses)"),
 ])
 def test_the_mutants_notice_a_reader_of_jsonl_with_a_defect(tmp_path, monkeypatch, function, old, new):
@@ -406,8 +429,9 @@ def check_rows(schema, rows, theirs):
 
 # ---- config.json, and the weights beside it --------------------------------------------------------------------------
 
-CONFIG_ERRORS = ["damaged", "model_type is", "not a int above 0", "not a float above 0", "implemented here is only", "cannot be divided",
-                 "no normalisation", "the weights are", "no tensor can be this large", "by config.json", "is missing", "no part of this model"]
+CONFIG_ERRORS = ["damaged", "model_type is", "not a int above 0", "not a float above 0", "implemented here is only",
+                 "cannot be divided", "no normalisation", "the weights are", "no tensor can be this large", "by config.json",
+                 "is missing", "no part of this model"]
 SIZES = dict(vocab_size=11, n_positions=7, n_embd=8, n_layer=2, n_head=2)
 
 
@@ -434,7 +458,7 @@ def config_mutant(rng, text):
     elif how == "less":
         values.pop(rng.choice(list(values)))
     new = to_json(rng, values)
-    data = (change_text(rng, new) if how == "text" else new).encode("utf-8", "surrogatepass")
+    data = to_bytes(rng, change_text(rng, new) if how == "text" else new)
     return change_bytes(rng, data) if how == "bytes" else data
 
 
@@ -444,7 +468,8 @@ def check_model(model, data, weights):
     for name, default in dataclasses.asdict(GPT2Config()).items():
         assert getattr(model.config, name) == values.get(name, default)
     if isinstance(model, ScalarHeadModel):
-        assert model.reward_mean == float(values.get("reward_mean", 0)) and model.reward_std == float(values.get("reward_std", 1))
+        normalisation = values.get("reward_mean", 0), values.get("reward_std", 1)
+        assert (model.reward_mean, model.reward_std) == tuple(map(float, normalisation))
     state = model.state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
 
@@ -491,7 +516,8 @@ def test_a_mutated_pytorch_file_is_read_or_is_one_error(tmp_path, zipped, n):
 # ---- run.json and command lines --------------------------------------------------------------------------------------
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
-RUN_ERRORS = ["damaged", "no run.json of a training script", "unknown option", " wants ", "must be a number below", "must be at least"]
+RUN_ERRORS = ["damaged", "no run.json of a training script", "unknown option", " wants ", "must be a number below",
+              "must be at least"]
 
 
 def read_saved(config_class, folder):
@@ -505,7 +531,7 @@ def run_json_mutant(rng, values):
                 lambda: config.update({rng.choice(list(config)): rng.choice([0, 1, 0.5, 3, "x", True])})])()
     values["config"] = rng.choice(ODD) if rng.random() < 0.05 else config
     text = to_json(rng, values)
-    data = (change_text(rng, text) if rng.random() < 0.1 else text).encode("utf-8", "surrogatepass")
+    data = to_bytes(rng, change_text(rng, text) if rng.random() < 0.1 else text)
     return change_bytes(rng, data) if rng.random() < 0.05 else data
 
 
@@ -524,10 +550,12 @@ def test_a_mutated_run_json_is_read_as_json_reads_it_or_is_one_error(tmp_path, n
     check_shares(counts, RUN_ERRORS)
 
 
-ODD_WORDS = ["nan", "inf", "-inf", "1e400", "-1", "0", "1", "3", "0.5", "1_0", "\u0663", "0x10", "9" * 20, "9" * 5000, "", " ", "-", "--",
-             "true", "None", "\n", "\udcff", "\x1b[31m", "\x00", "%s", "{}", "@file", "x" * 5000, "a:b.py", ".py:f", "cpu", "float32"]
-ARGV_ERRORS = ["unrecognized arguments", "expected one argument", "invalid int value", "invalid float value", "must be a number below",
-               "must be at least", " wants ", "ignored explicit argument", "argument --preset: invalid choice"]
+ODD_WORDS = ["nan", "inf", "-inf", "1e400", "-1", "0", "1", "3", "0.5", "1_0", "\u0663", "0x10", "9" * 20, "9" * 5000, "", " ",
+             "-", "--", "true", "None", "\n", "\udcff", "\x1b[31m", "\x00", "%s", "{}", "@file", "x" * 5000, "a:b.py", ".py:f",
+             "cpu", "float32"]
+ARGV_ERRORS = ["unrecognized arguments", "expected one argument", "invalid int value", "invalid float value",
+               "must be a number below", "must be at least", " wants ", "ignored explicit argument",
+               "argument --preset: invalid choice"]
 
 
 def argv_mutant(rng, config_class):

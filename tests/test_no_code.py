@@ -19,8 +19,8 @@ from small_world import ppo_flags, run_ppo, script_flags, small_world
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(file for file in ROOT.rglob("*.py") if not {".venv", "out", ".git"} & set(file.relative_to(ROOT).parts))
-CODE_FROM_DATA = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "torch.jit.load", "torch.package.PackageImporter",
-                  "shelve.open", "joblib.load", "runpy.run_path", "eval", "exec", "compile", "__import__"}
+CODE_FROM_DATA = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "torch.jit.load", "shelve.open",
+                  "joblib.load", "runpy.run_path", "eval", "exec", "compile", "__import__"}
 
 
 class Code:
@@ -62,17 +62,21 @@ def test_every_torch_load_is_weights_only():
 
 
 def test_a_torch_load_that_is_not_would_be_noticed():
-    sources = ["import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)", "from torch import load\nload(f)",
-               "import torch\nx = [torch.load(f, map_location='cpu') for f in files]", "import torch\ntorch.load(f, weights_only=ok)"]
-    assert all(unsafe_loads(source) for source in sources)
+    for source in ("torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=ok)",
+                   "x = [torch.load(f, map_location='cpu') for f in files]", "from torch import load\nload(f)"):
+        assert unsafe_loads(source)
+    assert not unsafe_loads("torch.load(f, weights_only=True)")
 
 
 def test_one_place_only_executes_a_file():
     """functions.py, by importlib; every other way to run what was read is absent outside the tests."""
+    executing = set()
     for file in SOURCES:
-        name, names = file.relative_to(ROOT), {name for name, _ in calls_of(file.read_text(encoding="utf-8"))}
-        assert name.parts[0] == "tests" or not CODE_FROM_DATA & names, name
-        assert name.parts[0] == "tests" or str(name) == "minirlhf/functions.py" or not any("exec_module" in n for n in names), name
+        names = {name for name, _ in calls_of(file.read_text(encoding="utf-8"))}
+        if file.parent != ROOT / "tests":
+            assert not CODE_FROM_DATA & names, file
+            executing |= {file.relative_to(ROOT) for name in names if name.endswith(".exec_module")}
+    assert executing == {Path("minirlhf/functions.py")}
 
 
 # ---- files with code in them -----------------------------------------------------------------------------------------
@@ -154,8 +158,13 @@ def test_a_model_folder_runs_no_python_that_lies_in_it(world):
 
 # ---- the reward function: the code that is executed, and that says so ------------------------------------------------
 
+def write_reward(world, value, before="", every_call=""):
+    """mine.py, whose function f returns this value."""
+    (world / "mine.py").write_text(f"{before}\ndef f(prompts, responses):\n    {every_call}\n    return {value}\n")
+
+
 def test_a_reward_function_is_executed_and_the_script_says_so(world, capsys):
-    (world / "mine.py").write_text(f"open({str(world / 'ran')!r}, 'w')\ndef f(prompts, responses):\n    return [len(r) for r in responses]\n")
+    write_reward(world, "[len(r) for r in responses]", f"open({str(world / 'ran')!r}, 'w')")
     run_ppo(world, "--reward", f"{world}/mine.py:f")
     assert (world / "ran").exists()
     assert f"the reward is {world}/mine.py:f: its code runs here\n" in capsys.readouterr().out
@@ -184,18 +193,17 @@ def test_nan_and_infinity_in_weights_are_refused_by_every_script(world, name, nu
     assert not (world / "run").exists()
 
 
-LATER = "N = [0]\ndef f(prompts, responses):\n    N[0] += 1\n    scores = [float(len(r)) for r in responses]\n    return {} if N[0] > 2 else scores\n"
-
-
 @pytest.mark.parametrize("value, says", [
     ("scores[1:]", "must return a list of 12 numbers, not "), ("None", "must return a list of 12 numbers, not None"),
-    ("[str(s) for s in scores]", "gave '.*' for the response '.*' to '.*'"), ("scores[:-1] + [float('nan')]", "gave nan for the response"),
-    ("scores[:-1] + [float('inf')]", "gave inf for the response"), ("[s > 3 for s in scores]", "gave (True|False) for the response"),
-    ("[1e39] * 12", "gave 1e.39 for the response"), ("1 / 0", r"raised ZeroDivisionError: .* \(.*mine.py:5\) .* the first of them '.*' to '.*'"),
+    ("[str(s) for s in scores]", "gave '.*' for the response '.*' to '.*'"),
+    ("scores[:-1] + [float('nan')]", "gave nan for the response"), ("scores[:-1] + [float('inf')]", "gave inf for the response"),
+    ("[s > 3 for s in scores]", "gave (True|False) for the response"), ("[1e39] * 12", "gave 1e.39 for the response"),
+    ("1 / 0", r"raised ZeroDivisionError: .* \(.*mine.py:4\) .* the first of them '.*' to '.*'"),
 ])
 def test_a_reward_function_that_goes_wrong_later_ends_the_run_with_iteration_prompt_and_response(world, value, says):
     """The first call is the normalisation's, the second is iteration 0's; the checkpoint of iteration 0 stays."""
-    (world / "mine.py").write_text(LATER.format(value))
+    write_reward(world, f"{value} if len(calls) > 2 else scores", "calls = []",
+                 "calls.append(1); scores = [float(len(r)) for r in responses]")
     with pytest.raises(UserError, match=f"^iteration 1: the reward function {says}") as error:
         run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3, "--save_every", 1)
     assert "\n" not in str(error.value)
@@ -213,7 +221,7 @@ def test_a_reward_model_whose_scores_are_not_finite_ends_the_run_with_prompt_and
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "bool"])
 def test_an_array_of_numpy_is_a_reward(world, dtype):
-    (world / "mine.py").write_text(f"import numpy as np\ndef f(prompts, responses):\n    return np.array([len(r) for r in responses]).astype('{dtype}')\n")
+    write_reward(world, f"numpy.array([len(r) for r in responses]).astype('{dtype}')", "import numpy")
     if dtype == "bool":
         with pytest.raises(UserError, match="gave True for the response"):
             run_ppo(world, "--reward", f"{world}/mine.py:f")
