@@ -188,5 +188,8 @@ def whole_file(file, previous=None):
     except (OSError, RuntimeError) as error:                    # torch.save makes a RuntimeError of a disk that is full
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        first = error
+        while not isinstance(first, OSError) and first.__context__:
+            first = first.__context__
+        reason = getattr(first, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{file} cannot be written: {reason}; what was there before is whole") from None
