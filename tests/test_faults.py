@@ -117,6 +117,15 @@ def kill(process, folder, moment, seconds):
     return process.wait() == -signal.SIGKILL
 
 
+def follow_up(process, folder, whole):
+    """What a person does once a process has ended: the flags of the next one, none if the run is finished."""
+    if process.process.returncode == 0 or "is finished; there is nothing left to do" in process.error():
+        assert_same(folder, whole)
+        return []
+    assert "has no state.pt to continue from" in process.error()
+    return ["--no-resume"]
+
+
 def test_killed_at_twenty_random_moments_a_run_ends_as_the_run_that_was_not(home):
     rng, folder, whole, places = random.Random(8), home / "ppo", home / "whole", collections.Counter()
     moments = [("start", 3.0)] * 3 + [("training", 0.7)] * 13 + [("export", 0.2)] * 4
@@ -137,15 +146,6 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_the_run_that_was_not(home
     print("killed", dict(places))
     assert sum(places.values()) == KILLS and places["in training"] >= 4
     assert places["after the last step"] + places["with its report written"] >= 2
-
-
-def follow_up(process, folder, whole):
-    """What a person does once a process has ended: the flags of the next one, none if the run is finished."""
-    if process.process.returncode == 0 or "is finished; there is nothing left to do" in process.error():
-        assert_same(folder, whole)
-        return []
-    assert "has no state.pt to continue from" in process.error()
-    return ["--no-resume"]
 
 
 # ---- a full disk, a read-only one ------------------------------------------------------------------------------------
