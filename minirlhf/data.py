@@ -119,6 +119,9 @@ def read_comparisons(path):
 def comparison(value, where):
     """One comparison in any of its three forms -> Row with ranks."""
     prompt = prompt_of(value, where)
+    forms = [form for form in (("chosen", "rejected"), ("ranks",), ("best",)) if any(name in value for name in form)]
+    if len(forms) > 1:
+        raise UserError(f"{where}: says twice who is better, with {' and '.join(form[0] for form in forms)}; keep one of them")
     if "chosen" in value or "rejected" in value:
         responses, ranks = [field(value, "chosen", where), field(value, "rejected", where)], [1, 2]
     else:

@@ -58,6 +58,8 @@ PAIR = {"prompt": "p", "responses": [" a", " b"]}
     (read_comparisons, {"prompt": "p", "chosen": " a"}, 'no "rejected"'),
     (read_comparisons, {"prompt": "p", "responses": [" a"], "best": 0}, "at least two"),
     (read_comparisons, PAIR, 'no "ranks"'),
+    (read_comparisons, PAIR | {"ranks": [1, 2], "best": 1}, "says twice who is better, with ranks and best"),
+    (read_comparisons, PAIR | {"ranks": [1, 2], "chosen": " a", "rejected": " b"}, "with chosen and ranks"),
     (read_comparisons, PAIR | {"ranks": [1]}, "list of 2"),
     (read_comparisons, PAIR | {"ranks": [0, 1]}, "from 1"),
     (read_comparisons, PAIR | {"ranks": [1, True]}, "whole numbers"),
