@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.linear import Linear, linear
+from minirlhf.cpu import Linear, linear
 
 
 @dataclass

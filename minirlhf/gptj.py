@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minirlhf.gpt2 import KVCache, attention, attention_mask, position_ids
-from minirlhf.linear import Linear, linear
+from minirlhf.cpu import Linear, linear
 
 
 @dataclass

@@ -51,4 +51,5 @@ def main():
     compare(args, f"generate, {args.size}, batch {args.batch}, {args.dtype}", "transformers", "tokens", args.batch * args.new, floors)
 
 
-main()
+if __name__ == "__main__":
+    main()

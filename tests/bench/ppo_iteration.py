@@ -104,4 +104,5 @@ def main():
             "responses", args.batch, floors)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -59,4 +59,5 @@ def main():
             args.batch * args.tokens, floors)
 
 
-main()
+if __name__ == "__main__":
+    main()
