@@ -167,12 +167,15 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
     # 3. Log-probabilities under the policy and the reference: the same function, temperature and precision, and full
     #    forward passes, since in bfloat16 those of the cached sampling differ by about 1e-2.
-    def logprobs_and_entropy(model, ids, attend):
-        logits = response_logits(model, ids, attend, r.P)
-        return torch.stack([ppo.token_logprobs(logits, ids[:, r.P:], cfg.temperature),
-                            ppo.token_entropy(logits, cfg.temperature)], dim=1)         # (B, 2, R)
-    r.logprobs, r.entropy = in_chunks(lambda *x: logprobs_and_entropy(policy, *x), size, r.ids, r.attend).unbind(1)
-    r.ref_logprobs = in_chunks(lambda *x: logprobs_and_entropy(reference, *x), size, r.ids, r.attend)[:, 0]
+    def logprobs_and_logits(model, ids, attend):
+        logits = response_logits(model, ids, attend, r.P)                               # (B, R, V)
+        return ppo.token_logprobs(logits, ids[:, r.P:], cfg.temperature), logits        # (B, R)
+
+    def logprobs_and_entropy(ids, attend):
+        logprobs, logits = logprobs_and_logits(policy, ids, attend)
+        return torch.stack([logprobs, ppo.token_entropy(logits, cfg.temperature)], dim=1)               # (B, 2, R)
+    r.logprobs, r.entropy = in_chunks(logprobs_and_entropy, size, r.ids, r.attend).unbind(1)
+    r.ref_logprobs = in_chunks(lambda *x: logprobs_and_logits(reference, *x)[0], size, r.ids, r.attend)
 
     # 4. Reward per token: -beta KL everywhere, the score at the last one.
     kl = ppo.kl_k1(r.logprobs, r.ref_logprobs)                                          # (B, R)
