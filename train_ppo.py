@@ -121,8 +121,12 @@ def response_values(model, ids, attend, P):
 
 def roll_out(policy, batch, tokenizer, cfg, iteration, device):
     """Step 1: one sampled response per prompt."""
+    # Autocast would cast every weight for every token. A copy in bfloat16 is rounded once, and is as near to the policy as
+    # autocast is (0.01 nats a token); step 3 computes the log-probabilities that PPO uses anew.
+    sampler = copy.deepcopy(policy).bfloat16() if cfg.dtype == "bfloat16" else policy
+
     def sample(prompts, prompt_mask, uniforms):
-        sampled = generate(policy, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
+        sampled = generate(sampler, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
         return torch.cat([sampled.ids, sampled.mask, sampled.finished[:, None]], dim=1)             # (B, R + R + 1) int64
 
     R = cfg.max_response
@@ -172,12 +176,16 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
     # 3. Log-probabilities under the policy and the reference: the same function, temperature and precision, and full
     #    forward passes, since in bfloat16 those of the cached sampling differ by about 1e-2.
-    def logprobs_and_entropy(model, ids, attend):
-        logits = response_logits(model, ids, attend, r.P)
+    def logprobs_and_entropy(ids, attend):
+        logits = response_logits(policy, ids, attend, r.P)                              # (B, R, V)
         return torch.stack([ppo.token_logprobs(logits, ids[:, r.P:], cfg.temperature),
                             ppo.token_entropy(logits, cfg.temperature)], dim=1)         # (B, 2, R)
-    r.logprobs, r.entropy = spread(lambda *x: logprobs_and_entropy(policy, *x), size, r.ids, r.attend).unbind(1)
-    r.ref_logprobs = spread(lambda *x: logprobs_and_entropy(reference, *x), size, r.ids, r.attend)[:, 0]
+
+    def ref_logprobs(ids, attend):
+        return ppo.token_logprobs(response_logits(reference, ids, attend, r.P), ids[:, r.P:], cfg.temperature)      # (B, R)
+
+    r.logprobs, r.entropy = spread(logprobs_and_entropy, size, r.ids, r.attend).unbind(1)
+    r.ref_logprobs = spread(ref_logprobs, size, r.ids, r.attend)
 
     # 4. Reward per token: -beta KL everywhere, the score at the last one.
     kl = ppo.kl_k1(r.logprobs, r.ref_logprobs)                                          # (B, R)

@@ -29,12 +29,12 @@ def sample_token(logits, uniform):
     logits (B, V), uniform (B, 1) in [0, 1) -> tokens (B, 1) int64 and their log-probabilities (B, 1) in nats.
     The uniform number decides alone, so a row's tokens depend neither on the other rows nor on their number.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)                            # (B, V)
-    cumulative = logprobs.exp().cumsum(dim=-1)                                      # (B, V)
+    probabilities = torch.softmax(logits.float(), dim=-1)                           # (B, V)
+    cumulative = probabilities.cumsum(dim=-1)                                       # (B, V)
     # Rounding can leave the last sum a hair below 1, or the product on it: hence the scaling and the clamp.
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)                                   # (B, 1)
-    return token, logprobs.gather(1, token)
+    return token, probabilities.gather(1, token).log()
 
 
 @torch.inference_mode()

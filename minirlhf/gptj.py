@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.gpt2 import KVCache, attention_mask, position_ids
+from minirlhf.gpt2 import KVCache, attention, attention_mask, position_ids
+from minirlhf.cpu import Linear, linear
 
 
 @dataclass
@@ -57,10 +58,10 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C, bias=False)
-        self.v_proj = nn.Linear(C, C, bias=False)
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = Linear(C, C, bias=False)
+        self.k_proj = Linear(C, C, bias=False)
+        self.v_proj = Linear(C, C, bias=False)
+        self.out_proj = Linear(C, C, bias=False)
 
     def forward(self, x, turn, attend, cache, layer):
         B, T, C = x.shape
@@ -69,15 +70,15 @@ class Attention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                        # (B, nh, S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None)     # (B, nh, T, hs)
+        y = attention(q, k, v, attend)                                          # (B, nh, T, hs)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc_in = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.fc_out = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.fc_in = Linear(config.n_embd, 4 * config.n_embd)
+        self.fc_out = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.fc_out(F.gelu(self.fc_in(x), approximate="tanh"))
@@ -102,7 +103,7 @@ class GPTJ(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.apply(self._init)
 
     def _init(self, module):
@@ -133,7 +134,7 @@ class GPTJ(nn.Module):
     def logits(self, hidden):
         """Hidden states (..., C) to logits (..., n_tokens): the rows that are no token are not even computed."""
         n = self.config.n_tokens
-        return F.linear(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])
+        return linear(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])
 
     def new_cache(self, S):
         """An empty cache with room for S positions."""

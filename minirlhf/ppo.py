@@ -9,7 +9,6 @@ Sources: Ziegler et al. 2019 and its code openai/lm-human-preferences ("A"); Sti
 """
 
 import torch
-import torch.nn.functional as F
 
 
 # ---- statistics over tokens ------------------------------------------------------------------------------------------
@@ -48,14 +47,33 @@ def penalise_unfinished(scores, finished, missing_eos):
 
 # ---- 3. Log-probabilities --------------------------------------------------------------------------------------------
 
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(z)[token], whose gradient is one_hot(token) - softmax(z): z (N, V), tokens (N,) -> (N,).
+
+    Written out, for left to itself PyTorch makes two more tensors of the size of the logits on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, z, tokens):
+        logprobs = torch.log_softmax(z, dim=1)                  # (N, V)
+        ctx.save_for_backward(logprobs, tokens)
+        return logprobs.gather(1, tokens[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logprobs, tokens = ctx.saved_tensors
+        dz = logprobs.exp_().mul_(-gradient[:, None])           # in place: nobody else has seen these
+        return dz.scatter_add_(1, tokens[:, None], gradient[:, None]), None
+
+
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability of each token: logits (..., V), tokens (...) int64 -> (...) float32, in nats.
 
     The one function for SFT, rollout, reference and update. The temperature must be the sampling temperature wherever
     the tokens were sampled: PPO's ratio compares the distribution that acted, not the one at temperature 1.
     """
-    logits = logits.float() / temperature
-    return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten()).view(tokens.shape)
 
 
 def token_entropy(logits, temperature=1.0):

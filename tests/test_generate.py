@@ -141,7 +141,7 @@ def test_sampled_frequencies_are_the_distribution():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("torch.log_softmax(logits.float(), dim=-1)", "torch.log_softmax(logits.float() / 0.9, dim=-1)"),
+    ("torch.softmax(logits.float(), dim=-1)", "torch.softmax(logits.float() / 0.9, dim=-1)"),
     ("uniform * cumulative[:, -1:]", "(0.97 * uniform) * cumulative[:, -1:]"),                          # cuts the tail
     ("token.clamp(max=", "(token + 1).clamp(max="),
 ])

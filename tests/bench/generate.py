@@ -1,0 +1,56 @@
+"""Sampling 32 tokens after 32: us against transformers. One row of the README's table:
+
+    python tests/bench/generate.py --peer_python PEER/bin/python --batch 16 --dtype float32
+
+The peer's environment: tests/bench/transformers.txt. Random weights, temperature 1, no EOS on either side.
+"""
+
+import copy
+import importlib.metadata
+
+from common import SIZES, arguments, best_seconds, compare, our_model, random_ids, report
+
+import torch
+
+args = arguments(__doc__, batch=16, prompt=32, new=32)
+
+
+def ours():
+    from minirlhf.generate import generate
+    model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
+    uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))
+    sampler = copy.deepcopy(model).to(getattr(torch, args.dtype))
+    return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, eos=-1)
+
+
+def transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval().to(getattr(torch, args.dtype))
+    ids = random_ids(args.size, args.batch, args.prompt)
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                                  max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0, eos_token_id=None)
+
+
+def floors(peaks, dtype):
+    """Reading the weights once a token, and the products of all tokens."""
+    c = SIZES[args.size]
+    weights = 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
+    size = 4 if dtype == "float32" else 2
+    return {"reading the weights": args.new * weights * size / peaks["bytes"],
+            "arithmetic": 2 * weights * args.batch * args.new / peaks[dtype]}
+
+
+def main():
+    if args.worker:
+        torch.set_num_threads(args.threads)
+        run = {"ours": ours, "transformers": transformers}[args.worker]()
+        seconds = best_seconds(run, 3)
+        version = importlib.metadata.version("torch" if args.worker == "ours" else "transformers")
+        report(seconds, version=version)
+        return
+    compare(args, f"generate, {args.size}, batch {args.batch}, {args.dtype}", "transformers", "tokens", args.batch * args.new, floors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Forward and backward of the language-modelling loss on 8 x 128 tokens: us against transformers. One row of the table:
+
+    python tests/bench/train_step.py --peer_python PEER/bin/python --dtype float32
+
+The peer's environment: tests/bench/transformers.txt. --dtype bfloat16 is autocast, on the peer's side --peer_dtype.
+"""
+
+import contextlib
+import importlib.metadata
+
+from common import SIZES, arguments, best_seconds, compare, our_model, random_ids, report
+
+import torch
+
+args = arguments(__doc__, batch=8, tokens=128)
+
+
+def ours():
+    from minirlhf.ppo import token_logprobs
+    model = our_model(args.size)
+    return model, lambda ids: -token_logprobs(model.logits(model(ids)[:, :-1]), ids[:, 1:]).mean()
+
+
+def transformers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval()   # eval: no dropout
+    return model, lambda ids: model(ids, labels=ids).loss
+
+
+def measure(model, loss_of):
+    """Seconds of one forward and backward pass; the first gradient allocates and does not count."""
+    ids = random_ids(args.size, args.batch, args.tokens)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+    def step():
+        with autocast():
+            loss = loss_of(ids)
+        loss.backward()
+        for p in model.parameters():
+            p.grad = None
+    return best_seconds(step, 3)
+
+
+def floors(peaks, dtype):
+    """6 FLOP per weight and token: 2 forward, 4 backward; and the two products of causal attention."""
+    c, n = SIZES[args.size], args.batch * args.tokens
+    weights = 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
+    return {"arithmetic": 6 * n * (weights + c["n_layer"] * c["n_embd"] * args.tokens) / peaks[dtype]}
+
+
+def main():
+    if args.worker:
+        torch.set_num_threads(args.threads)
+        seconds = measure(*{"ours": ours, "transformers": transformers}[args.worker]())
+        version = importlib.metadata.version("torch" if args.worker == "ours" else "transformers")
+        report(seconds, version=version)
+        return
+    compare(args, f"forward and backward, {args.size}, {args.batch} x {args.tokens} tokens, {args.dtype}", "transformers", "tokens",
+            args.batch * args.tokens, floors)
+
+
+if __name__ == "__main__":
+    main()
