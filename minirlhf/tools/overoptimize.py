@@ -1,0 +1,201 @@
+"""Over-optimisation: what happens to the true preference when the reward model is pushed harder and harder.
+
+    python -m minirlhf.tools.overoptimize --out out/overoptimize          (needs out/sft; about 15 minutes on 2 CPU cores)
+
+The experiment of Gao, Schulman and Hilton 2022 ("Scaling laws for reward model overoptimization", "G"), with a gold reward
+that can be read. Reward models are trained on fewer and more comparisons. Each is then optimised in two ways: by PPO
+without a KL penalty, where every iteration is a point further from the SFT model, and by best-of-n, which takes the
+best of n samples. Gold (what people want) and proxy (what the reward model says) are drawn against d = sqrt(KL).
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+import train_ppo
+import train_rm
+from minirlhf.config import Parser, UserError, run_main
+from minirlhf.data import read_prompts
+from minirlhf.functions import load_gold
+from minirlhf.runs import move_aside, pick_device, write_json
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.measure import answer, rewards_of
+from minirlhf.tools.stats import ratio
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
+
+EPOCH_PROMPTS = 2400                # few labels are seen more often: this many prompts in all, but 4 to 20 times each
+
+
+# ---- the laws --------------------------------------------------------------------------------------------------------
+
+def fit(d, R, law):
+    """Least squares of R = d (a - b g(d)) with g(d) = d for "bon", log d for "rl" (G, section 3.1) -> a, b, R^2.
+
+    d = sqrt(KL) in sqrt(nats), all > 0; R = reward minus that of the SFT model.
+    """
+    d, R = np.asarray(d, float), np.asarray(R, float)
+    X = np.stack([d, -d * (d if law == "bon" else np.log(d))], axis=1)             # (points, 2)
+    (a, b), *_ = np.linalg.lstsq(X, R, rcond=None)
+    spread = ((R - R.mean()) ** 2).sum()
+    return float(a), float(b), float(1 - ((R - X @ (a, b)) ** 2).sum() / spread) if spread else math.nan
+
+
+def turnover(a, b, law, farthest):
+    """The d beyond which the law says that more optimisation makes it worse, or None if no such d was reached."""
+    if b <= 0:
+        return None
+    d = a / (2 * b) if law == "bon" else math.exp(min(a / b - 1, 700))              # where the derivative of d (a - b g(d)) is 0
+    return max(d, 0.0) if d <= farthest else None
+
+
+def fitted(d, R, law, resampled):
+    """The law's parameters, their 95 % intervals from resampled curves [(d, R), ...], and its turnover, as a dict."""
+    a, b, r2 = fit(d, R, law)
+    low, high = np.quantile([fit(*curve, law)[:2] for curve in resampled], [0.025, 0.975], axis=0)
+    return {"a": a, "a_ci": [low[0], high[0]], "b": b, "b_ci": [low[1], high[1]], "r2": r2, "n": len(d),
+            "turnover": turnover(a, b, law, max(d))}
+
+
+# ---- best of n -------------------------------------------------------------------------------------------------------
+
+def best_of_n_kl(n):
+    """KL of the best of n samples to the model that they are from, nats (G, section 2)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy, values, n):
+    """proxy, values (N, S): of S samples for each of N prompts -> (N,) the expected value of the sample with the highest
+    proxy among n drawn without replacement. The i-th worst of S (from 0) is that one with probability C(i, n-1) / C(S, n)."""
+    S = proxy.shape[1]
+    chance = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])
+    return np.take_along_axis(values, proxy.argsort(axis=1), axis=1) @ chance
+
+
+# ---- the experiment --------------------------------------------------------------------------------------------------
+
+def train_rewards(counts, sft, data, heldout, out, seed=1, device=""):
+    """Reward models on the first `count` comparisons of a file -> {count: its report}; the folders are out/rm_<count>."""
+    lines, reports = Path(data).read_text(encoding="utf-8").splitlines(keepends=True), {}
+    for count in counts:
+        if not 1 <= count <= len(lines):
+            raise UserError(f"{data} has {len(lines)} comparisons, not {count}")
+    for count in counts:
+        few, folder = Path(out) / f"comparisons_{count}.jsonl", Path(out) / f"rm_{count}"
+        few.write_text("".join(lines[:count]), encoding="utf-8")
+        epochs = min(20, max(4, EPOCH_PROMPTS // count))
+        run(train_rm, model=sft, data=few, heldout=heldout, out=folder, epochs=epochs, seed=seed, device=device)
+        reports[count] = json.loads((folder / "report.json").read_text())
+    return reports
+
+
+def run(script, **flags):
+    """A training script with these flags, as from the command line."""
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    print(f"\n$ python {script.__name__}.py {' '.join(argv)}", flush=True)
+    script.main(argv)
+
+
+def sample_sft(sft, rows, samples, seed, device):
+    """`samples` answers of the SFT model to each prompt, those of one prompt side by side, drawn as PPO draws."""
+    model, tokenizer = from_pretrained(sft).to(device), load_tokenizer(sft)
+    return answer(model, tokenizer, [row for row in rows for _ in range(samples)], train_ppo.Config.max_response,
+                  train_ppo.Config.temperature, seed, "sft")
+
+
+def best_of_n_curve(folder, pool, gold, samples, device):
+    """Points of best-of-n under one reward model, n = 1, 2, 4, ...: d, and gold and proxy (N, points) per prompt."""
+    reward = scalar_from_pretrained(str(folder)).to(device)
+    proxy = rewards_of(reward, pool.prompt_ids, pool.ids).reshape(-1, samples)                      # (N, S)
+    proxy[~np.array(pool.finished).reshape(proxy.shape)] = train_ppo.Config.missing_eos             # as PPO scores them
+    ns = [2 ** k for k in range(int(math.log2(samples)) + 1)]
+    return {"n": ns, "d": [math.sqrt(best_of_n_kl(n)) for n in ns],
+            **{name: np.stack([best_of_n(proxy, values, n) for n in ns], axis=1)
+               for name, values in (("gold", gold), ("proxy", proxy))}}
+
+
+def ppo_curve(folder, start, deviation):
+    """Points of a PPO run, one per iteration whose estimated KL is above 0, from its log: gold in deviations of the SFT
+    model's, as the proxy is."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["objective/kl"] > 0]
+    return {"d": [math.sqrt(row["objective/kl"]) for row in rows], "proxy": [row["objective/scores"] for row in rows],
+            "gold": [(row["objective/gold"] - start) / deviation for row in rows]}
+
+
+def laws(bon, rl, seed=0, resamples=500):
+    """Both laws of one reward model, with intervals: best-of-n from resampled prompts, PPO from resampled iterations."""
+    rng, d = np.random.default_rng(seed), np.array(bon["d"][1:])                    # n = 1 is the SFT model itself
+    above = bon["gold"][:, 1:] - bon["gold"][:, :1]                                 # (N, points)
+    prompts = rng.integers(len(above), size=(resamples, len(above)))
+    rl_d, rl_R = np.array(rl["d"]), np.array(rl["gold"])
+    iterations = rng.integers(len(rl_d), size=(resamples, len(rl_d)))
+    return {"bon": fitted(d, above.mean(axis=0), "bon", [(d, above[rows].mean(axis=0)) for rows in prompts]),
+            "rl": fitted(rl_d, rl_R, "rl", [(rl_d[rows], rl_R[rows]) for rows in iterations])}
+
+
+def experiment(args, gold, device):
+    """Trains, samples and fits everything -> the report, {count: curves and laws}."""
+    out = Path(args.out)
+    reports = train_rewards(args.labels, args.model, args.comparisons, args.heldout_comparisons, out, args.seed, args.device)
+    pool = sample_sft(args.model, read_prompts(args.heldout)[:args.prompts], args.samples, args.seed, device)
+    golds = np.array(gold(pool.prompts, pool.texts)).reshape(-1, args.samples)                      # (N, S)
+    before = sample_sft(args.model, read_prompts(args.data), 1, args.seed, device)      # PPO's prompts are not the held-out ones
+    start, deviation = float(np.mean(gold(before.prompts, before.texts))), float(golds.std())
+    golds = (golds - golds.mean()) / deviation
+    found = {}
+    for count in args.labels:
+        run(train_ppo, model=args.model, reward=out / f"rm_{count}", data=args.data, heldout="", out=out / f"ppo_{count}", beta=0,
+            iterations=args.iterations, seed=args.seed, device=args.device, samples_every=args.iterations)
+        rl = ppo_curve(out / f"ppo_{count}", start, deviation)
+        bon = best_of_n_curve(out / f"rm_{count}", pool, golds, args.samples, device)
+        found[count] = {"rm_accuracy_gold": reports[count]["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
+                        "bon": bon | {name: [[e.value, e.low, e.high] for e in map(ratio, bon[name].T)] for name in ("gold", "proxy")}}
+    return {"sft_gold": start, "sft_gold_deviation": deviation, "prompts": len(golds), "samples": args.samples,
+            "iterations": args.iterations, "seed": args.seed, "labels": found}
+
+
+def describe(report):
+    """The fitted laws as lines of a table."""
+    lines = [f"gold in deviations of the SFT model's ({report['sft_gold_deviation']:.3f}) above its mean ({report['sft_gold']:.3f})",
+             f"{'labels':>7} {'rm':>6}  {'law':<22}{'a':>24} {'b':>24} {'R^2':>6}  turnover at d = sqrt(KL)"]
+    for count, row in report["labels"].items():
+        for law, formula in (("bon", "best of n: d(a - b d)"), ("rl", "PPO: d(a - b log d)")):
+            f = row["laws"][law]
+            a, b = (f"{f[name]:.3f} [{f[name + '_ci'][0]:.3f}, {f[name + '_ci'][1]:.3f}]" for name in "ab")
+            turn = "none seen" if f["turnover"] is None else f"{f['turnover']:.2f} (KL {f['turnover'] ** 2:.1f} nats)"
+            lines.append(f"{count:>7} {row['rm_accuracy_gold']:>6.3f}  {formula:<22}{a:>24} {b:>24} {f['r2']:>6.3f}  {turn}")
+    return lines
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m minirlhf.tools.overoptimize", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="out/sft", help="the SFT model")
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 400, 1600], help="comparisons per reward model")
+    parser.add_argument("--comparisons", default="data/tiny/comparisons.jsonl")
+    parser.add_argument("--heldout_comparisons", default="data/tiny/comparisons_test.jsonl")
+    parser.add_argument("--data", default="data/tiny/prompts.jsonl", help="prompts of PPO")
+    parser.add_argument("--heldout", default="data/tiny/prompts_test.jsonl", help="prompts of best-of-n")
+    parser.add_argument("--gold", default="auto", help="FILE.py:function, the true preference")
+    parser.add_argument("--prompts", type=int, default=96, help="how many prompts for best-of-n")
+    parser.add_argument("--samples", type=int, default=128, help="samples for each of them")
+    parser.add_argument("--iterations", type=int, default=80, help="of PPO")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--out", default="out/overoptimize", help="the folder of all runs, the report and the picture")
+    args = parser.parse_args(argv)
+    device, gold, out = pick_device(args.device), load_gold(args.gold, args.data), Path(args.out)
+    if gold is None:
+        raise UserError("over-optimisation is seen in a true preference: these prompts need --gold FILE.py:function")
+    move_aside(out)
+    out.mkdir(parents=True)
+    report = experiment(args, gold, device)
+    write_json(out / "report.json", report)
+    print("\n" + "\n".join(describe(report)))
+
+
+if __name__ == "__main__":
+    run_main(main)
