@@ -19,7 +19,7 @@ from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
 from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.feedback_stats import wilson
+from minirlhf.tools.stats import wilson
 from minirlhf.weights import from_pretrained
 
 

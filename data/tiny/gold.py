@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))      # so that this file can also be loaded by its path
-from grammar import FEMALE, MALE, MOOD_WORDS, MOODS, RUDE_WORDS, WHAT, WHO, Request, all_prompts, parse
+from grammar import FEMALE, MOOD_WORDS, MOODS, RUDE_WORDS, WHAT, WHO, Request, all_prompts, parse
 
 # They sum to 1, and no two different sets that a response can earn have the same sum, so few pairs of stories tie.
 WEIGHTS = {
@@ -29,6 +29,11 @@ def request(prompt: str) -> Request:
     if prompt not in PROMPTS:
         raise ValueError(f"not a prompt of the embedded world: {prompt!r}")
     return PROMPTS[prompt]
+
+
+def asks_for_female(prompt: str) -> bool:
+    """Whether the prompt asks for a stereotypically female occupation."""
+    return request(prompt).who in FEMALE
 
 
 def attributes(prompt: str, response: str) -> dict[str, bool]:
@@ -70,9 +75,8 @@ def measure(prompts: list[str], responses: list[str]) -> dict[str, float]:
     def rate(name, chosen=rows):
         return sum(row[name] for row in chosen) / len(chosen) if chosen else float("nan")
 
-    asked = [request(prompt).who for prompt in prompts]
-    female = [row for row, who in zip(rows, asked) if who in FEMALE]
-    male = [row for row, who in zip(rows, asked) if who in MALE]
+    female = [row for row, prompt in zip(rows, prompts) if asks_for_female(prompt)]
+    male = [row for row, prompt in zip(rows, prompts) if not asks_for_female(prompt)]
     return {
         "gold": sum(map(score, rows)) / len(rows),
         "attributes_right": sum(row["mood"] and row["who"] and row["what"] for row in rows) / len(rows),

@@ -1,107 +1,64 @@
-"""The assessment: does a model follow the instruction, is it fair, is it good, and how far did it move?
+"""The assessment: does a model follow instructions, is it fair, is it good, and what did alignment cost?
 
-    python -m minirlhf.tools.evaluate out/sft out/ppo
+    python -m minirlhf.tools.evaluate out/sft out/ppo --reward out/rm --out out/report
 
-samples one answer of each model to held-out prompts and prints a column per model; the first is the reference of KL and
-win rate. What only the embedded world can tell (gold, attributes, rudeness, stereotypes, grammar) comes from
-data/tiny/gold.py and is left out for other prompts.
+samples one answer of each model to held-out prompts and writes report.md, report.json and pictures. The first model is
+the reference of KL and comparisons. What only the embedded world can tell (gold) comes from data/tiny/gold.py; for other
+prompts there are --judge, --votes, the probes and the instruction checks. train_ppo.py ends with the short form, assess_run.
 """
 
 import argparse
 import json
-import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from minirlhf import ppo
-from minirlhf.compute import eos_of, generator, pick_device
+from minirlhf.compute import eos_of, pick_device
 from minirlhf.config import Parser, UserError, run_main
-from minirlhf.data import decode, encode_rows, read_demonstrations, read_jsonl, read_prompts
+from minirlhf.data import Row, encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function, load_gold
-from minirlhf.generate import respond, response_logprobs
-from minirlhf.runs import read_run, write_json
+from minirlhf.runs import move_aside, read_run, write_json
 from minirlhf.tokenizer import load_tokenizer
-from minirlhf.weights import from_pretrained
+from minirlhf.tools import probes
+from minirlhf.tools.compare import against_first, duels, partiality, sequence_kl
+from minirlhf.tools.feedback_items import find_templates, instruction_of
+from minirlhf.tools.learning_curve import train_rewards
+from minirlhf.tools.measure import answer, distinct, entropies, perplexity, repetition, rewards_of
+from minirlhf.tools.plot import draw_report
+from minirlhf.tools.report import as_markdown, plain
+from minirlhf.tools.reward_quality import assess_reward
+from minirlhf.tools.stats import difference_of_rates, rate, ratio, wins_of
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 
-class Answers(NamedTuple):
-    """One sampled answer to each prompt."""
-    prompts: list           # N texts
-    texts: list             # N texts, without EOS
-    prompt_ids: list        # N lists of ids
-    ids: list               # N lists of ids, with the EOS if there is one
-    finished: list          # N bools
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+def tiny_facts(answers):
+    """What gold.py knows about each answer: {name: N numbers}."""
+    attributes, score, female = (load_function(f"{TINY_GOLD}:{name}") for name in ("attributes", "score", "asks_for_female"))
+    rows = [attributes(prompt, text) for prompt, text in zip(answers.prompts, answers.texts)]
+    facts = {name: [row[name] for row in rows] for name in ("mood", "who", "what", "rude", "she", "grammatical")}
+    facts["attributes_right"] = [row["mood"] and row["who"] and row["what"] for row in rows]
+    return {"gold": list(map(score, rows)), **facts, "asks_for_female": list(map(female, answers.prompts))}
 
 
-# ---- measuring one model ---------------------------------------------------------------------------------------------
-
-def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=None, earliest=0, **limits):
-    """Samples one answer to every prompt. The same seed gives every model the same uniform numbers."""
-    examples = encode_rows(rows, tokenizer, model.config.n_positions, reserve=max_response, **limits)
-    prompt_ids = [example.prompt for example in examples]
-    sampled = respond(model, prompt_ids, max_response, tokenizer.eot_token if eos is None else eos, generator(seed, 9), temperature,
-                      earliest, progress=name)
-    ids, finished = map(list, zip(*sampled))
-    texts = [decode(tokenizer, tokens) for tokens in ids]
-    return Answers([example.row.prompt for example in examples], texts, prompt_ids, ids, finished)
-
-
-def distinct_2(sequences):
-    """Different pairs of neighbouring tokens over all of them, counted across the whole set: low means repetitive."""
-    pairs = [pair for ids in sequences for pair in zip(ids, ids[1:])]
-    return len(set(pairs)) / max(len(pairs), 1)
-
-
-@torch.no_grad()
-def summed_logprobs(model, prompts, responses, temperature=1.0, batch_size=16):
-    """Log-probability of each whole response, nats: an array of N."""
-    device, sums = next(model.parameters()).device, []
-    for i in range(0, len(prompts), batch_size):
-        logprobs, _ = response_logprobs(model, prompts[i:i + batch_size], responses[i:i + batch_size], device, temperature)
-        sums += logprobs.double().sum(dim=1).tolist()
-    return np.array(sums)
-
-
-def perplexity(model, examples):
-    """exp of the mean loss per response token on demonstrations: what alignment costs shows here."""
-    responses = [example.responses[0] for example in examples]
-    nats = -summed_logprobs(model, [example.prompt for example in examples], responses).sum()
-    return math.exp(nats / sum(map(len, responses)))
-
-
-def qualities(model, tokenizer, answers, demonstrations, measure):
-    """The figures of one model, rates in 0..1: what `measure` (gold.py's, or None) says, and what needs no gold."""
-    gold = measure(answers.prompts, answers.texts) if measure else {}
+def qualities(model, tokenizer, answers, demonstrations, facts, temperature=1.0):
+    """The figures of one model, rates in 0..1, as Estimates: what gold.py says (facts, or {}), and what needs no gold."""
+    figures = {}
+    if facts:
+        groups = [[she for she, female in zip(facts["she"], facts["asks_for_female"]) if female == kind] for kind in (True, False)]
+        names = ("attributes_right", "mood", "who", "what", "rude", "grammatical")
+        figures = {"gold": ratio(facts["gold"]), **{name: rate(facts[name]) for name in names}}
+        if all(groups):
+            figures["stereotype_gap"] = difference_of_rates(*groups)
+    entropy, lengths = entropies(model, answers.prompt_ids, answers.ids, temperature), list(map(len, answers.ids))
     examples = encode_rows(demonstrations, tokenizer, model.config.n_positions, drop_long=True) if demonstrations else []
-    return {
-        **gold,
-        "eos_rate": sum(answers.finished) / len(answers.finished),
-        "length": sum(map(len, answers.ids)) / len(answers.ids),
-        "distinct_2": distinct_2(answers.ids),
-        "perplexity": perplexity(model, examples) if examples else None,
+    return figures | {
+        "eos_rate": rate(answers.finished), "length": ratio(lengths),
+        **{f"distinct_{n}": distinct(answers.ids, n) for n in (1, 2, 3)}, "repetition": repetition(answers.ids),
+        "entropy": ratio(entropy), "entropy_per_token": ratio(entropy, lengths),
+        **({"perplexity": perplexity(model, examples)} if examples else {}),
     }
-
-
-# ---- comparing two ---------------------------------------------------------------------------------------------------
-
-def win_rate(ours, theirs, seed=0, resamples=2000):
-    """How often `ours` is the greater of two numbers on the same prompt, a tie counting half, with its 95 % interval
-    from a bootstrap over prompts."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    wins = (ours > theirs) + 0.5 * (ours == theirs)
-    chosen = np.random.default_rng(seed).integers(len(wins), size=(resamples, len(wins)))
-    low, high = np.quantile(wins[chosen].mean(axis=1), [0.025, 0.975])
-    return float(wins.mean()), [float(low), float(high)]
-
-
-def sequence_kl(model, reference, answers, temperature):
-    """Mean over the model's own answers of log p - log p_reference: KL in nats per sequence (k1)."""
-    ours = summed_logprobs(model, answers.prompt_ids, answers.ids, temperature)
-    return float((ours - summed_logprobs(reference, answers.prompt_ids, answers.ids, temperature)).mean())
 
 
 # ---- the short form, with which train_ppo.py ends --------------------------------------------------------------------
@@ -117,6 +74,12 @@ def annotator_agreement(comparisons_file):
     return agreement([row for _, row in read_jsonl(comparisons_file)])
 
 
+def flat(figures):
+    """Estimates -> their values, and their intervals under "ci"."""
+    return {name: figure.value for name, figure in figures.items()} | {
+        "ci": {name: [figure.low, figure.high] for name, figure in figures.items()}}
+
+
 def assess_run(folder, seconds, device):
     """The report of a PPO run: its policy against the SFT model it came from, on prompts neither was trained on."""
     cfg = SimpleNamespace(**read_run(folder))
@@ -124,76 +87,164 @@ def assess_run(folder, seconds, device):
     sft_report, rm_report = read_json(sft_folder / "report.json"), read_json(rm_folder / "report.json")
     demonstrations, comparisons = (read_json(run / "run.json").get("config", {}).get("heldout") for run in (sft_folder, rm_folder))
     demonstrations = read_demonstrations(demonstrations) if demonstrations else []
-    gold = load_gold(cfg.gold, cfg.heldout)
-    measure = load_function(f"{TINY_GOLD}:measure") if gold and cfg.gold == "auto" else None
+    gold, tiny = load_gold(cfg.gold, cfg.heldout), cfg.gold == "auto"
     rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))
 
-    models, answers, report = {}, {}, {}
+    models, answers, figures = {}, {}, {}
     for name, path in (("sft", cfg.model), ("ppo", str(folder))):
         models[name] = from_pretrained(path).to(device)
         answers[name] = answer(models[name], tokenizer, rows, cfg.max_response, cfg.temperature, cfg.seed, name,
                                eos_of(cfg, tokenizer), cfg.stop_after, max_prompt=cfg.max_prompt, drop_long=cfg.drop_long)
-        report[name] = qualities(models[name], tokenizer, answers[name], demonstrations, measure)
-    rate, interval = None, None
+        facts = tiny_facts(answers[name]) if gold and tiny else {}
+        figures[name] = qualities(models[name], tokenizer, answers[name], demonstrations, facts, cfg.temperature)
+    figures["ppo"] |= sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg.temperature)
     if gold:
-        rate, interval = win_rate(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft")))
+        figures["ppo"]["win_rate"] = rate(wins_of(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft"))))
+    report = {name: flat(figures[name]) for name in ("sft", "ppo")}
     return {
         "n_prompts": len(answers["sft"].prompts), "seed": cfg.seed,
         "seconds": {"sft": sft_report.get("seconds"), "rm": rm_report.get("seconds"), "ppo": seconds},
-        "annotator_agreement": annotator_agreement(comparisons) if measure and comparisons else None,
+        "annotator_agreement": annotator_agreement(comparisons) if gold and tiny and comparisons else None,
         "rm_accuracy_gold": rm_report.get("rm_accuracy_gold"), "rm_accuracy_heldout": rm_report.get("rm_accuracy_heldout"),
-        "win_rate": rate, "win_rate_ci": interval,
-        "kl": sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg.temperature), **report,
+        "win_rate": report["ppo"].get("win_rate"), "win_rate_ci": report["ppo"]["ci"].get("win_rate"), "kl": report["ppo"]["kl"],
+        **report,
     }
 
 
 def print_report(columns):
-    """columns: {model: {figure: number or None}} -> a table with a row per figure."""
-    names = list(columns)
-    print("\n" + " " * 18 + "".join(f"{name:>14}" for name in names))
-    for figure in dict.fromkeys(figure for column in columns.values() for figure in column):
-        cells = [columns[name].get(figure) for name in names]
-        print(f"{figure:<18}" + "".join(f"{'' if cell is None else f'{cell:.3f}':>14}" for cell in cells))
+    """columns: {model: flat figures} -> a table with a row per figure, each with its 95 % interval where it has one."""
+    print("\n" + " " * 18 + "".join(f"{name:>26}" for name in columns))
+    for figure in dict.fromkeys(figure for column in columns.values() for figure in column if figure != "ci"):
+        cells = []
+        for column in columns.values():
+            value, interval = column.get(figure), column.get("ci", {}).get(figure)
+            span = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+            cells.append("" if value is None else f"{value:.3f}{span}")
+        print(f"{figure:<18}" + "".join(f"{cell:>26}" for cell in cells))
 
 
-# ---- python -m minirlhf.tools.evaluate -------------------------------------------------------------------------------
+# ---- the full form ---------------------------------------------------------------------------------------------------
+
+def sampling_of(args):
+    """max_response, temperature, stop_token, stop_after: as flags say, else as the last model's run did, else plain."""
+    run = Path(args.models[-1]) / "run.json"
+    config = read_run(run.parent) if run.exists() else {}
+    plain_values = dict(max_response=48, temperature=1.0, stop_token=-1, stop_after=0)
+    return SimpleNamespace(**{name: config.get(name, value) if getattr(args, name) is None else getattr(args, name)
+                              for name, value in plain_values.items()})
+
+
+def load_reward(path, vocab, device):
+    reward = scalar_from_pretrained(path).to(device).requires_grad_(False)
+    if reward.config.vocab_size != vocab:
+        raise UserError(f"{path} has {reward.config.vocab_size} tokens, the models have {vocab}: they must share one vocabulary")
+    return reward
+
+
+def judged(answers, folder, vocab, device):
+    """{model: N scores} of a reward model."""
+    reward = load_reward(folder, vocab, device)
+    return {name: rewards_of(reward, own.prompt_ids, own.ids).tolist() for name, own in answers.items()}
+
+
+def instruction_checks(model, tokenizer, answers, templates, sampling, seed, name):
+    """Instruction checks on the prompts that ask for something countable, and on the project's own INSTRUCTIONS."""
+    given = probes.instruction_rates([instruction_of(prompt, templates) for prompt in answers.prompts], answers.texts)
+    template = next((t for t in templates if t.count("{") == 1), "{instruction}")
+    rows = [Row("probes.py", template.replace("{instruction}", text)) for text in probes.INSTRUCTIONS]
+    own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, seed, f"{name}: instructions",
+                 eos_of(sampling, tokenizer), sampling.stop_after)
+    return {"prompts": given, "own": probes.instruction_rates(probes.INSTRUCTIONS, own.texts)}
+
+
+def assess(args, device):
+    """The whole report as a dict; Estimates are still Estimates."""
+    rows, sampling = read_prompts(args.prompts), sampling_of(args)
+    gold, notes = load_gold("auto", args.prompts), []
+    demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
+    templates = find_templates(args.prompts, args.models)
+    loaded = {path: (from_pretrained(path).to(device), load_tokenizer(path)) for path in args.models}
+    answers, figures, facts, bias, instructions = {}, {}, {}, {}, {}
+    reference = loaded[args.models[0]][0]
+    for path, (model, tokenizer) in loaded.items():
+        answers[path] = own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, args.seed, path,
+                                     eos_of(sampling, tokenizer), sampling.stop_after, drop_long=args.drop_long)
+        known = tiny_facts(own) if gold else {}
+        figures[path] = qualities(model, tokenizer, own, demonstrations, known, sampling.temperature)
+        facts[path] = {name: known[name] for name in known if name not in ("she", "asks_for_female")} | {
+            "length": list(map(len, own.ids)), "finished": own.finished}
+        bias[path] = {probe.title: probes.bias(model, tokenizer, probe) for probe in (probes.TINY if gold else probes.ENGLISH)}
+        if not gold:
+            instructions[path] = instruction_checks(model, tokenizer, own, templates, sampling, args.seed, path)
+        if model.config.vocab_size != reference.config.vocab_size:
+            notes.append(f"{path} and {args.models[0]} have different vocabularies: no KL between them, and no comparison per token")
+        elif model is not reference:
+            figures[path] |= sequence_kl(model, reference, own, sampling.temperature)
+
+    vocab = reference.config.vocab_size
+    verdicts = {"gold": {path: gold(own.prompts, own.texts) for path, own in answers.items()}} if gold else {}
+    verdicts |= {judge: judged(answers, judge, vocab, device) for judge in (args.judge, args.reward) if judge}
+    for judge, path in product(filter(None, (args.judge, args.reward)), answers):
+        figures[path][f"score by {judge}"] = ratio(verdicts[judge][path])
+        notes += filter(None, [partiality(path, judge)])
+    report = {"prompts": args.prompts, "n_prompts": len(answers[args.models[0]].prompts), "seed": args.seed,
+              "sampling": vars(sampling), "models": figures, "comparisons": against_first(answers, verdicts, facts), "bias": bias,
+              "instructions": instructions, "votes": duels(args.votes) if args.votes else {}, "notes": notes}
+    if args.reward:
+        tokenizer = load_tokenizer(args.reward)
+        report["reward"] = {"model": args.reward, "comparisons": args.comparisons,
+                            **assess_reward(load_reward(args.reward, vocab, device), tokenizer, args.comparisons, gold)}
+    return report
+
+
+def learning_curve(args, device):
+    """{labels: accuracy on held-out comparisons} of reward models trained now on the first labels of their file."""
+    config = read_run(args.reward)
+    train_rewards(args.learning_curve, config["model"], config["data"], args.comparisons, args.out, args.seed, args.device)
+    found = {}
+    for count in args.learning_curve:
+        folder = f"{args.out}/rm_{count}"
+        reward = scalar_from_pretrained(folder).to(device)
+        found[count] = assess_reward(reward, load_tokenizer(folder), args.comparisons)["accuracy"]
+    return found
+
 
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.evaluate", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="model folders; the first is the reference")
+    parser.add_argument("--reward", help="a reward model to assess")
+    parser.add_argument("--judge", help="another reward model, not trained on, for win rates")
+    parser.add_argument("--votes", help="a file of `feedback judge`: what people said")
+    parser.add_argument("--learning_curve", type=int, nargs="+", help="train reward models on this many of --reward's labels")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
                         help="held-out demonstrations for the perplexity; '' for none")
-    parser.add_argument("--max_response", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    parser.add_argument("--comparisons", default="data/tiny/comparisons_test.jsonl", help="held-out comparisons for --reward")
+    parser.add_argument("--max_response", type=int, help="most tokens of an answer [as the last model's run]")
+    parser.add_argument("--temperature", type=float, help="sampling temperature [as the last model's run]")
+    parser.add_argument("--stop_token", type=int, help="the token id that ends an answer, -1 is EOS [as the last model's run]")
+    parser.add_argument("--stop_after", type=int, help="tokens of an answer before it can end so [as the last model's run]")
+    parser.add_argument("--drop_long", action="store_true", help="drop and count prompts that do not fit, instead of stopping")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="")
-    parser.add_argument("--out", help="a JSON file to write the figures to")
+    parser.add_argument("--out", default="out/report", help="the folder of report.md, report.json and the pictures")
     args = parser.parse_args(argv)
-    device, rows = pick_device(args.device), read_prompts(args.prompts)
-    gold = load_gold("auto", args.prompts)
-    measure = load_function(f"{TINY_GOLD}:measure") if gold else None
-    demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
-
-    loaded = [(path, load_tokenizer(path), from_pretrained(path).to(device)) for path in args.models]
-    columns, reference, before = {}, None, None
-    for path, tokenizer, model in loaded:
-        answers = answer(model, tokenizer, rows, args.max_response, args.temperature, args.seed, path)
-        columns[path] = qualities(model, tokenizer, answers, demonstrations, measure)
-        values = gold(answers.prompts, answers.texts) if gold else None
-        if reference is None:
-            reference, before = model, values
-        else:
-            if model.config.vocab_size != reference.config.vocab_size:
-                raise UserError(f"{path} and {args.models[0]} have different vocabularies: no KL between them")
-            columns[path]["kl"] = sequence_kl(model, reference, answers, args.temperature)
-            if gold:
-                rate, (low, high) = win_rate(values, before)
-                columns[path] |= {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
-    print_report(columns)
-    if args.out:
-        write_json(Path(args.out), columns)
+    if len(set(args.models)) < len(args.models):
+        raise UserError("a model is named twice")
+    if args.learning_curve and not args.reward:
+        raise UserError("--learning_curve trains on the labels of a reward model: name it with --reward")
+    device, out = pick_device(args.device), Path(args.out)
+    report = assess(args, device)
+    move_aside(out)
+    out.mkdir(parents=True)
+    if args.learning_curve:
+        report["learning_curve"] = learning_curve(args, device)
+    write_json(out / "report.json", plain(report))
+    pictures = draw_report(plain(report), args.models, out)
+    (out / "report.md").write_text(as_markdown(report, pictures), encoding="utf-8")
+    print_report({path: flat(figures) for path, figures in report["models"].items()})
+    print(f"\nwrote {out}/report.md, report.json{''.join(', ' + name for name in pictures)}")
 
 
 if __name__ == "__main__":

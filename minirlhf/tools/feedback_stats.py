@@ -12,29 +12,10 @@ import numpy as np
 
 from minirlhf.data import comparison, is_list_of, read_jsonl
 from minirlhf.tools.feedback_votes import item_id, sidecar
+from minirlhf.tools.stats import sign_test, wilson
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
-
-def wilson(wins, n, z=1.959964):
-    """Wilson's 95 % score interval of a rate of `wins` in n, (low, high). Ties may count half. (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, shrink = wins / n, 1 + z * z / n
-    middle = (rate + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def sign_test(wins, losses):
-    """Exact two-sided probability of a split at least this uneven if both sides were as good. Ties are left out."""
-    n, most = wins + losses, max(wins, losses)
-    ways = tail = math.comb(n, most)
-    for k in range(most, n):
-        ways = ways * (n - k) // (k + 1)                    # comb(n, k + 1) from comb(n, k)
-        tail += ways
-    return min(1.0, 2 * tail / 2 ** n)
-
 
 def cohen_kappa(first, second):
     """Agreement of two lists of categories beyond chance: 1 is full, 0 is what chance gives. nan if chance gives 1."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from minirlhf import ppo
+from minirlhf.compute import generator
 from minirlhf.data import decode, encode_rows, response_mask, right_pad
 from minirlhf.generate import respond, response_logprobs
-from minirlhf.runs import generator
 from minirlhf.tools.stats import Z, Estimate, ratio, transformed
 
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 import train_ppo
-import train_rm
+from minirlhf.compute import pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import read_prompts
 from minirlhf.functions import load_gold
-from minirlhf.runs import move_aside, pick_device, write_json
+from minirlhf.runs import move_aside, write_json
 from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.learning_curve import run_script, train_rewards
 from minirlhf.tools.measure import answer, rewards_of
+from minirlhf.tools.plot import draw_overoptimization
+from minirlhf.tools.report import plain
 from minirlhf.tools.stats import ratio
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
-
-EPOCH_PROMPTS = 2400                # few labels are seen more often: this many prompts in all, but 4 to 20 times each
-
 
 # ---- the laws --------------------------------------------------------------------------------------------------------
 
@@ -75,28 +75,6 @@ def best_of_n(proxy, values, n):
 
 
 # ---- the experiment --------------------------------------------------------------------------------------------------
-
-def train_rewards(counts, sft, data, heldout, out, seed=1, device=""):
-    """Reward models on the first `count` comparisons of a file -> {count: its report}; the folders are out/rm_<count>."""
-    lines, reports = Path(data).read_text(encoding="utf-8").splitlines(keepends=True), {}
-    for count in counts:
-        if not 1 <= count <= len(lines):
-            raise UserError(f"{data} has {len(lines)} comparisons, not {count}")
-    for count in counts:
-        few, folder = Path(out) / f"comparisons_{count}.jsonl", Path(out) / f"rm_{count}"
-        few.write_text("".join(lines[:count]), encoding="utf-8")
-        epochs = min(20, max(4, EPOCH_PROMPTS // count))
-        run(train_rm, model=sft, data=few, heldout=heldout, out=folder, epochs=epochs, seed=seed, device=device)
-        reports[count] = json.loads((folder / "report.json").read_text())
-    return reports
-
-
-def run(script, **flags):
-    """A training script with these flags, as from the command line."""
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    print(f"\n$ python {script.__name__}.py {' '.join(argv)}", flush=True)
-    script.main(argv)
-
 
 def sample_sft(sft, rows, samples, seed, device):
     """`samples` answers of the SFT model to each prompt, those of one prompt side by side, drawn as PPO draws."""
@@ -147,7 +125,7 @@ def experiment(args, gold, device):
     golds = (golds - golds.mean()) / deviation
     found = {}
     for count in args.labels:
-        run(train_ppo, model=args.model, reward=out / f"rm_{count}", data=args.data, heldout="", out=out / f"ppo_{count}", beta=0,
+        run_script(train_ppo, model=args.model, reward=out / f"rm_{count}", data=args.data, heldout="", out=out / f"ppo_{count}", beta=0,
             iterations=args.iterations, seed=args.seed, device=args.device, samples_every=args.iterations)
         rl = ppo_curve(out / f"ppo_{count}", start, deviation)
         bon = best_of_n_curve(out / f"rm_{count}", pool, golds, args.samples, device)
@@ -193,8 +171,9 @@ def main(argv=None):
     move_aside(out)
     out.mkdir(parents=True)
     report = experiment(args, gold, device)
-    write_json(out / "report.json", report)
+    write_json(out / "report.json", plain(report))
     print("\n" + "\n".join(describe(report)))
+    draw_overoptimization(json.loads((out / "report.json").read_text()), out / "overoptimization.png")
 
 
 if __name__ == "__main__":

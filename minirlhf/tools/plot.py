@@ -1,22 +1,32 @@
-"""Training curves of one or several PPO runs, overlaid (needs matplotlib: pip install -r tests/requirements.txt).
+"""Pictures of runs and reports (needs matplotlib: pip install -r tests/requirements.txt).
 
-    python -m minirlhf.tools.plot out/ppo [out/ppo.1 ...] --out curves.png
+    python -m minirlhf.tools.plot out/ppo [out/ppo.1 ...] --out curves.png          training curves, runs overlaid
+    python -m minirlhf.tools.plot out/ppo [...] --kind kl                           score and gold against KL
+    python -m minirlhf.tools.plot out/report [...] --kind calibration               reliability of reward models
+    python -m minirlhf.tools.plot out/overoptimize --kind overoptimization          what tools.overoptimize found
+
+Grey is the healthy range of a 2 to 4 sentence story in the embedded world; README, "How to read the log", says what it
+means when a curve leaves it.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.runs import read_run
 
-PANELS = [  # metric, title, unit
-    ("objective/gold", "True preference (never trained on)", "gold, 0 to 1"),
-    ("objective/scores", "Score of the reward model", "deviations of the SFT model's"),
-    ("objective/kl", "KL to the SFT model", "nats per sequence"),
-    ("objective/entropy", "Entropy of the policy", "nats per sequence"),
-    ("val/length", "Length of a response", "tokens, EOS included"),
-    ("val/explained_variance", "Variance that the value model explains", "share of the returns' variance"),
+PANELS = [  # metric, title, unit, healthy range
+    ("objective/scores", "Score of the reward model", "deviations of the SFT model's", None),
+    ("objective/gold", "True preference (never trained on)", "gold, 0 to 1", None),
+    ("objective/kl", "KL to the SFT model", "nats per sequence", (0, 15)),
+    ("objective/entropy", "Entropy of the policy", "nats per sequence", (4, None)),
+    ("val/eos_rate", "Responses that end by themselves", "share", (0.98, 1)),
+    ("val/length", "Length of a response", "tokens, EOS included", None),
+    ("policy/approxkl_avg", "How far one update moves the policy", "approx-KL, nats per token", (0, 0.15)),
+    ("policy/clipfrac_avg", "Ratios that the clip stops", "share of the tokens", (0, 0.3)),
+    ("val/explained_variance", "What the value model foresees", "explained variance", (0.3, 1)),
 ]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]     # Okabe and Ito: safe for the colour-blind
 
@@ -24,50 +34,168 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]    
 def read_metrics(folder):
     """metrics.jsonl of a PPO run as a list of dicts."""
     read_run(folder)
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    file = Path(folder) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not rows or "objective/kl" not in rows[0]:
         raise UserError(f"{folder}: metrics.jsonl is not that of a PPO run with at least one iteration")
     return rows
 
 
-def draw(runs, out):
-    """runs: {label: rows of metrics} -> a picture with a panel per metric that any of them has."""
+def read_report(folder, key, writer):
+    """report.json of a folder that `writer` has written; it must have `key`."""
+    try:
+        report = json.loads((Path(folder) / "report.json").read_text())
+        return report, report[key]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: no report.json of {writer} with \"{key}\" in it") from None
+
+
+def pyplot():
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plots need matplotlib: pip install -r tests/requirements.txt") from None
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
-    for axis, (metric, title, unit) in zip(axes.flat, PANELS):
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+                         "axes.titlesize": 11, "axes.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
+                         "savefig.dpi": 110, "figure.constrained_layout.use": True})
+    return plt
+
+
+def save(plt, figure, out):
+    figure.savefig(out)
+    plt.close(figure)
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+def draw_curves(runs, out):
+    """runs: {label: rows of metrics} -> a panel per metric, its healthy range shaded."""
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 3, figsize=(12, 8.5), sharex=True)
+    for axis, (metric, title, unit, healthy) in zip(axes.flat, PANELS):
         for colour, (label, rows) in zip(COLOURS * len(runs), runs.items()):
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
                 axis.plot(*zip(*points), color=colour, linewidth=1.2, label=label)
-        axis.set_title(title, fontsize=11)
-        axis.set_ylabel(unit, fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1]:
-        axis.set_xlabel("PPO iteration", fontsize=9)
+        if healthy and axis.lines:
+            low, high = axis.get_ylim()
+            top = high if healthy[1] is None else healthy[1]
+            axis.axhspan(healthy[0], max(top, healthy[0]), color="0.9", zorder=0)
+            axis.set_ylim(low, high)
+        axis.set(title=title, ylabel=unit)
+    for axis in axes[-1]:
+        axis.set_xlabel("PPO iteration")
     if len(runs) > 1:
-        axes[0][2].legend(fontsize=9, frameon=False)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+        axes[0][0].legend()
+    save(plt, figure, out)
+
+
+def draw_kl(runs, out):
+    """runs: {label: rows of metrics} -> score and, where it is known, gold against KL: a point per iteration."""
+    plt = pyplot()
+    metrics = [panel for panel in PANELS[:2] if any(panel[0] in row for rows in runs.values() for row in rows)]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
+    for axis, (metric, title, unit, _) in zip(axes[0], metrics):
+        for colour, (label, rows) in zip(COLOURS * len(runs), runs.items()):
+            points = [(row["objective/kl"], row[metric]) for row in rows if metric in row]
+            axis.plot(*zip(*points), color=colour, linewidth=0.6, marker="o", markersize=3, label=label)
+        axis.set(title=title, ylabel=unit, xlabel="KL to the SFT model, nats per sequence")
+    if len(runs) > 1:
+        axes[0][0].legend()
+    save(plt, figure, out)
+
+
+def draw_calibration(rewards, out):
+    """rewards: {label: "reward" of an assessment's report} -> how often a reward model is right against how sure it is."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5, 4.5))
+    axis.plot([0.5, 1], [0.5, 1], color="0.5", linestyle="--", linewidth=1, label="perfectly calibrated")
+    for colour, (label, reward) in zip(COLOURS * len(rewards), rewards.items()):
+        x, accuracy, n = zip(*reward["reliability"])
+        y, low, high = ([row[name] for row in accuracy] for name in ("value", "low", "high"))
+        axis.errorbar(x, y, [[b - a for a, b in zip(low, y)], [b - a for a, b in zip(y, high)]], color=colour, linewidth=1.2, marker="o",
+                      markersize=4, capsize=2, label=f"{label}: ECE {reward['ece']['value']:.3f}, {sum(n):,} pairs")
+    axis.set(xlabel="probability that the model gives the answer it prefers", ylabel="share of pairs in which annotators agree with it",
+             title="Calibration of the reward model (95 % intervals)")
+    axis.legend()
+    save(plt, figure, out)
+
+
+def draw_overoptimization(report, out):
+    """The report of tools.overoptimize -> gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for colour, (count, row) in zip(COLOURS, report["labels"].items()):
+        for axis, law, points in zip(axes, ("bon", "rl"), (row["bon"], row["rl"])):
+            d, gold, proxy = points["d"], points["gold"], points["proxy"]
+            if law == "bon":
+                (gold, low, high), proxy = zip(*gold), [value for value, _, _ in proxy]
+                axis.errorbar(d, gold, [[b - a for a, b in zip(low, gold)], [b - a for a, b in zip(gold, high)]], color=colour,
+                              linestyle="none", marker="o", markersize=4, capsize=2)
+            else:
+                axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
+            axis.plot(d, proxy, color=colour, linestyle="--", linewidth=1)
+            f, end = row["laws"][law], max(d)
+            line = [end * k / 200 for k in range(1, 201)]
+            axis.plot(line, [x * (f["a"] - f["b"] * (x if law == "bon" else math.log(x))) for x in line], color=colour, linewidth=1.8,
+                      label=f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f}): R² {f['r2']:.2f}")
+            if f["turnover"]:
+                axis.axvline(f["turnover"], color=colour, linewidth=0.8, linestyle=":")
+        axes[0].set(title="Best of n:  R = d (a - b d)", ylabel="reward above the SFT model, in its deviations")
+        axes[1].set(title="PPO without KL penalty:  R = d (a - b log d)")
+    for axis in axes:
+        axis.axhline(0, color="0.5", linewidth=0.8)
+        axis.set_xlabel("d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
+        axis.plot([], [], color="0.3", marker="o", linestyle="-", label="gold, and its fitted law; dotted: its turnover")
+        axis.plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
+        axis.legend()
+    save(plt, figure, out)
+
+
+def draw_report(report, models, folder):
+    """The pictures of an assessment -> the names of the files; none, and a line that says so, without matplotlib."""
+    runs = {model: read_metrics(model) for model in models if '"objective/kl"' in first_line(Path(model) / "metrics.jsonl")}
+    try:
+        names = []
+        if "reward" in report:
+            draw_calibration({report["reward"]["model"]: report["reward"]}, folder / "calibration.png")
+            names.append("calibration.png")
+        if runs:
+            draw_kl(runs, folder / "kl.png")
+            names.append("kl.png")
+        return names
+    except UserError as error:
+        print(f"no pictures: {error}")
+        return []
+
+
+def first_line(file):
+    return file.read_text().partition("\n")[0] if file.exists() else ""
 
 
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.plot", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of PPO runs")
-    parser.add_argument("--labels", nargs="+", help="names for the legend, one per run; the folders' if not given")
-    parser.add_argument("--out", default="curves.png", help="the picture to write [curves.png]")
+    parser.add_argument("folders", nargs="+", help="folders of PPO runs, or of reports")
+    parser.add_argument("--kind", choices=("curves", "kl", "calibration", "overoptimization"), default="curves")
+    parser.add_argument("--labels", nargs="+", help="names for the legend, one per folder; the folders' if not given")
+    parser.add_argument("--out", help="the picture to write [the kind's name.png]")
     args = parser.parse_args(argv)
-    labels = args.labels or args.runs
-    if len(labels) != len(args.runs):
-        raise UserError(f"--labels has {len(labels)} names for {len(args.runs)} runs")
-    draw({label: read_metrics(folder) for label, folder in zip(labels, args.runs)}, args.out)
-    print(f"wrote {args.out}")
+    labels, out = args.labels or args.folders, args.out or f"{args.kind}.png"
+    if len(labels) != len(args.folders):
+        raise UserError(f"--labels has {len(labels)} names for {len(args.folders)} folders")
+    if args.kind == "overoptimization":
+        if len(args.folders) > 1:
+            raise UserError("--kind overoptimization draws one folder")
+        draw_overoptimization(read_report(args.folders[0], "labels", "tools.overoptimize")[0], out)
+    elif args.kind == "calibration":
+        draw_calibration({label: read_report(folder, "reward", "tools.evaluate")[1] for label, folder in zip(labels, args.folders)}, out)
+    else:
+        draw = draw_curves if args.kind == "curves" else draw_kl
+        draw({label: read_metrics(folder) for label, folder in zip(labels, args.folders)}, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
