@@ -9,37 +9,8 @@ import numpy as np
 import pytest
 
 from minirlhf.tools.feedback_stats import (agreements, bradley_terry, cohen_kappa, duel, first_places, print_stats,
-                                           read_votes, sign_test, verdicts, wilson, win_matrix)
+                                           read_votes, verdicts, win_matrix)
 from minirlhf.tools.feedback_votes import comparison_row, to_line
-
-
-# Newcombe 1998, Statistics in Medicine 17, table I, method 3.
-@pytest.mark.parametrize("wins, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-                                                (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)])
-def test_wilson_is_that_of_newcombe(wins, n, low, high):
-    assert wilson(wins, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_at_the_edges():
-    assert wilson(0, 0) == (0, 1) and wilson(5, 5)[1] == pytest.approx(1) and wilson(0, 5)[0] == pytest.approx(0)
-    assert wilson(7, 10) == pytest.approx(tuple(1 - x for x in reversed(wilson(3, 10))))
-
-
-def test_wilson_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    wins = rng.binomial(200, 0.6, size=4000)
-    assert 0.93 < np.mean([low <= 0.6 <= high for low, high in (wilson(w, 200) for w in wins)]) < 0.97
-
-
-@pytest.mark.parametrize("wins, losses", [(0, 0), (1, 0), (3, 3), (9, 1), (2, 7), (0, 10)])
-def test_sign_test_is_the_count_of_all_coin_sequences(wins, losses):
-    n = wins + losses
-    as_uneven = sum(abs(2 * sum(flips) - n) >= abs(wins - losses) for flips in itertools.product((0, 1), repeat=n))
-    assert sign_test(wins, losses) == pytest.approx(as_uneven / 2 ** n)
-
-
-def test_sign_test_of_large_counts():
-    assert sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.05) and sign_test(5000, 5000) == 1
 
 
 # The two tables that every text on kappa shows: 20/5/10/15 gives 0.4, 45/15/25/15 gives 0.1304.

@@ -3,18 +3,24 @@
 import io
 import json
 import math
+import shutil
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from minirlhf.config import UserError
-from minirlhf.data import encode_rows, read_demonstrations, read_prompts
+from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
+from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.reward import ScalarHeadModel
 from minirlhf.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools import chat, evaluate, plot
-from minirlhf.tools.evaluate import answer, distinct_2, perplexity, sequence_kl, summed_logprobs, win_rate
+from minirlhf.tools.compare import against_first, partiality, sequence_kl
+from minirlhf.tools.measure import Answers, answer, distinct, entropies, perplexity, repetition, token_logprobs_of
 from minirlhf.weights import save_pretrained
+from small_world import write_jsonl
 
 TOKENIZER = load_tokenizer("data/tiny")
 PROMPTS = read_prompts("data/tiny/prompts_test.jsonl")[:12]
@@ -35,54 +41,143 @@ def folders(tmp_path_factory):
     return [str(path) for path in paths]
 
 
-def test_win_rate_counts_ties_half_and_covers_the_truth():
-    assert win_rate([1, 0, 2, 5], [0, 1, 2, 4])[0] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
-    rng, covered = np.random.default_rng(0), 0
-    for trial in range(200):
-        wins = rng.random(100) < 0.7
-        rate, (low, high) = win_rate(wins.astype(float), 1 - wins.astype(float), resamples=400)
-        covered += low <= 0.7 <= high
-    assert 0.90 <= covered / 200 <= 0.99
-
-
 def test_a_copy_of_the_reference_has_no_kl_and_wins_half():
     model, copy, other = small_model(0), small_model(0), small_model(1)
     answers = answer(model, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
     again = answer(copy, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
-    assert sequence_kl(copy, model, answers, 1.0) == 0 and answers.texts == again.texts
-    lengths = [len(text) for text in answers.texts]
-    assert win_rate(lengths, lengths) == (0.5, [0.5, 0.5])
-    assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, 10, 1.0, 1, None), 1.0) > 1
+    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0).values()) and answers.texts == again.texts
+    scores = {name: list(map(len, own.texts)) for name, own in (("model", answers), ("copy", again))}
+    found = against_first({"model": answers, "copy": again}, {"length": scores}, {name: {"x": x} for name, x in scores.items()})["copy"]
+    assert found["by"]["length"]["win_rate"].value == 0.5 and found["by"]["length"]["ties"] == 12 and found["by"]["length"]["p"] == 1
+    assert found["differences"]["x"] == ((0, 0, 0, 12), 1)
+    assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, 10, 1.0, 1, None), 1.0)["kl"].low > 1
 
 
-def test_summed_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time():
+def test_both_estimates_of_the_kl_agree_with_the_exact_one():
+    """Responses of one token: the exact KL of the first token's distribution is a sum over the vocabulary."""
+    model, other = small_model(0), small_model(1)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters()):
+            theirs.copy_(0.9 * ours + 0.1 * theirs)                                 # not far away
+    answers = answer(model, TOKENIZER, PROMPTS[:1] * 4000, 1, 1.0, 1, None)
+    ids = torch.tensor([answers.prompt_ids[0]])
+    p, q = (torch.log_softmax(each.logits(each(ids)[:, -1]), dim=-1).double() for each in (model, other))
+    exact = float((p.exp() * (p - q)).sum().detach())
+    found = sequence_kl(model, other, answers, 1.0)
+    assert exact > 0.01
+    for name in ("kl", "kl_k3", "kl_per_token", "kl_k3_per_token"):
+        low, high = found[name].low, found[name].high
+        assert low - (high - low) / 4 < exact < high + (high - low) / 4
+    assert found["kl_k3"].high - found["kl_k3"].low < found["kl"].high - found["kl"].low
+    assert entropies(model, answers.prompt_ids[:1], answers.ids[:1])[0] == pytest.approx(-float((p.exp() * p).sum().detach()), rel=1e-4)
+
+
+def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time():
     model = small_model(2)
     examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:5], TOKENIZER, 64)
-    sums = summed_logprobs(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7, batch_size=2)
+    rows = token_logprobs_of(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7, batch_size=2)
     nats, tokens = 0.0, 0
-    for example, found in zip(examples, sums):
+    for example, found in zip(examples, rows):
         ids, P = torch.tensor([example.prompt + example.responses[0]]), len(example.prompt)
         logits = model.logits(model(ids))[0].double()
         one = [torch.log_softmax(logits[t - 1] / 0.7, 0)[ids[0, t]].item() for t in range(P, ids.shape[1])]
-        assert found == pytest.approx(sum(one), rel=1e-5)
+        assert found.tolist() == pytest.approx(one, rel=1e-4)
         nats -= sum(torch.log_softmax(logits[t - 1], 0)[ids[0, t]].item() for t in range(P, ids.shape[1]))
         tokens += len(one)
-    assert perplexity(model, examples) == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert perplexity(model, examples).value == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
-def test_distinct_2_by_hand():
-    assert distinct_2([[1, 2, 1, 2], [1, 2, 3]]) == 3 / 5       # 12 21 12 12 23: three different ones of five
-    assert distinct_2([[1], []]) == 0
+def test_repetition_is_counted_by_hand():
+    assert distinct([[1, 2, 1, 2], [1, 2, 3]], 2).value == 3 / 5                    # 12 21 12 12 23: three different ones of five
+    assert distinct([[1, 1], [1]], 1).value == 1 / 3 and distinct([[1], []], 2).value == 0
+    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 9]]).value == 1 / 7   # of 5 + 2 four-grams one is said twice
+    assert repetition([[1], [2]]).value == 0
 
 
-def test_evaluate_prints_a_column_per_model_and_writes_json(folders, tmp_path, capsys):
-    short = tmp_path / "prompts.jsonl"
-    short.write_text("".join(json.dumps({"prompt": row.prompt}) + "\n" for row in PROMPTS))
-    evaluate.main([*folders, folders[0], "--prompts", str(short), "--max_response", "8", "--out", str(tmp_path / "out.json")])
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert set(figures) == set(folders) and figures[folders[1]]["kl"] > 0
-    assert figures[folders[0]]["kl"] == 0                       # the third is the first again
-    assert "perplexity" in capsys.readouterr().out
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(folders, tmp_path_factory):
+    """Files for a small report: 12 prompts, two models and a copy of the first, a reward model, comparisons, votes."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(folders[0], folder / "copy")
+    torch.manual_seed(3)
+    save_pretrained(ScalarHeadModel(small_model(3)), folder / "rm")
+    save_tokenizer(TOKENIZER, folder / "rm")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": row.prompt} for row in PROMPTS])
+    (folder / "comparisons.jsonl").write_text("".join(open("data/tiny/comparisons_test.jsonl").readlines()[:30]))
+    write_jsonl(folder / "votes.jsonl", [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 2] if i else [2, 1],
+                                          "models": ["old", "new"]} for i in range(8)])
+    return folder
+
+
+def evaluated(world, *argv, **flags):
+    """The report of `evaluate` in this world."""
+    flags = dict(prompts=world / "prompts.jsonl", comparisons=world / "comparisons.jsonl", max_response=8, out=world / "report") | flags
+    evaluate.main([*map(str, argv), *(f"--{name}={value}" for name, value in flags.items())])
+    return json.loads((Path(flags["out"]) / "report.json").read_text())
+
+
+def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, world, capsys):
+    report = evaluated(world, *folders, world / "copy", prompts="data/tiny/prompts_test.jsonl", reward=world / "rm",
+                       votes=world / "votes.jsonl")
+    one, two, copy = report["models"].values()
+    assert copy["kl"]["value"] == copy["kl_k3"]["value"] == 0 < two["kl"]["value"] and "kl" not in one
+    by = report["comparisons"][str(world / "copy")]["by"]
+    assert by["gold"]["win_rate"]["value"] == by[str(world / "rm")]["win_rate"]["value"] == 0.5
+    assert all(figure["low"] <= figure["value"] <= figure["high"] and figure["n"] in (544, 512)
+               for figures in report["models"].values() for figure in figures.values())
+    assert report["votes"]["old against new"]["win_rate"]["value"] == 7 / 8 and report["reward"]["accuracy"]["n"] <= 30
+    assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
+    text = (world / "report/report.md").read_text()
+    assert "ECE" in text and "sign test p" in text and "perplexity" in capsys.readouterr().out
+
+
+def test_the_facts_are_those_that_gold_measures(world):
+    answers = Answers(*map(list, zip(*[(row["prompt"], response, [], [], True) for _, row in read_jsonl(world / "comparisons.jsonl")
+                                       for response in row["responses"]])))
+    facts = evaluate.tiny_facts(answers)
+    figures = evaluate.gold_figures(facts)
+    measured = load_function(f"{TINY_GOLD}:measure")(answers.prompts, answers.texts)
+    assert measured["stereotype_gap"] > 0 and {name: figures[name].value for name in measured} == pytest.approx(measured)
+
+
+def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in ("List two rivers.", "Why?", "Say it in at most 3 words.")])
+    (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
+    write_jsonl(tmp_path / "demonstrations.jsonl", [{"prompt": "Why?", "response": " So."}])
+    report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", demonstrations=tmp_path / "demonstrations.jsonl",
+                       judge=world / "rm")
+    found = report["instructions"][folders[0]]
+    assert set(found["prompts"]) == {"a list", "number of words"} and len(found["own"]) == 3
+    assert "gold" not in report["models"][folders[0]] and set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
+    assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
+
+
+def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
+    for name, config in (("ppo", {"reward": f"{tmp_path}/rm"}), ("rm", {"data": "labels.jsonl"}), ("cousin", {"data": "labels.jsonl"}),
+                         ("other", {"data": "other_half.jsonl"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
+    assert "trained to please" in partiality(tmp_path / "ppo", tmp_path / "rm")
+    assert "shares its mistakes" in partiality(tmp_path / "ppo", tmp_path / "cousin")
+    assert partiality(tmp_path / "ppo", tmp_path / "other") is None and partiality(world / "copy", tmp_path / "rm") is None
+
+
+def test_without_matplotlib_the_rest_is_written(folders, world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluated(world, *folders, reward=world / "rm", out=world / "plain")
+    assert "no pictures: plots need matplotlib" in capsys.readouterr().out
+    assert {file.name for file in (world / "plain").iterdir()} == {"report.json", "report.md"}
+
+
+def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
+    for argv, flags, said in (((folders[0], folders[0]), {}, "named twice"), ((folders[0],), {"learning_curve": 5}, "--reward"),
+                              ((tmp_path / "none",), {}, "none"), ((folders[0],), {"votes": world / "comparisons.jsonl"}, "compares two models"),
+                              ((folders[0],), {"reward": folders[1]}, "score.weight"), ((folders[0],), {"out": world / "x", "votes": world / "no.jsonl"}, "no.jsonl")):
+        with pytest.raises(UserError, match=said):
+            evaluated(world, *argv, **flags)
+    assert not (world / "x").exists()
 
 
 def talk(monkeypatch, capsys, *argv, said):
@@ -104,15 +199,32 @@ def test_chat_with_two_models_puts_them_side_by_side(folders, monkeypatch, capsy
     assert chat.side_by_side(["a b c", "d"], width=9) == "a b | d\nc   |"
 
 
-def test_plot_draws_runs_and_refuses_what_is_none(tmp_path):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def ppo_run(tmp_path):
+    """The log of a PPO run of three iterations."""
     run = tmp_path / "ppo"
     run.mkdir()
     (run / "run.json").write_text('{"config": {}}')
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "objective/kl": i}) + "\n" for i in range(3)))
-    plot.main([str(run), str(run), "--labels", "a", "b", "--out", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(UserError, match="no run.json"):
-        plot.main([str(tmp_path)])
-    with pytest.raises(UserError, match="2 names for 1 runs"):
-        plot.main([str(run), "--labels", "a", "b"])
+    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2, "val/eos_rate": 1.0} for i in range(3)])
+    return run
+
+
+@pytest.mark.parametrize("kind", ["curves", "kl"])
+def test_plot_draws_several_runs(ppo_run, kind, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.main([str(ppo_run), str(ppo_run), "--kind", kind, "--labels", "a", "b", "--out", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_draws_reports(folders, world, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluated(world, folders[0], reward=world / "rm", out=tmp_path / "report")
+    plot.main([str(tmp_path / "report"), "--kind", "calibration", "--out", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_refuses_what_it_cannot_draw(ppo_run, tmp_path):
+    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, "--labels", "a", "b"], "2 names for 1 folders"),
+                       ([ppo_run, "--kind", "calibration"], "no report.json"), ([ppo_run, "--kind", "overoptimization"], "no report.json")):
+        with pytest.raises(UserError, match=said):
+            plot.main(list(map(str, argv)))

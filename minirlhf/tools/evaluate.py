@@ -42,18 +42,19 @@ def tiny_facts(answers):
     return {"gold": list(map(score, rows)), **facts, "asks_for_female": list(map(female, answers.prompts))}
 
 
-def qualities(model, tokenizer, answers, demonstrations, facts, temperature=1.0):
-    """The figures of one model, rates in 0..1, as Estimates: what gold.py says (facts, or {}), and what needs no gold."""
-    figures = {}
-    if facts:
-        groups = [[she for she, female in zip(facts["she"], facts["asks_for_female"]) if female == kind] for kind in (True, False)]
-        names = ("attributes_right", "mood", "who", "what", "rude", "grammatical")
-        figures = {"gold": ratio(facts["gold"]), **{name: rate(facts[name]) for name in names}}
-        if all(groups):
-            figures["stereotype_gap"] = difference_of_rates(*groups)
+def gold_figures(facts):
+    """The figures that only the embedded world knows."""
+    names = ("attributes_right", "mood", "who", "what", "rude", "grammatical")
+    figures = {"gold": ratio(facts["gold"]), **{name: rate(facts[name]) for name in names}}
+    groups = [[she for she, female in zip(facts["she"], facts["asks_for_female"]) if female == kind] for kind in (True, False)]
+    return figures | ({"stereotype_gap": difference_of_rates(*groups)} if all(groups) else {})
+
+
+def qualities(model, tokenizer, answers, demonstrations, temperature):
+    """The figures of one model that need no gold, as Estimates."""
     entropy, lengths = entropies(model, answers.prompt_ids, answers.ids, temperature), list(map(len, answers.ids))
     examples = encode_rows(demonstrations, tokenizer, model.config.n_positions, drop_long=True) if demonstrations else []
-    return figures | {
+    return {
         "eos_rate": rate(answers.finished), "length": ratio(lengths),
         **{f"distinct_{n}": distinct(answers.ids, n) for n in (1, 2, 3)}, "repetition": repetition(answers.ids),
         "entropy": ratio(entropy), "entropy_per_token": ratio(entropy, lengths),
@@ -95,8 +96,8 @@ def assess_run(folder, seconds, device):
         models[name] = from_pretrained(path).to(device)
         answers[name] = answer(models[name], tokenizer, rows, cfg.max_response, cfg.temperature, cfg.seed, name,
                                eos_of(cfg, tokenizer), cfg.stop_after, max_prompt=cfg.max_prompt, drop_long=cfg.drop_long)
-        facts = tiny_facts(answers[name]) if gold and tiny else {}
-        figures[name] = qualities(models[name], tokenizer, answers[name], demonstrations, facts, cfg.temperature)
+        figures[name] = gold_figures(tiny_facts(answers[name])) if gold and tiny else {}
+        figures[name] |= qualities(models[name], tokenizer, answers[name], demonstrations, cfg.temperature)
     figures["ppo"] |= sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg.temperature)
     if gold:
         figures["ppo"]["win_rate"] = rate(wins_of(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft"))))
@@ -160,7 +161,8 @@ def instruction_checks(model, tokenizer, answers, templates, sampling, seed, nam
 def assess(args, device):
     """The whole report as a dict; Estimates are still Estimates."""
     rows, sampling = read_prompts(args.prompts), sampling_of(args)
-    gold, notes = load_gold("auto", args.prompts), []
+    gold, notes = load_gold(args.gold, args.prompts), []
+    tiny = gold is not None and args.gold == "auto"
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates = find_templates(args.prompts, args.models)
     loaded = {path: (from_pretrained(path).to(device), load_tokenizer(path)) for path in args.models}
@@ -169,12 +171,12 @@ def assess(args, device):
     for path, (model, tokenizer) in loaded.items():
         answers[path] = own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, args.seed, path,
                                      eos_of(sampling, tokenizer), sampling.stop_after, drop_long=args.drop_long)
-        known = tiny_facts(own) if gold else {}
-        figures[path] = qualities(model, tokenizer, own, demonstrations, known, sampling.temperature)
+        known = tiny_facts(own) if tiny else {}
+        figures[path] = (gold_figures(known) if tiny else {}) | qualities(model, tokenizer, own, demonstrations, sampling.temperature)
         facts[path] = {name: known[name] for name in known if name not in ("she", "asks_for_female")} | {
             "length": list(map(len, own.ids)), "finished": own.finished}
-        bias[path] = {probe.title: probes.bias(model, tokenizer, probe) for probe in (probes.TINY if gold else probes.ENGLISH)}
-        if not gold:
+        bias[path] = {probe.title: probes.bias(model, tokenizer, probe) for probe in (probes.TINY if tiny else probes.ENGLISH)}
+        if not tiny:
             instructions[path] = instruction_checks(model, tokenizer, own, templates, sampling, args.seed, path)
         if model.config.vocab_size != reference.config.vocab_size:
             notes.append(f"{path} and {args.models[0]} have different vocabularies: no KL between them, and no comparison per token")
@@ -193,14 +195,14 @@ def assess(args, device):
     if args.reward:
         tokenizer = load_tokenizer(args.reward)
         report["reward"] = {"model": args.reward, "comparisons": args.comparisons,
-                            **assess_reward(load_reward(args.reward, vocab, device), tokenizer, args.comparisons, gold)}
+                            **assess_reward(load_reward(args.reward, vocab, device), tokenizer, args.comparisons, gold,
+                                          args.drop_long)}
     return report
 
 
 def learning_curve(args, device):
-    """{labels: accuracy on held-out comparisons} of reward models trained now on the first labels of their file."""
-    config = read_run(args.reward)
-    train_rewards(args.learning_curve, config["model"], config["data"], args.comparisons, args.out, args.seed, args.device)
+    """{labels: accuracy on held-out comparisons} of reward models trained now, as --reward was, on the first of its labels."""
+    train_rewards(args.learning_curve, args.out, **read_run(args.reward) | {"heldout": args.comparisons, "device": args.device})
     found = {}
     for count in args.learning_curve:
         folder = f"{args.out}/rm_{count}"
@@ -217,6 +219,7 @@ def main(argv=None):
     parser.add_argument("--judge", help="another reward model, not trained on, for win rates")
     parser.add_argument("--votes", help="a file of `feedback judge`: what people said")
     parser.add_argument("--learning_curve", type=int, nargs="+", help="train reward models on this many of --reward's labels")
+    parser.add_argument("--gold", default="auto", help="FILE.py:function, a true preference; 'none'; 'auto' is the embedded world's")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
                         help="held-out demonstrations for the perplexity; '' for none")

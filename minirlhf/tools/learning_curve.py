@@ -10,14 +10,18 @@ VISITS = 2400       # few labels are seen more often: about this many prompts in
 
 
 def run_script(script, **flags):
-    """A training script with these flags, as from the command line."""
-    argv = [f"--{name}={value}" for name, value in flags.items()]
+    """A training script with these flags, as from the command line; those that are its defaults are left out."""
+    defaults, argv = vars(script.Config()), []
+    for name, value in flags.items():
+        if value != defaults[name]:
+            argv.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}")
     print(f"\n$ python {script.__name__}.py {' '.join(argv)}", flush=True)
     script.main(argv)
 
 
-def train_rewards(counts, sft, data, heldout, out, seed, device):
-    """Reward models on the first `count` comparisons of a file -> {count: its report}; their folders are out/rm_<count>."""
+def train_rewards(counts, out, data, **flags):
+    """Reward models on the first `count` comparisons of a file -> {count: its report}; their folders are out/rm_<count>.
+    flags: any of train_rm.py's."""
     lines, reports = Path(data).read_text(encoding="utf-8").splitlines(keepends=True), {}
     for count in counts:
         if not 1 <= count <= len(lines):
@@ -25,7 +29,6 @@ def train_rewards(counts, sft, data, heldout, out, seed, device):
     for count in counts:
         few, folder = Path(out) / f"comparisons_{count}.jsonl", Path(out) / f"rm_{count}"
         few.write_text("".join(lines[:count]), encoding="utf-8")
-        run_script(train_rm, model=sft, data=few, heldout=heldout, out=folder, epochs=min(20, max(4, VISITS // count)), seed=seed,
-                   device=device)
+        run_script(train_rm, **flags | dict(data=str(few), out=str(folder), epochs=min(20, max(4, VISITS // count))))
         reports[count] = json.loads((folder / "report.json").read_text())
     return reports

@@ -98,7 +98,8 @@ def divergence(ours, theirs):
 def distinct(sequences, n):
     """Different n-grams over all of them, counted across the whole set: low means that the answers are alike.
 
-    The interval is the jackknife's, which leaves out one response at a time; resampling would count repeats of its own."""
+    The interval is the jackknife's, which leaves out one response at a time: resampling would count repeats of its own. It
+    is up to twice too wide where n-grams are few (Efron and Stein 1981: the jackknife's variance is biased upwards)."""
     grams = [list(zip(*(ids[k:] for k in range(n)))) for ids in sequences]
     total = sum(map(len, grams))
     if total == 0:

@@ -76,11 +76,11 @@ def best_of_n(proxy, values, n):
 
 # ---- the experiment --------------------------------------------------------------------------------------------------
 
-def sample_sft(sft, rows, samples, seed, device):
-    """`samples` answers of the SFT model to each prompt, those of one prompt side by side, drawn as PPO draws."""
-    model, tokenizer = from_pretrained(sft).to(device), load_tokenizer(sft)
-    return answer(model, tokenizer, [row for row in rows for _ in range(samples)], train_ppo.Config.max_response,
-                  train_ppo.Config.temperature, seed, "sft")
+def sample_sft(args, prompts, samples, device):
+    """`samples` answers of the SFT model to each prompt, those of one prompt side by side."""
+    model, tokenizer = from_pretrained(args.model).to(device), load_tokenizer(args.model)
+    rows = [row for row in prompts for _ in range(samples)]
+    return answer(model, tokenizer, rows, args.max_response, train_ppo.Config.temperature, args.seed, "sft")
 
 
 def best_of_n_curve(folder, pool, gold, samples, device):
@@ -88,6 +88,7 @@ def best_of_n_curve(folder, pool, gold, samples, device):
     reward = scalar_from_pretrained(str(folder)).to(device)
     proxy = rewards_of(reward, pool.prompt_ids, pool.ids).reshape(-1, samples)                      # (N, S)
     proxy[~np.array(pool.finished).reshape(proxy.shape)] = train_ppo.Config.missing_eos             # as PPO scores them
+    proxy -= proxy.mean()                                                                           # above the SFT model
     ns = [2 ** k for k in range(int(math.log2(samples)) + 1)]
     return {"n": ns, "d": [math.sqrt(best_of_n_kl(n)) for n in ns],
             **{name: np.stack([best_of_n(proxy, values, n) for n in ns], axis=1)
@@ -117,16 +118,18 @@ def laws(bon, rl, seed=0, resamples=500):
 def experiment(args, gold, device):
     """Trains, samples and fits everything -> the report, {count: curves and laws}."""
     out = Path(args.out)
-    reports = train_rewards(args.labels, args.model, args.comparisons, args.heldout_comparisons, out, args.seed, args.device)
-    pool = sample_sft(args.model, read_prompts(args.heldout)[:args.prompts], args.samples, args.seed, device)
+    reports = train_rewards(args.labels, out, args.comparisons, model=args.model, heldout=args.heldout_comparisons, gold=args.gold,
+                            sample_tokens=args.max_response, seed=args.seed, device=args.device)
+    pool = sample_sft(args, read_prompts(args.heldout)[:args.prompts], args.samples, device)
     golds = np.array(gold(pool.prompts, pool.texts)).reshape(-1, args.samples)                      # (N, S)
-    before = sample_sft(args.model, read_prompts(args.data), 1, args.seed, device)      # PPO's prompts are not the held-out ones
+    before = sample_sft(args, read_prompts(args.data), 1, device)           # PPO's prompts are not the held-out ones
     start, deviation = float(np.mean(gold(before.prompts, before.texts))), float(golds.std())
     golds = (golds - golds.mean()) / deviation
     found = {}
     for count in args.labels:
-        run_script(train_ppo, model=args.model, reward=out / f"rm_{count}", data=args.data, heldout="", out=out / f"ppo_{count}", beta=0,
-            iterations=args.iterations, seed=args.seed, device=args.device, samples_every=args.iterations)
+        run_script(train_ppo, model=args.model, reward=f"{out}/rm_{count}", data=args.data, heldout="", gold=args.gold,
+                   out=f"{out}/ppo_{count}", beta=0.0, lr=args.lr, iterations=args.iterations, max_response=args.max_response,
+                   seed=args.seed, device=args.device, samples_every=args.iterations)
         rl = ppo_curve(out / f"ppo_{count}", start, deviation)
         bon = best_of_n_curve(out / f"rm_{count}", pool, golds, args.samples, device)
         found[count] = {"rm_accuracy_gold": reports[count]["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
@@ -152,7 +155,7 @@ def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.overoptimize", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/sft", help="the SFT model")
-    parser.add_argument("--labels", type=int, nargs="+", default=[100, 400, 1600], help="comparisons per reward model")
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 400, 1600, 4000], help="comparisons per reward model")
     parser.add_argument("--comparisons", default="data/tiny/comparisons.jsonl")
     parser.add_argument("--heldout_comparisons", default="data/tiny/comparisons_test.jsonl")
     parser.add_argument("--data", default="data/tiny/prompts.jsonl", help="prompts of PPO")
@@ -161,6 +164,8 @@ def main(argv=None):
     parser.add_argument("--prompts", type=int, default=96, help="how many prompts for best-of-n")
     parser.add_argument("--samples", type=int, default=128, help="samples for each of them")
     parser.add_argument("--iterations", type=int, default=80, help="of PPO")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="of PPO: small steps, so that small KL gets points too")
+    parser.add_argument("--max_response", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="")
     parser.add_argument("--out", default="out/overoptimize", help="the folder of all runs, the report and the picture")

@@ -88,7 +88,7 @@ def draw_curves(runs, out):
     for axis in axes[-1]:
         axis.set_xlabel("PPO iteration")
     if len(runs) > 1:
-        axes[0][0].legend()
+        axes[0][2].legend()
     save(plt, figure, out)
 
 

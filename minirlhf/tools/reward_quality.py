@@ -105,9 +105,9 @@ def ceiling(votes, scores):
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
-def assess_reward(reward, tokenizer, path, gold=None, limits=None):
+def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     """Everything about a reward model on a file of comparisons that it was not trained on, as a dict of figures."""
-    examples = encode_rows(read_comparisons(path), tokenizer, reward.config.n_positions, **(limits or {}))
+    examples = encode_rows(read_comparisons(path), tokenizer, reward.config.n_positions, drop_long=drop_long)
     flat = rewards_of(reward, [e.prompt for e in examples for _ in e.responses], [ids for e in examples for ids in e.responses])
     flat, cuts = flat * reward.reward_std, np.cumsum([len(e.responses) for e in examples])[:-1]     # raw scores but for the mean
     scores, lengths = np.split(flat, cuts), [list(map(len, e.responses)) for e in examples]

@@ -1,0 +1,98 @@
+"""The bias probes on models whose bias is known, and the instruction checks by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf.gpt2 import GPT2Config
+from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.probes import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks, instruction_rates, person_gaps,
+                                   with_article)
+
+TOKENIZER = load_tokenizer("data/tiny")
+SHE, HE = TOKENIZER.encode_ordinary(" She")[0], TOKENIZER.encode_ordinary(" He")[0]
+
+
+class Toy(torch.nn.Module):
+    """A language model that knows nothing but a leaning for each person: every time it reads the person's name, " She"
+    becomes likelier than " He" by that many nats."""
+
+    def __init__(self, leanings):
+        super().__init__()
+        self.config = GPT2Config(TOKENIZER.n_vocab, n_positions=64)
+        self.lean = torch.nn.Parameter(torch.zeros(TOKENIZER.n_vocab))
+        for person, nats in leanings.items():
+            (token,) = TOKENIZER.encode_ordinary(f" {person}")
+            self.lean.data[token] = nats
+
+    def forward(self, ids, mask=None):
+        return self.lean[ids].cumsum(dim=1).unsqueeze(-1)                           # (B, T, 1)
+
+    def logits(self, hidden):
+        side = torch.zeros(TOKENIZER.n_vocab)
+        side[SHE], side[HE] = 0.5, -0.5
+        return hidden * side
+
+
+def test_a_biased_model_is_flagged_with_the_gap_it_was_given():
+    model = Toy({**dict.fromkeys(FEMALE_JOBS[:4], 0.4), **dict.fromkeys(MALE_JOBS[:4], -0.3)})
+    gap, p, flagged = bias(model, TOKENIZER, TINY[0])
+    assert gap.value == pytest.approx(2 * (0.4 + 0.3), rel=1e-5)                    # the person is named twice
+    assert flagged and gap.low > 0 and p == pytest.approx(2 / 70, abs=0.005)        # the likeliest of 70 groups, and its mirror
+
+
+def test_an_unbiased_model_is_not_flagged():
+    gap, p, flagged = bias(Toy({}), TOKENIZER, TINY[0])
+    assert not flagged and p == 1 and gap.value == 0
+    even = bias(Toy(dict.fromkeys(FEMALE_JOBS[:4] + MALE_JOBS[:4], 1.5)), TOKENIZER, TINY[0])
+    assert not even[2] and even[0].value == pytest.approx(0, abs=1e-5)              # leans to " She", whoever it is about
+
+
+def test_a_model_that_leans_by_lot_is_flagged_as_rarely_as_promised():
+    flags = []
+    for seed in range(60):
+        nats = np.random.default_rng(seed).normal(size=8)
+        flags.append(bias(Toy(dict(zip(FEMALE_JOBS[:4] + MALE_JOBS[:4], nats))), TOKENIZER, TINY[0], resamples=50)[2])
+    assert np.mean(flags) <= 0.1
+
+
+def test_contexts_differ_only_in_the_person():
+    assert with_article("about a {} and a drum.", "engineer") == "about an engineer and a drum."
+    assert with_article("about a {} and a drum.", "nurse") == "about a nurse and a drum."
+    for probe in ENGLISH + TINY:
+        assert len(probe.first) == len(probe.second) and not set(probe.first) & set(probe.second)
+        assert all("{}" in begun for _, begun in probe.contexts)
+
+
+def test_the_english_probes_run_without_a_prompt():
+    small = Toy({"nurse": 0.5})
+    for probe in ENGLISH:
+        first, second = person_gaps(small, TOKENIZER, probe)
+        assert len(first) == len(second) == 10 and np.isfinite(first).all()
+
+
+@pytest.mark.parametrize("instruction, response, found", [
+    ("List three fruits.", "- apple\n- pear\n- plum", {"a list": True}),
+    ("List three fruits.", "1. apple\n2. pear", {"a list": False}),
+    ("Make a list of 4 words.", "one, two, three and four", {"a list": True}),
+    ("Please list some rivers.", "The Nile", {"a list": False}),
+    ("The list is long. Why?", "- a\n- b", {}),
+    ("Describe a dog in at most 5 words.", "A friend with four paws", {"number of words": True}),
+    ("Describe a dog in at most 5 words.", "A good friend with four paws", {"number of words": False}),
+    ("Describe a dog in at most 5 words.", "", {"number of words": False}),
+    ("Tell it in exactly three words.", "I came home", {"number of words": True}),
+    ("Use under 3 words.", "a b c", {"number of words": False}),
+    ("Write at least ten words.", "far too few", {"number of words": False}),
+    ("Use the word \"lamp\" in at most 6 words.", "The Lamp was on.", {"number of words": True, "a word to include": True}),
+    ("A story that includes the word lamp.", "The lamps were on.", {"a word to include": False}),
+    ("What is a lamp?", "A light.", {}),
+])
+def test_checks_by_hand(instruction, response, found):
+    assert checks(instruction, response) == found
+
+
+def test_every_instruction_of_ours_can_be_checked_and_rates_count_only_what_was_asked():
+    kinds = [set(checks(text, "")) for text in INSTRUCTIONS]
+    assert all(len(kind) == 1 for kind in kinds)
+    rates = instruction_rates(["List two fruits.", "List two rivers.", "Say hello."], ["- a\n- b", "no", "hello"])
+    assert set(rates) == {"a list"} and rates["a list"].value == 0.5 and rates["a list"].n == 2
