@@ -1,9 +1,9 @@
 """One model against another on the same prompts: win rates by several judges, paired differences, KL."""
 
-import json
 from pathlib import Path
 
 from minirlhf.config import UserError
+from minirlhf.runs import read_run
 from minirlhf.tools.feedback_stats import duel, model_names, read_votes
 from minirlhf.tools.measure import divergence, token_logprobs_of
 from minirlhf.tools.stats import Estimate, flip_test, length_controlled, rate, ratio, sign_test, wilson, wins_of
@@ -43,8 +43,7 @@ def against_first(answers, verdicts, facts):
 
 def config_of(folder):
     """The configuration in a run's folder, {} if there is none: a model may come from anywhere."""
-    file = Path(folder) / "run.json"
-    return json.loads(file.read_text()).get("config", {}) if file.exists() else {}
+    return read_run(folder) if (Path(folder) / "run.json").is_file() else {}
 
 
 def partiality(model_folder, judge):

@@ -8,7 +8,6 @@ prompts there are --judge, --votes, the probes and the instruction checks. train
 """
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,10 @@ from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import Row, encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function, load_gold
 from minirlhf.runs import move_aside, read_run, write_json
+from minirlhf.tensors import read_json
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools import probes
-from minirlhf.tools.compare import against_first, duels, partiality, sequence_kl
+from minirlhf.tools.compare import against_first, config_of, duels, partiality, sequence_kl
 from minirlhf.tools.feedback_items import find_templates, instruction_of
 from minirlhf.tools.learning_curve import train_rewards
 from minirlhf.tools.measure import answer, distinct, entropies, perplexity, repetition, rewards_of
@@ -64,11 +64,6 @@ def qualities(model, tokenizer, answers, demonstrations, temperature):
 
 # ---- the short form, with which train_ppo.py ends --------------------------------------------------------------------
 
-def read_json(file):
-    """A JSON file's object, or {} if there is none."""
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def annotator_agreement(comparisons_file):
     """How often the embedded world's annotators agree on pairs that differ in gold."""
     agreement = load_function(f"{TINY_GOLD.with_name('annotate.py')}:agreement")
@@ -85,8 +80,8 @@ def assess_run(folder, seconds, device):
     """The report of a PPO run: its policy against the SFT model it came from, on prompts neither was trained on."""
     cfg = SimpleNamespace(**read_run(folder))
     sft_folder, rm_folder = Path(cfg.model), Path(cfg.reward)
-    sft_report, rm_report = read_json(sft_folder / "report.json"), read_json(rm_folder / "report.json")
-    demonstrations, comparisons = (read_json(run / "run.json").get("config", {}).get("heldout") for run in (sft_folder, rm_folder))
+    sft_report, rm_report = (read_json(file) if (file := run / "report.json").is_file() else {} for run in (sft_folder, rm_folder))
+    demonstrations, comparisons = (config_of(run).get("heldout") for run in (sft_folder, rm_folder))
     demonstrations = read_demonstrations(demonstrations) if demonstrations else []
     gold, tiny = load_gold(cfg.gold, cfg.heldout), cfg.gold == "auto"
     rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))
@@ -128,8 +123,7 @@ def print_report(columns):
 
 def sampling_of(args):
     """max_response, temperature, stop_token, stop_after: as flags say, else as the last model's run did, else plain."""
-    run = Path(args.models[-1]) / "run.json"
-    config = read_run(run.parent) if run.exists() else {}
+    config = config_of(args.models[-1])
     plain_values = dict(max_response=48, temperature=1.0, stop_token=-1, stop_after=0)
     return SimpleNamespace(**{name: config.get(name, value) if getattr(args, name) is None else getattr(args, name)
                               for name, value in plain_values.items()})

@@ -9,7 +9,6 @@ best of n samples. Gold (what people want) and proxy (what the reward model says
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from minirlhf.compute import pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import read_prompts
 from minirlhf.functions import load_gold
-from minirlhf.runs import move_aside, write_json
+from minirlhf.runs import move_aside, read_rows, write_json
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.learning_curve import run_script, train_rewards
 from minirlhf.tools.measure import answer, rewards_of
@@ -98,8 +97,7 @@ def best_of_n_curve(folder, pool, gold, samples, device):
 def ppo_curve(folder, start, deviation):
     """Points of a PPO run, one per iteration whose estimated KL is above 0, from its log: gold in deviations of the SFT
     model's, as the proxy is."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["objective/kl"] > 0]
+    rows = [row for row in read_rows(Path(folder) / "metrics.jsonl") if row["objective/kl"] > 0]
     return {"d": [math.sqrt(row["objective/kl"]) for row in rows], "proxy": [row["objective/scores"] for row in rows],
             "gold": [(row["objective/gold"] - start) / deviation for row in rows]}
 
@@ -178,7 +176,7 @@ def main(argv=None):
     report = experiment(args, gold, device)
     write_json(out / "report.json", plain(report))
     print("\n" + "\n".join(describe(report)))
-    draw_overoptimization(json.loads((out / "report.json").read_text()), out / "overoptimization.png")
+    draw_overoptimization(plain(report), out / "overoptimization.png")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ means when a curve leaves it.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 from minirlhf.config import Parser, UserError, run_main
-from minirlhf.runs import read_run
+from minirlhf.runs import read_rows, read_run
+from minirlhf.tensors import read_json
 
 PANELS = [  # metric, title, unit, healthy range
     ("objective/scores", "Score of the reward model", "deviations of the SFT model's", None),
@@ -34,8 +34,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]    
 def read_metrics(folder):
     """metrics.jsonl of a PPO run as a list of dicts."""
     read_run(folder)
-    file = Path(folder) / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_rows(Path(folder) / "metrics.jsonl")
     if not rows or "objective/kl" not in rows[0]:
         raise UserError(f"{folder}: metrics.jsonl is not that of a PPO run with at least one iteration")
     return rows
@@ -43,11 +42,11 @@ def read_metrics(folder):
 
 def read_report(folder, key, writer):
     """report.json of a folder that `writer` has written; it must have `key`."""
-    try:
-        report = json.loads((Path(folder) / "report.json").read_text())
-        return report, report[key]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: no report.json of {writer} with \"{key}\" in it") from None
+    file = Path(folder) / "report.json"
+    report = read_json(file) if file.is_file() else {}
+    if key not in report:
+        raise UserError(f"{folder}: no report.json of {writer} with \"{key}\" in it")
+    return report
 
 
 def pyplot():
@@ -156,7 +155,7 @@ def draw_overoptimization(report, out):
 
 def draw_report(report, models, folder):
     """The pictures of an assessment -> the names of the files; none, and a line that says so, without matplotlib."""
-    runs = {model: read_metrics(model) for model in models if '"objective/kl"' in first_line(Path(model) / "metrics.jsonl")}
+    runs = {model: rows for model in models if "objective/kl" in ((rows := read_rows(Path(model) / "metrics.jsonl")) or [{}])[0]}
     try:
         names = []
         if "reward" in report:
@@ -169,10 +168,6 @@ def draw_report(report, models, folder):
     except UserError as error:
         print(f"no pictures: {error}")
         return []
-
-
-def first_line(file):
-    return file.read_text().partition("\n")[0] if file.exists() else ""
 
 
 def main(argv=None):
@@ -189,9 +184,9 @@ def main(argv=None):
     if args.kind == "overoptimization":
         if len(args.folders) > 1:
             raise UserError("--kind overoptimization draws one folder")
-        draw_overoptimization(read_report(args.folders[0], "labels", "tools.overoptimize")[0], out)
+        draw_overoptimization(read_report(args.folders[0], "labels", "tools.overoptimize"), out)
     elif args.kind == "calibration":
-        draw_calibration({label: read_report(folder, "reward", "tools.evaluate")[1] for label, folder in zip(labels, args.folders)}, out)
+        draw_calibration({label: read_report(folder, "reward", "tools.evaluate")["reward"] for label, folder in zip(labels, args.folders)}, out)
     else:
         draw = draw_curves if args.kind == "curves" else draw_kl
         draw({label: read_metrics(folder) for label, folder in zip(labels, args.folders)}, out)

@@ -83,7 +83,7 @@ def of_reward(report):
         return []
     r = report["reward"]
     rows = [["the consensus", r["accuracy"]], ["true preference (gold)", r.get("accuracy_gold")],
-            ["single annotators", r["accuracy_against_one_annotator"]], ["two annotators with each other: the ceiling of the line above", r["annotators_agree"]],
+            ["single annotators", r["accuracy_against_one_annotator"]], ["two annotators with each other: what a person scores in the line above", r["annotators_agree"]],
             [f"length alone ({r['length_only']['direction']}); flip test p of the difference {p_value(r['length_only']['p_of_the_difference'])}",
              r["length_only"]["accuracy"]], ["ECE: calibration error, over 10 bins", r["ece"]]]
     groups = [[f"ranks {low:.0f} apart", right, pairs] for low, _, right, pairs in r["by_margin_in_ranks"]]
