@@ -27,7 +27,7 @@ from minirlhf.tools.measure import answer, distinct, entropies, perplexity, repe
 from minirlhf.tools.plot import draw_report
 from minirlhf.tools.report import as_markdown, plain
 from minirlhf.tools.reward_quality import assess_reward
-from minirlhf.tools.stats import difference_of_rates, rate, ratio, wins_of
+from minirlhf.tools.stats import Estimate, difference_of_rates, rate, ratio, wins_of
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 
@@ -108,15 +108,12 @@ def assess_run(folder, seconds, device):
 
 
 def print_report(columns):
-    """columns: {model: flat figures} -> a table with a row per figure, each with its 95 % interval where it has one."""
-    print("\n" + " " * 18 + "".join(f"{name:>26}" for name in columns))
+    """columns: {model: flat figures} -> a table with a row per figure, each with its 95 % interval."""
+    width = max(map(len, columns)) + 2
+    print("\n" + " " * 18 + "".join(f"{name:>{max(width, 30)}}" for name in columns))
     for figure in dict.fromkeys(figure for column in columns.values() for figure in column if figure != "ci"):
-        cells = []
-        for column in columns.values():
-            value, interval = column.get(figure), column.get("ci", {}).get(figure)
-            span = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-            cells.append("" if value is None else f"{value:.3f}{span}")
-        print(f"{figure:<18}" + "".join(f"{cell:>26}" for cell in cells))
+        cells = [Estimate(column[figure], *column["ci"][figure], 0) if column.get(figure) is not None else "" for column in columns.values()]
+        print(f"{figure:<18}" + "".join(f"{cell!s:>{max(width, 30)}}" for cell in cells))
 
 
 # ---- the full form ---------------------------------------------------------------------------------------------------

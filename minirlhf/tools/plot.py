@@ -24,9 +24,9 @@ PANELS = [  # metric, title, unit, healthy range
     ("objective/entropy", "Entropy of the policy", "nats per sequence", (4, None)),
     ("val/eos_rate", "Responses that end by themselves", "share", (0.98, 1)),
     ("val/length", "Length of a response", "tokens, EOS included", None),
-    ("policy/approxkl_avg", "How far one update moves the policy", "approx-KL, nats per token", (0, 0.15)),
-    ("policy/clipfrac_avg", "Ratios that the clip stops", "share of the tokens", (0, 0.3)),
-    ("val/explained_variance", "What the value model foresees", "explained variance", (0.3, 1)),
+    ("policy/approxkl_avg", "How far one update moves the policy", "approx-KL, nats per token", (0, 0.2)),
+    ("policy/clipfrac_avg", "Ratios that the clip stops", "share of the tokens", (0, 0.2)),
+    ("val/explained_variance", "What the value model foresees", "explained variance", (0.2, 1)),
 ]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]     # Okabe and Ito: safe for the colour-blind
 

@@ -21,7 +21,8 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self):
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        digits = 3 if abs(self.value) >= 0.1 or self.value == 0 else 4
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
