@@ -88,7 +88,7 @@ def test_the_experiment_runs_in_another_world(tmp_path, capsys):
         assert row["bon"]["proxy"][-1][0] > row["bon"]["proxy"][0][0] and len(row["rl"]["d"]) <= 3
         assert math.isfinite(row["laws"]["bon"]["a"])
     assert "PPO: d(a - b log d)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="40 comparisons"):
+    with pytest.raises(UserError, match="on 41 comparisons need"):
         overoptimize.main(["--labels", "41", *(f"--{name}={value}" for name, value in argv.items())])
     with pytest.raises(UserError, match="need --gold"):
         overoptimize.main([*(f"--{name}={value}" for name, value in argv.items()), "--gold", "none"])

@@ -6,21 +6,23 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train_rm
 from minirlhf.config import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools import chat, evaluate, plot
+from minirlhf.tools import chat, evaluate, measure, plot
 from minirlhf.tools.compare import against_first, partiality, sequence_kl
 from minirlhf.tools.measure import Answers, answer, distinct, entropies, perplexity, repetition, token_logprobs_of
 from minirlhf.weights import save_pretrained
-from small_world import write_jsonl
+from small_world import script_flags, write_jsonl
 
 TOKENIZER = load_tokenizer("data/tiny")
 PROMPTS = read_prompts("data/tiny/prompts_test.jsonl")[:12]
@@ -72,10 +74,11 @@ def test_both_estimates_of_the_kl_agree_with_the_exact_one():
     assert entropies(model, answers.prompt_ids[:1], answers.ids[:1])[0] == pytest.approx(-float((p.exp() * p).sum().detach()), rel=1e-4)
 
 
-def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time():
+def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch):
+    monkeypatch.setattr(measure, "LOGITS", 50_000)                                  # two sequences at a time
     model = small_model(2)
     examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:5], TOKENIZER, 64)
-    rows = token_logprobs_of(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7, batch_size=2)
+    rows = token_logprobs_of(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7)
     nats, tokens = 0.0, 0
     for example, found in zip(examples, rows):
         ids, P = torch.tensor([example.prompt + example.responses[0]]), len(example.prompt)
@@ -154,6 +157,30 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
 
 
+def test_the_learning_curve_trains_as_the_reward_model_was_trained(folders, world):
+    train_rm.main(script_flags(world, "rm_of_30", "--model", folders[0], "--data", world / "comparisons.jsonl", "--gold", "none",
+                               "--normalise", 8, "--epochs", 1, "--sample_tokens", 5, "--loss", "best"))
+    report = evaluated(world, folders[0], prompts="data/tiny/prompts_test.jsonl", reward=world / "rm_of_30", learning_curve=7)
+    assert list(report["learning_curve"]) == ["7"] and 0 <= report["learning_curve"]["7"]["value"] <= 1
+    config = json.loads((world / "report/rm_7/run.json").read_text())["config"]
+    assert config["loss"] == "best" and config["normalise"] == 8 and config["epochs"] == 20 and config["model"] == folders[0]
+    assert len((world / "report/comparisons_7.jsonl").read_text().splitlines()) == 7
+    with pytest.raises(UserError, match="on 31 comparisons need as many lines"):
+        evaluated(world, folders[0], reward=world / "rm_of_30", learning_curve=31, out=world / "y")
+    assert not (world / "y").exists()
+
+
+def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
+    for name, config in (("sft", {"max_response": 0}), ("ppo", {"reward": "rm", "max_response": 24, "temperature": 0.7, "stop_token": 13})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
+    flags = dict(temperature=None, stop_token=None, stop_after=16)
+    both = [str(tmp_path / "ppo"), str(tmp_path / "sft")]
+    assert vars(evaluate.sampling_of(SimpleNamespace(models=both, max_response=None, **flags))) == dict(
+        max_response=24, temperature=0.7, stop_token=13, stop_after=16)
+    assert evaluate.sampling_of(SimpleNamespace(models=both[1:], max_response=None, **flags)).max_response == 48
+
+
 def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
     for name, config in (("ppo", {"reward": f"{tmp_path}/rm"}), ("rm", {"data": "labels.jsonl"}), ("cousin", {"data": "labels.jsonl"}),
                          ("other", {"data": "other_half.jsonl"})):
@@ -172,9 +199,13 @@ def test_without_matplotlib_the_rest_is_written(folders, world, monkeypatch, cap
 
 
 def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
+    write_jsonl(tmp_path / "one.jsonl", [{"prompt": "p"}])
+    write_jsonl(tmp_path / "ties.jsonl", [{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}])
     for argv, flags, said in (((folders[0], folders[0]), {}, "named twice"), ((folders[0],), {"learning_curve": 5}, "--reward"),
                               ((tmp_path / "none",), {}, "none"), ((folders[0],), {"votes": world / "comparisons.jsonl"}, "compares two models"),
-                              ((folders[0],), {"reward": folders[1]}, "score.weight"), ((folders[0],), {"out": world / "x", "votes": world / "no.jsonl"}, "no.jsonl")):
+                              ((folders[0],), {"reward": folders[1]}, "score.weight"), ((folders[0],), {"out": world / "x", "votes": world / "no.jsonl"}, "no.jsonl"),
+                              ((folders[0],), {"prompts": tmp_path / "one.jsonl"}, "2 prompts"), ((folders[0],), {"temperature": 0}, "above 0"),
+                              ((folders[0],), {"reward": world / "rm", "comparisons": tmp_path / "ties.jsonl"}, "prefers anything")):
         with pytest.raises(UserError, match=said):
             evaluated(world, *argv, **flags)
     assert not (world / "x").exists()

@@ -22,7 +22,7 @@ from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools import probes
 from minirlhf.tools.compare import against_first, config_of, duels, partiality, sequence_kl
 from minirlhf.tools.feedback_items import find_templates, instruction_of
-from minirlhf.tools.learning_curve import train_rewards
+from minirlhf.tools.learning_curve import first_lines, train_rewards
 from minirlhf.tools.measure import answer, distinct, entropies, perplexity, repetition, rewards_of
 from minirlhf.tools.plot import draw_report
 from minirlhf.tools.report import as_markdown, plain
@@ -119,8 +119,8 @@ def print_report(columns):
 # ---- the full form ---------------------------------------------------------------------------------------------------
 
 def sampling_of(args):
-    """max_response, temperature, stop_token, stop_after: as flags say, else as the last model's run did, else plain."""
-    config = config_of(args.models[-1])
+    """max_response, temperature, stop_token, stop_after: as flags say, else as the last PPO run among the models, else plain."""
+    config = next((run for run in map(config_of, reversed(args.models)) if "reward" in run), {})
     plain_values = dict(max_response=48, temperature=1.0, stop_token=-1, stop_after=0)
     return SimpleNamespace(**{name: config.get(name, value) if getattr(args, name) is None else getattr(args, name)
                               for name, value in plain_values.items()})
@@ -143,15 +143,17 @@ def instruction_checks(model, tokenizer, answers, templates, sampling, seed, nam
     """Instruction checks on the prompts that ask for something countable, and on the project's own INSTRUCTIONS."""
     given = probes.instruction_rates([instruction_of(prompt, templates) for prompt in answers.prompts], answers.texts)
     template = next((t for t in templates if t.count("{") == 1), "{instruction}")
-    rows = [Row("probes.py", template.replace("{instruction}", text)) for text in probes.INSTRUCTIONS]
-    own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, seed, f"{name}: instructions",
-                 eos_of(sampling, tokenizer), sampling.stop_after)
-    return {"prompts": given, "own": probes.instruction_rates(probes.INSTRUCTIONS, own.texts)}
+    asked = {template.replace("{instruction}", text): text for text in probes.INSTRUCTIONS}
+    own = answer(model, tokenizer, [Row("tools/probes.py", prompt) for prompt in asked], sampling.max_response, sampling.temperature,
+                 seed, f"{name}: instructions", eos_of(sampling, tokenizer), sampling.stop_after, drop_long=True)
+    return {"prompts": given, "own": probes.instruction_rates([asked[prompt] for prompt in own.prompts], own.texts)}
 
 
 def assess(args, device):
     """The whole report as a dict; Estimates are still Estimates."""
     rows, sampling = read_prompts(args.prompts), sampling_of(args)
+    if len(rows) < 2 or sampling.max_response < 1 or sampling.temperature <= 0:
+        raise UserError(f"{args.prompts}: an interval needs 2 prompts or more, --max_response 1 or more and --temperature above 0")
     gold, notes = load_gold(args.gold, args.prompts), []
     tiny = gold is not None and args.gold == "auto"
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
@@ -193,7 +195,8 @@ def assess(args, device):
 
 def learning_curve(args, device):
     """{labels: accuracy on held-out comparisons} of reward models trained now, as --reward was, on the first of its labels."""
-    train_rewards(args.learning_curve, args.out, **read_run(args.reward) | {"heldout": args.comparisons, "device": args.device})
+    config = read_run(args.reward)
+    train_rewards(args.learning_curve, config["data"], args.out, **config | {"heldout": args.comparisons, "device": args.device})
     found = {}
     for count in args.learning_curve:
         folder = f"{args.out}/rm_{count}"
@@ -215,10 +218,10 @@ def main(argv=None):
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
                         help="held-out demonstrations for the perplexity; '' for none")
     parser.add_argument("--comparisons", default="data/tiny/comparisons_test.jsonl", help="held-out comparisons for --reward")
-    parser.add_argument("--max_response", type=int, help="most tokens of an answer [as the last model's run]")
-    parser.add_argument("--temperature", type=float, help="sampling temperature [as the last model's run]")
-    parser.add_argument("--stop_token", type=int, help="the token id that ends an answer, -1 is EOS [as the last model's run]")
-    parser.add_argument("--stop_after", type=int, help="tokens of an answer before it can end so [as the last model's run]")
+    parser.add_argument("--max_response", type=int, help="most tokens of an answer [as the last PPO run here]")
+    parser.add_argument("--temperature", type=float, help="sampling temperature [as the last PPO run here]")
+    parser.add_argument("--stop_token", type=int, help="the token id that ends an answer, -1 is EOS [as the last PPO run here]")
+    parser.add_argument("--stop_after", type=int, help="tokens of an answer before it can end so [as the last PPO run here]")
     parser.add_argument("--drop_long", action="store_true", help="drop and count prompts that do not fit, instead of stopping")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="")
@@ -228,6 +231,8 @@ def main(argv=None):
         raise UserError("a model is named twice")
     if args.learning_curve and not args.reward:
         raise UserError("--learning_curve trains on the labels of a reward model: name it with --reward")
+    if args.learning_curve:
+        first_lines(read_run(args.reward)["data"], args.learning_curve)             # now, and not after everything else
     device, out = pick_device(args.device), Path(args.out)
     report = assess(args, device)
     move_aside(out)

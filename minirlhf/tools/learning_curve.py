@@ -19,16 +19,21 @@ def run_script(script, **flags):
     script.main(argv)
 
 
-def train_rewards(counts, out, data, **flags):
-    """Reward models on the first `count` comparisons of a file -> {count: its report}; their folders are out/rm_<count>.
+def first_lines(file, counts):
+    """{count: the first `count` lines of a file of comparisons}. UserError if it has fewer."""
+    lines = [line for _, line in zip(range(max(counts)), open(file, encoding="utf-8"))]
+    if not 1 <= min(counts) or len(lines) < max(counts):
+        raise UserError(f"{file}: reward models on {', '.join(map(str, counts))} comparisons need as many lines, and at least 1 each")
+    return {count: "".join(lines[:count]) for count in counts}
+
+
+def train_rewards(counts, labels, folder, **flags):
+    """Reward models on the first `count` comparisons of the file `labels`, in folder/rm_<count> -> {count: its report}.
     flags: any of train_rm.py's."""
-    lines, reports = Path(data).read_text(encoding="utf-8").splitlines(keepends=True), {}
-    for count in counts:
-        if not 1 <= count <= len(lines):
-            raise UserError(f"{data} has {len(lines)} comparisons: none can be trained on {count}")
-    for count in counts:
-        few, folder = Path(out) / f"comparisons_{count}.jsonl", Path(out) / f"rm_{count}"
-        few.write_text("".join(lines[:count]), encoding="utf-8")
-        run_script(train_rm, **flags | dict(data=str(few), out=str(folder), epochs=min(20, max(4, VISITS // count))))
-        reports[count] = json.loads((folder / "report.json").read_text())
+    reports = {}
+    for count, lines in first_lines(labels, counts).items():
+        few, out = Path(folder) / f"comparisons_{count}.jsonl", Path(folder) / f"rm_{count}"
+        few.write_text(lines, encoding="utf-8")
+        run_script(train_rm, **flags | dict(data=str(few), out=str(out), epochs=min(20, max(4, VISITS // count))))
+        reports[count] = json.loads((out / "report.json").read_text())
     return reports

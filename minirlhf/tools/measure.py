@@ -39,17 +39,21 @@ def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=No
 
 # ---- how likely ------------------------------------------------------------------------------------------------------
 
-def batches(prompts, responses, size):
+LOGITS = 100_000_000                # most logits made at once: 0.4 GB
+
+
+def batches(model, prompts, responses, most=64):
     """Index lists that put sequences of similar length together: fewer pads."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    size = min(most, max(1, LOGITS // (model.config.vocab_size * max(1, *map(len, responses)))))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 
 @torch.no_grad()
-def token_logprobs_of(model, prompts, responses, temperature=1.0, batch_size=32):
+def token_logprobs_of(model, prompts, responses, temperature=1.0):
     """Log-probabilities of the tokens of each response: a list of N arrays, nats."""
     device, found = next(model.parameters()).device, [None] * len(prompts)
-    for rows in batches(prompts, responses, batch_size):
+    for rows in batches(model, prompts, responses):
         logprobs, mask = response_logprobs(model, [prompts[i] for i in rows], [responses[i] for i in rows], device, temperature)
         for i, values, own in zip(rows, logprobs.double().cpu(), mask.cpu()):
             found[i] = values[own].numpy()
@@ -57,10 +61,10 @@ def token_logprobs_of(model, prompts, responses, temperature=1.0, batch_size=32)
 
 
 @torch.no_grad()
-def entropies(model, prompts, responses, temperature=1.0, batch_size=32):
+def entropies(model, prompts, responses, temperature=1.0):
     """Entropy of the next-token distribution, summed over the tokens of each response: an array of N, nats per sequence."""
     device, found = next(model.parameters()).device, np.zeros(len(prompts))
-    for rows in batches(prompts, responses, batch_size):
+    for rows in batches(model, prompts, responses):
         ids, mask = right_pad([prompts[i] + responses[i] for i in rows], device)
         predicted = response_mask(mask, [len(prompts[i]) for i in rows])[:, 1:]                     # (B, T-1)
         entropy = ppo.token_entropy(model.logits(model(ids)[:, :-1][predicted]), temperature)       # (N,)
@@ -69,10 +73,10 @@ def entropies(model, prompts, responses, temperature=1.0, batch_size=32):
 
 
 @torch.no_grad()
-def rewards_of(reward, prompts, responses, batch_size=64):
+def rewards_of(reward, prompts, responses):
     """Normalised scores of a reward model: an array of N."""
     device, found = next(reward.parameters()).device, np.zeros(len(prompts))
-    for rows in batches(prompts, responses, batch_size):
+    for rows in batches(reward, prompts, responses):
         ids, mask = right_pad([prompts[i] + responses[i] for i in rows], device)
         found[rows] = reward.reward(ids, mask).cpu()
     return found

@@ -21,7 +21,7 @@ from minirlhf.data import read_prompts
 from minirlhf.functions import load_gold
 from minirlhf.runs import move_aside, read_rows, write_json
 from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.learning_curve import run_script, train_rewards
+from minirlhf.tools.learning_curve import first_lines, run_script, train_rewards
 from minirlhf.tools.measure import answer, rewards_of
 from minirlhf.tools.plot import draw_overoptimization
 from minirlhf.tools.report import plain
@@ -116,7 +116,7 @@ def laws(bon, rl, seed=0, resamples=500):
 def experiment(args, gold, device):
     """Trains, samples and fits everything -> the report, {count: curves and laws}."""
     out = Path(args.out)
-    reports = train_rewards(args.labels, out, args.comparisons, model=args.model, heldout=args.heldout_comparisons, gold=args.gold,
+    reports = train_rewards(args.labels, args.comparisons, out, model=args.model, heldout=args.heldout_comparisons, gold=args.gold,
                             sample_tokens=args.max_response, seed=args.seed, device=args.device)
     pool = sample_sft(args, read_prompts(args.heldout)[:args.prompts], args.samples, device)
     golds = np.array(gold(pool.prompts, pool.texts)).reshape(-1, args.samples)                      # (N, S)
@@ -171,6 +171,7 @@ def main(argv=None):
     device, gold, out = pick_device(args.device), load_gold(args.gold, args.data), Path(args.out)
     if gold is None:
         raise UserError("over-optimisation is seen in a true preference: these prompts need --gold FILE.py:function")
+    first_lines(args.comparisons, args.labels)
     move_aside(out)
     out.mkdir(parents=True)
     report = experiment(args, gold, device)

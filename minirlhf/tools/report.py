@@ -82,7 +82,7 @@ def of_reward(report):
     if "reward" not in report:
         return []
     r = report["reward"]
-    rows = [["the consensus", r["accuracy"]], ["true preference (gold)", r.get("accuracy_gold")],
+    rows = [["the labels", r["accuracy"]], ["true preference (gold)", r.get("accuracy_gold")],
             ["single annotators", r["accuracy_against_one_annotator"]], ["two annotators with each other: what a person scores in the line above", r["annotators_agree"]],
             [f"length alone ({r['length_only']['direction']}); flip test p of the difference {p_value(r['length_only']['p_of_the_difference'])}",
              r["length_only"]["accuracy"]], ["ECE: calibration error, over 10 bins", r["ece"]]]
@@ -93,7 +93,7 @@ def of_reward(report):
     lines += table(["accuracy against", "", "n"], [[name, e, e.n] for name, e in rows if e])
     lines += table(["among pairs with", "accuracy", "prompts", "pairs"], [[name, e, e.n, pairs] for name, e, pairs in groups])
     if curve := report.get("learning_curve"):
-        lines += table(["labels", "accuracy against the consensus", "n"], [[count, e, e.n] for count, e in curve.items()])
+        lines += table(["labels", "accuracy against the labels", "n"], [[count, e, e.n] for count, e in curve.items()])
     return lines
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minirlhf.config import UserError
 from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.tools.feedback_stats import read_votes, verdicts
 from minirlhf.tools.measure import rewards_of
@@ -112,6 +113,8 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     flat, cuts = flat * reward.reward_std, np.cumsum([len(e.responses) for e in examples])[:-1]     # raw scores but for the mean
     scores, lengths = np.split(flat, cuts), [list(map(len, e.responses)) for e in examples]
     pairs = pairs_of([[-rank for rank in e.row.ranks] for e in examples], scores, lengths)
+    if not len(pairs.prompt):
+        raise UserError(f"{path}: no comparison in this file prefers anything")
     rows, ece = reliability(pairs)
     steps = sorted(set(pairs.margin))
     agreement, single = ceiling(read_votes(path), {(e.row.prompt, e.row.responses): own for e, own in zip(examples, scores)})
