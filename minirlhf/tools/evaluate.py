@@ -11,6 +11,7 @@ import argparse
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from minirlhf.compute import eos_of, pick_device
 from minirlhf.config import Parser, UserError, run_main
@@ -23,7 +24,7 @@ from minirlhf.tools import probes
 from minirlhf.tools.compare import against_first, config_of, duels, partiality, sequence_kl
 from minirlhf.tools.feedback_items import find_templates, instruction_of
 from minirlhf.tools.learning_curve import first_lines, train_rewards
-from minirlhf.tools.measure import answer, distinct, entropies, perplexity, repetition, rewards_of
+from minirlhf.tools.measure import Answers, answer, distinct, entropies, perplexity, repetition, rewards_of
 from minirlhf.tools.plot import draw_report
 from minirlhf.tools.report import as_markdown, plain
 from minirlhf.tools.reward_quality import assess_reward
@@ -83,7 +84,8 @@ def assess_run(folder, seconds, device):
     sft_report, rm_report = (read_json(file) if (file := run / "report.json").is_file() else {} for run in (sft_folder, rm_folder))
     demonstrations, comparisons = (config_of(run).get("heldout") for run in (sft_folder, rm_folder))
     demonstrations = read_demonstrations(demonstrations) if demonstrations else []
-    gold, tiny = load_gold(cfg.gold, cfg.heldout), cfg.gold == "auto"
+    gold = load_gold(cfg.gold, cfg.heldout)
+    tiny = gold is not None and cfg.gold == "auto"
     rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))
 
     models, answers, figures = {}, {}, {}
@@ -91,16 +93,17 @@ def assess_run(folder, seconds, device):
         models[name] = from_pretrained(path).to(device)
         answers[name] = answer(models[name], tokenizer, rows, cfg.max_response, cfg.temperature, cfg.seed, name,
                                eos_of(cfg, tokenizer), cfg.stop_after, max_prompt=cfg.max_prompt, drop_long=cfg.drop_long)
-        figures[name] = gold_figures(tiny_facts(answers[name])) if gold and tiny else {}
+        figures[name] = gold_figures(tiny_facts(answers[name])) if tiny else {}
         figures[name] |= qualities(models[name], tokenizer, answers[name], demonstrations, cfg.temperature)
     figures["ppo"] |= sequence_kl(models["ppo"], models["sft"], answers["ppo"], cfg.temperature)
     if gold:
-        figures["ppo"]["win_rate"] = rate(wins_of(*(gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft"))))
+        ours, theirs = (gold(answers[name].prompts, answers[name].texts) for name in ("ppo", "sft"))
+        figures["ppo"]["win_rate"] = rate(wins_of(ours, theirs))
     report = {name: flat(figures[name]) for name in ("sft", "ppo")}
     return {
         "n_prompts": len(answers["sft"].prompts), "seed": cfg.seed,
         "seconds": {"sft": sft_report.get("seconds"), "rm": rm_report.get("seconds"), "ppo": seconds},
-        "annotator_agreement": annotator_agreement(comparisons) if gold and tiny and comparisons else None,
+        "annotator_agreement": annotator_agreement(comparisons) if tiny and comparisons else None,
         "rm_accuracy_gold": rm_report.get("rm_accuracy_gold"), "rm_accuracy_heldout": rm_report.get("rm_accuracy_heldout"),
         "win_rate": report["ppo"].get("win_rate"), "win_rate_ci": report["ppo"]["ci"].get("win_rate"), "kl": report["ppo"]["kl"],
         **report,
@@ -109,11 +112,12 @@ def assess_run(folder, seconds, device):
 
 def print_report(columns):
     """columns: {model: flat figures} -> a table with a row per figure, each with its 95 % interval."""
-    width = max(map(len, columns)) + 2
-    print("\n" + " " * 18 + "".join(f"{name:>{max(width, 30)}}" for name in columns))
+    width = max(30, *(len(name) + 2 for name in columns))
+    print("\n" + " " * 18 + "".join(f"{name:>{width}}" for name in columns))
     for figure in dict.fromkeys(figure for column in columns.values() for figure in column if figure != "ci"):
-        cells = [Estimate(column[figure], *column["ci"][figure], 0) if column.get(figure) is not None else "" for column in columns.values()]
-        print(f"{figure:<18}" + "".join(f"{cell!s:>{max(width, 30)}}" for cell in cells))
+        cells = ["" if column.get(figure) is None else Estimate(column[figure], *column["ci"][figure], n=0)
+                 for column in columns.values()]
+        print(f"{figure:<18}" + "".join(f"{cell!s:>{width}}" for cell in cells))
 
 
 # ---- the full form ---------------------------------------------------------------------------------------------------
@@ -121,32 +125,51 @@ def print_report(columns):
 def sampling_of(args):
     """max_response, temperature, stop_token, stop_after: as flags say, else as the last PPO run among the models, else plain."""
     config = next((run for run in map(config_of, reversed(args.models)) if "reward" in run), {})
-    plain_values = dict(max_response=48, temperature=1.0, stop_token=-1, stop_after=0)
+    otherwise = dict(max_response=48, temperature=1.0, stop_token=-1, stop_after=0)
     return SimpleNamespace(**{name: config.get(name, value) if getattr(args, name) is None else getattr(args, name)
-                              for name, value in plain_values.items()})
+                              for name, value in otherwise.items()})
 
 
-def load_reward(path, vocab, device):
-    reward = scalar_from_pretrained(path).to(device).requires_grad_(False)
-    if reward.config.vocab_size != vocab:
-        raise UserError(f"{path} has {reward.config.vocab_size} tokens, the models have {vocab}: they must share one vocabulary")
-    return reward
-
-
-def judged(answers, folder, vocab, device):
-    """{model: N scores} of a reward model."""
-    reward = load_reward(folder, vocab, device)
-    return {name: rewards_of(reward, own.prompt_ids, own.ids).tolist() for name, own in answers.items()}
-
-
-def instruction_checks(model, tokenizer, answers, templates, sampling, seed, name):
+def instruction_checks(model, tokenizer, answers, templates, sampling, seed):
     """Instruction checks on the prompts that ask for something countable, and on the project's own INSTRUCTIONS."""
     given = probes.instruction_rates([instruction_of(prompt, templates) for prompt in answers.prompts], answers.texts)
     template = next((t for t in templates if t.count("{") == 1), "{instruction}")
     asked = {template.replace("{instruction}", text): text for text in probes.INSTRUCTIONS}
-    own = answer(model, tokenizer, [Row("tools/probes.py", prompt) for prompt in asked], sampling.max_response, sampling.temperature,
-                 seed, f"{name}: instructions", eos_of(sampling, tokenizer), sampling.stop_after, drop_long=True)
+    rows = [Row("tools/probes.py", prompt) for prompt in asked]
+    own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, seed, "instructions",
+                 eos_of(sampling, tokenizer), sampling.stop_after, drop_long=True)
     return {"prompts": given, "own": probes.instruction_rates([asked[prompt] for prompt in own.prompts], own.texts)}
+
+
+class Assessed(NamedTuple):
+    """What is found out about one model by itself."""
+    answers: Answers
+    figures: dict           # {name: Estimate}
+    facts: dict             # {name: N numbers}, what is compared prompt by prompt
+    bias: dict              # {probe: (gap, p, flagged)}
+    instructions: dict      # {where it was asked: {kind of check: Estimate}}
+
+
+def assess_model(name, model, tokenizer, rows, demonstrations, templates, sampling, tiny, args):
+    own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, args.seed, name,
+                 eos_of(sampling, tokenizer), sampling.stop_after, drop_long=args.drop_long)
+    facts = tiny_facts(own) if tiny else {}
+    figures = gold_figures(facts) if tiny else {}
+    figures |= qualities(model, tokenizer, own, demonstrations, sampling.temperature)
+    compared = {fact: values for fact, values in facts.items() if fact in figures}
+    compared |= {"length": list(map(len, own.ids)), "eos_rate": own.finished}
+    bias = {probe.title: probes.bias(model, tokenizer, probe) for probe in (probes.TINY if tiny else probes.ENGLISH)}
+    instructions = {} if tiny else instruction_checks(model, tokenizer, own, templates, sampling, args.seed)
+    return Assessed(own, figures, compared, bias, instructions)
+
+
+def load_reward(path, models, device):
+    reward = scalar_from_pretrained(path).to(device).requires_grad_(False)
+    for name, model in models.items():
+        if model.config.vocab_size != reward.config.vocab_size:
+            raise UserError(f"{path} has {reward.config.vocab_size} tokens, {name} has {model.config.vocab_size}: they must share "
+                            "one vocabulary")
+    return reward
 
 
 def assess(args, device):
@@ -155,42 +178,39 @@ def assess(args, device):
     if len(rows) < 2 or sampling.max_response < 1 or sampling.temperature <= 0:
         raise UserError(f"{args.prompts}: an interval needs 2 prompts or more, --max_response 1 or more and --temperature above 0")
     gold, notes = load_gold(args.gold, args.prompts), []
-    tiny = gold is not None and args.gold == "auto"
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
-    templates = find_templates(args.prompts, args.models)
-    loaded = {path: (from_pretrained(path).to(device), load_tokenizer(path)) for path in args.models}
-    answers, figures, facts, bias, instructions = {}, {}, {}, {}, {}
-    reference = loaded[args.models[0]][0]
-    for path, (model, tokenizer) in loaded.items():
-        answers[path] = own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, args.seed, path,
-                                     eos_of(sampling, tokenizer), sampling.stop_after, drop_long=args.drop_long)
-        known = tiny_facts(own) if tiny else {}
-        figures[path] = (gold_figures(known) if tiny else {}) | qualities(model, tokenizer, own, demonstrations, sampling.temperature)
-        facts[path] = {name: known[name] for name in known if name not in ("she", "asks_for_female")} | {
-            "length": list(map(len, own.ids)), "finished": own.finished}
-        bias[path] = {probe.title: probes.bias(model, tokenizer, probe) for probe in (probes.TINY if tiny else probes.ENGLISH)}
-        if not tiny:
-            instructions[path] = instruction_checks(model, tokenizer, own, templates, sampling, args.seed, path)
-        if model.config.vocab_size != reference.config.vocab_size:
-            notes.append(f"{path} and {args.models[0]} have different vocabularies: no KL between them, and no comparison per token")
-        elif model is not reference:
-            figures[path] |= sequence_kl(model, reference, own, sampling.temperature)
+    templates, votes = find_templates(args.prompts, args.models), duels(args.votes) if args.votes else {}
+    models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
+    judges = {path: load_reward(path, models, device) for path in (args.judge, args.reward) if path}
+    found = {path: assess_model(path, models[path].to(device), tokenizers[path], rows, demonstrations, templates, sampling,
+                                gold is not None and args.gold == "auto", args) for path in args.models}
 
-    vocab = reference.config.vocab_size
-    verdicts = {"gold": {path: gold(own.prompts, own.texts) for path, own in answers.items()}} if gold else {}
-    verdicts |= {judge: judged(answers, judge, vocab, device) for judge in (args.judge, args.reward) if judge}
-    for judge, path in product(filter(None, (args.judge, args.reward)), answers):
-        figures[path][f"score by {judge}"] = ratio(verdicts[judge][path])
+    first, *others = args.models
+    for path in others:
+        if found[path].answers.prompts != found[first].answers.prompts:
+            raise UserError(f"{path} and {first} drop different prompts as too long: shorten the prompts, or leave these out")
+        if models[path].config.vocab_size != models[first].config.vocab_size:
+            notes.append(f"{path} and {first} have different vocabularies: no KL between them, and nothing per token to compare")
+        else:
+            found[path].figures.update(sequence_kl(models[path], models[first], found[path].answers, sampling.temperature))
+    verdicts = {"gold": {path: gold(own.answers.prompts, own.answers.texts) for path, own in found.items()}} if gold else {}
+    for judge, path in product(judges, found):
+        scores = rewards_of(judges[judge], found[path].answers.prompt_ids, found[path].answers.ids)
+        verdicts.setdefault(judge, {})[path] = scores
+        found[path].figures[f"score by {judge}"] = ratio(scores)
         notes += filter(None, [partiality(path, judge)])
-    report = {"prompts": args.prompts, "n_prompts": len(answers[args.models[0]].prompts), "seed": args.seed,
-              "sampling": vars(sampling), "models": figures, "comparisons": against_first(answers, verdicts, facts), "bias": bias,
-              "instructions": instructions, "votes": duels(args.votes) if args.votes else {}, "notes": notes}
-    if args.reward:
-        tokenizer = load_tokenizer(args.reward)
-        report["reward"] = {"model": args.reward, "comparisons": args.comparisons,
-                            **assess_reward(load_reward(args.reward, vocab, device), tokenizer, args.comparisons, gold,
-                                          args.drop_long)}
-    return report
+    return {"prompts": args.prompts, "n_prompts": len(found[first].answers.prompts), "seed": args.seed, "sampling": vars(sampling),
+            **{part: {path: getattr(own, name) for path, own in found.items()}
+               for part, name in (("models", "figures"), ("bias", "bias"), ("instructions", "instructions"))},
+            "comparisons": against_first({path: own.answers for path, own in found.items()}, verdicts,
+                                         {path: own.facts for path, own in found.items()}), "votes": votes, "notes": notes,
+            **({"reward": reward_part(args, judges[args.reward])} if args.reward else {})}
+
+
+def reward_part(args, reward):
+    return {"model": args.reward, "comparisons": args.comparisons,
+            **assess_reward(reward, load_tokenizer(args.reward), args.comparisons, load_gold(args.gold, args.comparisons),
+                            args.drop_long)}
 
 
 def learning_curve(args, device):
@@ -218,10 +238,10 @@ def main(argv=None):
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
                         help="held-out demonstrations for the perplexity; '' for none")
     parser.add_argument("--comparisons", default="data/tiny/comparisons_test.jsonl", help="held-out comparisons for --reward")
-    parser.add_argument("--max_response", type=int, help="most tokens of an answer [as the last PPO run here]")
-    parser.add_argument("--temperature", type=float, help="sampling temperature [as the last PPO run here]")
-    parser.add_argument("--stop_token", type=int, help="the token id that ends an answer, -1 is EOS [as the last PPO run here]")
-    parser.add_argument("--stop_after", type=int, help="tokens of an answer before it can end so [as the last PPO run here]")
+    for name, kind, help in (("max_response", int, "most tokens of an answer"), ("temperature", float, "sampling temperature"),
+                             ("stop_token", int, "the token id that ends an answer, -1 is EOS"),
+                             ("stop_after", int, "tokens of an answer before it can end so")):
+        parser.add_argument(f"--{name}", type=kind, help=f"{help} [as the last PPO run here]")
     parser.add_argument("--drop_long", action="store_true", help="drop and count prompts that do not fit, instead of stopping")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="")

@@ -8,7 +8,6 @@ FIGURES = {  # name: what it is, and its unit
     "gold": "true preference, 0 to 1", "attributes_right": "all that was asked for is right", "mood": "mood as asked",
     "who": "person as asked", "what": "thing as asked", "rude": "rude", "grammatical": "grammatical",
     "stereotype_gap": "P(she) for a female stereotype minus for a male one", "eos_rate": "answers that end by themselves",
-    "finished": "answers that end by themselves",
     "length": "tokens, EOS included", "distinct_1": "different tokens / tokens", "distinct_2": "different pairs / pairs",
     "distinct_3": "different triples / triples", "repetition": "4-grams said before in the same answer",
     "entropy": "entropy, nats per sequence", "entropy_per_token": "entropy, nats per token",
