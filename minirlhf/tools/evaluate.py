@@ -77,12 +77,17 @@ def flat(figures):
         "ci": {name: [figure.low, figure.high] for name, figure in figures.items()}}
 
 
+def report_of(folder):
+    """The report.json of a run's folder, {} if there is none."""
+    file = Path(folder) / "report.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def assess_run(folder, seconds, device):
     """The report of a PPO run: its policy against the SFT model it came from, on prompts neither was trained on."""
     cfg = SimpleNamespace(**read_run(folder))
-    sft_folder, rm_folder = Path(cfg.model), Path(cfg.reward)
-    sft_report, rm_report = (read_json(file) if (file := run / "report.json").is_file() else {} for run in (sft_folder, rm_folder))
-    demonstrations, comparisons = (config_of(run).get("heldout") for run in (sft_folder, rm_folder))
+    sft_report, rm_report = report_of(cfg.model), report_of(cfg.reward)
+    demonstrations, comparisons = (config_of(run).get("heldout") for run in (cfg.model, cfg.reward))
     demonstrations = read_demonstrations(demonstrations) if demonstrations else []
     gold = load_gold(cfg.gold, cfg.heldout)
     tiny = gold is not None and cfg.gold == "auto"

@@ -30,8 +30,8 @@ def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=No
     """Samples one answer to every prompt. The same seed gives every model the same uniform numbers."""
     examples = encode_rows(rows, tokenizer, model.config.n_positions, reserve=max_response, **limits)
     prompt_ids = [example.prompt for example in examples]
-    sampled = respond(model, prompt_ids, max_response, tokenizer.eot_token if eos is None else eos, generator(seed, 9), temperature,
-                      earliest, progress=name)
+    eos = tokenizer.eot_token if eos is None else eos
+    sampled = respond(model, prompt_ids, max_response, eos, generator(seed, 9), temperature, earliest, progress=name)
     ids, finished = map(list, zip(*sampled))
     texts = [decode(tokenizer, tokens) for tokens in ids]
     return Answers([example.row.prompt for example in examples], texts, prompt_ids, ids, finished)

@@ -116,8 +116,8 @@ def laws(bon, rl, seed=0, resamples=500):
 def experiment(args, gold, device):
     """Trains, samples and fits everything -> the report, {count: curves and laws}."""
     out = Path(args.out)
-    reports = train_rewards(args.labels, args.comparisons, out, model=args.model, heldout=args.heldout_comparisons, gold=args.gold,
-                            sample_tokens=args.max_response, seed=args.seed, device=args.device)
+    reports = train_rewards(args.labels, args.comparisons, out, model=args.model, heldout=args.heldout_comparisons,
+                            gold=args.gold, sample_tokens=args.max_response, seed=args.seed, device=args.device)
     pool = sample_sft(args, read_prompts(args.heldout)[:args.prompts], args.samples, device)
     golds = np.array(gold(pool.prompts, pool.texts)).reshape(-1, args.samples)                      # (N, S)
     before = sample_sft(args, read_prompts(args.data), 1, device)           # PPO's prompts are not the held-out ones
@@ -130,15 +130,16 @@ def experiment(args, gold, device):
                    seed=args.seed, device=args.device, samples_every=args.iterations)
         rl = ppo_curve(out / f"ppo_{count}", start, deviation)
         bon = best_of_n_curve(out / f"rm_{count}", pool, golds, args.samples, device)
-        found[count] = {"rm_accuracy_gold": reports[count]["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
-                        "bon": bon | {name: [[e.value, e.low, e.high] for e in map(ratio, bon[name].T)] for name in ("gold", "proxy")}}
+        means = {name: [ratio(column)[:3] for column in bon[name].T] for name in ("gold", "proxy")}
+        found[count] = {"rm_accuracy_gold": reports[count]["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl, "bon": bon | means}
     return {"sft_gold": start, "sft_gold_deviation": deviation, "prompts": len(golds), "samples": args.samples,
             "iterations": args.iterations, "seed": args.seed, "labels": found}
 
 
 def describe(report):
     """The fitted laws as lines of a table."""
-    lines = [f"gold in deviations of the SFT model's ({report['sft_gold_deviation']:.3f}) above its mean ({report['sft_gold']:.3f})",
+    deviation, start = report["sft_gold_deviation"], report["sft_gold"]
+    lines = [f"gold in deviations of the SFT model's ({deviation:.3f}) above its mean ({start:.3f} on PPO's prompts)",
              f"{'labels':>7} {'rm':>6}  {'law':<22}{'a':>24} {'b':>24} {'R^2':>6}  turnover at d = sqrt(KL)"]
     for count, row in report["labels"].items():
         for law, formula in (("bon", "best of n: d(a - b d)"), ("rl", "PPO: d(a - b log d)")):

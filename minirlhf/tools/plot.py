@@ -62,6 +62,11 @@ def pyplot():
     return plt
 
 
+def spans(low, middle, high):
+    """The ends of error bars as matplotlib wants them: distances from the middle."""
+    return [[b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)]]
+
+
 def save(plt, figure, out):
     figure.savefig(out)
     plt.close(figure)
@@ -114,9 +119,10 @@ def draw_calibration(rewards, out):
     for colour, (label, reward) in zip(COLOURS * len(rewards), rewards.items()):
         x, accuracy, n = zip(*reward["reliability"])
         y, low, high = ([row[name] for row in accuracy] for name in ("value", "low", "high"))
-        axis.errorbar(x, y, [[b - a for a, b in zip(low, y)], [b - a for a, b in zip(y, high)]], color=colour, linewidth=1.2, marker="o",
-                      markersize=4, capsize=2, label=f"{label}: ECE {reward['ece']['value']:.3f}, {sum(n):,} pairs")
-    axis.set(xlabel="probability that the model gives the answer it prefers", ylabel="share of pairs in which annotators agree with it",
+        axis.errorbar(x, y, spans(low, y, high), color=colour, linewidth=1.2, marker="o", markersize=4, capsize=2,
+                      label=f"{label}: ECE {reward['ece']['value']:.3f}, {sum(n):,} pairs")
+    axis.set(xlabel="probability that the model gives the answer it prefers",
+             ylabel="share of pairs in which annotators agree with it",
              title="Calibration of the reward model (95 % intervals)")
     axis.legend()
     save(plt, figure, out)
@@ -126,30 +132,28 @@ def draw_overoptimization(report, out):
     """The report of tools.overoptimize -> gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for colour, (count, row) in zip(COLOURS, report["labels"].items()):
-        for axis, law, points in zip(axes, ("bon", "rl"), (row["bon"], row["rl"])):
+    for axis, law, title in zip(axes, ("bon", "rl"), ("Best of n:  R = d (a - b d)", "PPO without KL penalty:  R = d (a - b log d)")):
+        for colour, (count, row) in zip(COLOURS, report["labels"].items()):
+            points, found = row[law], row["laws"][law]
             d, gold, proxy = points["d"], points["gold"], points["proxy"]
-            if law == "bon":
-                (gold, low, high), proxy = zip(*gold), [value for value, _, _ in proxy]
-                axis.errorbar(d, gold, [[b - a for a, b in zip(low, gold)], [b - a for a, b in zip(gold, high)]], color=colour,
-                              linestyle="none", marker="o", markersize=4, capsize=2)
+            if law == "bon":                                    # (value, low, high)
+                (gold, low, high), (proxy, _, _) = zip(*gold), zip(*proxy)
+                axis.errorbar(d, gold, spans(low, gold, high), color=colour, linestyle="none", marker="o", markersize=4, capsize=2)
             else:
                 axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
             axis.plot(d, proxy, color=colour, linestyle="--", linewidth=1)
-            f, end = row["laws"][law], max(d)
-            line = [end * k / 200 for k in range(1, 201)]
-            axis.plot(line, [x * (f["a"] - f["b"] * (x if law == "bon" else math.log(x))) for x in line], color=colour, linewidth=1.8,
-                      label=f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f}): R² {f['r2']:.2f}")
-            if f["turnover"]:
-                axis.axvline(f["turnover"], color=colour, linewidth=0.8, linestyle=":")
-        axes[0].set(title="Best of n:  R = d (a - b d)", ylabel="reward above the SFT model, in its deviations")
-        axes[1].set(title="PPO without KL penalty:  R = d (a - b log d)")
-    for axis in axes:
+            line = [max(d) * k / 200 for k in range(1, 201)]
+            bend = [x if law == "bon" else math.log(x) for x in line]
+            axis.plot(line, [x * (found["a"] - found["b"] * g) for x, g in zip(line, bend)], color=colour, linewidth=1.8,
+                      label=f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f}): R² {found['r2']:.2f}")
+            if found["turnover"]:
+                axis.axvline(found["turnover"], color=colour, linewidth=0.8, linestyle=":")
         axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.set_xlabel("d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
         axis.plot([], [], color="0.3", marker="o", linestyle="-", label="gold, and its fitted law; dotted: its turnover")
         axis.plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
+        axis.set(title=title, xlabel="d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
         axis.legend()
+    axes[0].set_ylabel("reward above the SFT model, in its deviations")
     save(plt, figure, out)
 
 
@@ -186,7 +190,8 @@ def main(argv=None):
             raise UserError("--kind overoptimization draws one folder")
         draw_overoptimization(read_report(args.folders[0], "labels", "tools.overoptimize"), out)
     elif args.kind == "calibration":
-        draw_calibration({label: read_report(folder, "reward", "tools.evaluate")["reward"] for label, folder in zip(labels, args.folders)}, out)
+        reports = [read_report(folder, "reward", "tools.evaluate") for folder in args.folders]
+        draw_calibration({label: report["reward"] for label, report in zip(labels, reports)}, out)
     else:
         draw = draw_curves if args.kind == "curves" else draw_kl
         draw({label: read_metrics(folder) for label, folder in zip(labels, args.folders)}, out)

@@ -12,7 +12,7 @@ FIGURES = {  # name: what it is, and its unit
     "distinct_3": "different triples / triples", "repetition": "4-grams said before in the same answer",
     "entropy": "entropy, nats per sequence", "entropy_per_token": "entropy, nats per token",
     "perplexity": "perplexity on demonstrations", "kl": "KL to the reference (k1), nats per sequence",
-    "kl_k3": "the same (k3), nats per sequence", "kl_per_token": "KL (k1), nats per token", "kl_k3_per_token": "KL (k3), nats per token",
+    "kl_k3": "KL (k3), nats per sequence", "kl_per_token": "KL (k1), nats per token", "kl_k3_per_token": "KL (k3), nats per token",
 }
 
 
@@ -62,37 +62,43 @@ def of_bias(report):
     rows = [[probe, model, gap, gap.n, p_value(p), "**yes**" if flagged else "no"]
             for model, probes in report["bias"].items() for probe, (gap, p, flagged) in probes.items()]
     return ["## Bias: paired prompts that differ only in the person", "",
-            "Gap: nats by which the stereotypical continuation is likelier for one group of persons than for the other; 0 is none. "
-            "p: the label test over persons.", "", *table(["probe", "model", "gap", "persons", "p", "flagged"], rows)]
+            "Gap: nats by which the stereotypical continuation is likelier for one group of persons than for the other; 0 is "
+            "none. p: the label test over persons.", "", *table(["probe", "model", "gap", "persons", "p", "flagged"], rows)]
 
 
 def of_instructions(report):
-    rows = [[kind, model, {"prompts": "these prompts", "own": "probes.py"}[source], right, right.n]
-            for model, found in report["instructions"].items() for source, kinds in found.items() for kind, right in kinds.items()]
-    return ["## Instructions that need no judge", "", *table(["asked for", "model", "asked in", "fulfilled", "n"], rows)] if rows else []
+    where = {"prompts": "these prompts", "own": "tools/probes.py"}
+    rows = [[kind, model, where[source], right, right.n] for model, found in report["instructions"].items()
+            for source, kinds in found.items() for kind, right in kinds.items()]
+    head = ["asked for", "model", "asked in", "fulfilled", "n"]
+    return ["## Instructions that need no judge", "", *table(head, rows)] if rows else []
 
 
 def of_votes(report):
     rows = [[names, w["win_rate"], w["win_rate"].n, w["ties"], p_value(w["p"])] for names, w in report["votes"].items()]
-    return ["## What people said", "", *table(["", "win rate, a tie is half", "prompts", "ties", "sign test p"], rows)] if rows else []
+    head = ["", "win rate, a tie is half", "prompts", "ties", "sign test p"]
+    return ["## What people said", "", *table(head, rows)] if rows else []
 
 
 def of_reward(report):
     if "reward" not in report:
         return []
     r = report["reward"]
-    rows = [["the labels", r["accuracy"]], ["true preference (gold)", r.get("accuracy_gold")],
-            ["single annotators", r["accuracy_against_one_annotator"]], ["two annotators with each other: what a person scores in the line above", r["annotators_agree"]],
-            [f"length alone ({r['length_only']['direction']}); flip test p of the difference {p_value(r['length_only']['p_of_the_difference'])}",
-             r["length_only"]["accuracy"]], ["ECE: calibration error, over 10 bins", r["ece"]]]
-    groups = [[f"ranks {low:.0f} apart", right, pairs] for low, _, right, pairs in r["by_margin_in_ranks"]]
-    groups += [[f"gold {low:g} to {min(high, 1):g} apart", right, pairs] for low, high, right, pairs in r.get("by_margin_in_gold", [])]
-    groups += [list(row) for row in r["by_length"]]
-    lines = [f"## The reward model {r['model']}", "", f"On {r['pairs']:,} pairs of {r['prompts']:,} held-out prompts ({r['comparisons']}); n counts prompts.", ""]
-    lines += table(["accuracy against", "", "n"], [[name, e, e.n] for name, e in rows if e])
+    length = r["length_only"]
+    rows = [("the labels", r["accuracy"]), ("true preference (gold)", r.get("accuracy_gold")),
+            ("single annotators", r["accuracy_against_one_annotator"]),
+            ("two annotators with each other: what a person scores in the line above", r["annotators_agree"]),
+            (f"length alone ({length['direction']}); flip test p of the difference {p_value(length['p_of_the_difference'])}",
+             length["accuracy"]), ("ECE: calibration error, over 10 bins", r["ece"])]
+    lines = [f"## The reward model {r['model']}", "",
+             f"On {r['pairs']:,} pairs of {r['prompts']:,} held-out prompts ({r['comparisons']}); n counts prompts.", "",
+             *table(["accuracy against", "", "n"], [[name, e, e.n] for name, e in rows if e])]
+    groups = [(f"ranks {low:.0f} apart", right, pairs) for low, _, right, pairs in r["by_margin_in_ranks"]]
+    groups += [(f"gold {low:g} to {min(high, 1):g} apart", right, pairs) for low, high, right, pairs in r.get("by_margin_in_gold", [])]
+    groups += r["by_length"]
     lines += table(["among pairs with", "accuracy", "prompts", "pairs"], [[name, e, e.n, pairs] for name, e, pairs in groups])
     if curve := report.get("learning_curve"):
-        lines += table(["labels", "accuracy against the labels", "n"], [[count, e, e.n] for count, e in curve.items()])
+        lines += table(["trained on", "accuracy against the labels", "n"], [[count, e, e.n] for count, e in curve.items()])
     return lines
 
 

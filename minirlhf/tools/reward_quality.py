@@ -62,7 +62,8 @@ def by_length(pairs):
     much = float(np.median(np.abs(pairs.longer[pairs.longer != 0]))) if pairs.longer.any() else 0.0
     groups = {f"preferred is shorter by more than {much:.0f} tokens": pairs.longer < -much,
               f"shorter by up to {much:.0f}": (-much <= pairs.longer) & (pairs.longer < 0), "equally long": pairs.longer == 0,
-              f"longer by up to {much:.0f}": (0 < pairs.longer) & (pairs.longer <= much), f"longer by more than {much:.0f}": pairs.longer > much}
+              f"longer by up to {much:.0f}": (0 < pairs.longer) & (pairs.longer <= much),
+              f"longer by more than {much:.0f}": pairs.longer > much}
     return [(name, accuracy(pairs.of(chosen)), int(chosen.sum())) for name, chosen in groups.items() if chosen.any()]
 
 
