@@ -9,7 +9,7 @@ import pytest
 
 from minirlhf.config import UserError
 from minirlhf.tools import overoptimize
-from minirlhf.tools.overoptimize import best_of_n, best_of_n_kl, fit, fitted, ppo_curve, turnover
+from minirlhf.tools.overoptimize import best_of_n, best_of_n_kl, fit, fitted, highest, ppo_curve, turnover
 from small_world import small_world, write_jsonl
 
 
@@ -65,6 +65,12 @@ def test_the_kl_of_best_of_n_is_that_of_the_greatest_of_n_uniform_numbers(n):
     u = (np.arange(400_000) + 0.5) / 400_000
     density = n * u ** (n - 1)
     assert best_of_n_kl(n) == pytest.approx(np.mean(density * np.log(np.maximum(density, 1e-300))), abs=1e-4)
+
+
+def test_the_highest_point_is_that_of_a_window_and_not_of_one_lucky_iteration():
+    d, R = [3.0, 1.0, 2.0, 4.0, 5.0], [1.0, 0.0, 0.8, 0.9, 2.0]
+    assert highest(d, R) == (5, 2)
+    assert highest(d, R[:4] + [-1.0], window=3) == pytest.approx((3, 0.9))
 
 
 def test_ppo_points_are_measured_from_where_the_sft_model_stands(tmp_path):

@@ -136,17 +136,26 @@ def experiment(args, gold, device):
             "iterations": args.iterations, "seed": args.seed, "labels": found}
 
 
+def highest(d, R, window=1):
+    """The highest mean of R over `window` points that are neighbours in d -> (their mean d, that mean)."""
+    order, ones = np.argsort(d), np.full(window, 1 / window)
+    means = [np.convolve(np.asarray(values)[order], ones, mode="valid") for values in (d, R)]
+    return tuple(float(mean[means[1].argmax()]) for mean in means)
+
+
 def describe(report):
-    """The fitted laws as lines of a table."""
-    deviation, start = report["sft_gold_deviation"], report["sft_gold"]
-    lines = [f"gold in deviations of the SFT model's ({deviation:.3f}) above its mean ({start:.3f} on PPO's prompts)",
-             f"{'labels':>7} {'rm':>6}  {'law':<22}{'a':>24} {'b':>24} {'R^2':>6}  turnover at d = sqrt(KL)"]
+    """The fitted laws as lines of a table, and beside the turnover of the law where gold was measured to be highest."""
+    lines = [f"gold in deviations of the SFT model's ({report['sft_gold_deviation']:.3f}), above its mean; d = sqrt(KL)",
+             f"{'labels':>7} {'rm':>6}  {'law':<22}{'a':>22}{'b':>24} {'R^2':>7}  {'turnover at d':<14} highest gold"]
     for count, row in report["labels"].items():
+        tops = {"bon": highest(row["bon"]["d"], [value for value, _, _ in row["bon"]["gold"]]),
+                "rl": highest(row["rl"]["d"], row["rl"]["gold"], min(5, len(row["rl"]["d"])))}
         for law, formula in (("bon", "best of n: d(a - b d)"), ("rl", "PPO: d(a - b log d)")):
-            f = row["laws"][law]
+            f, (d, top) = row["laws"][law], tops[law]
             a, b = (f"{f[name]:.3f} [{f[name + '_ci'][0]:.3f}, {f[name + '_ci'][1]:.3f}]" for name in "ab")
-            turn = "none seen" if f["turnover"] is None else f"{f['turnover']:.2f} (KL {f['turnover'] ** 2:.1f} nats)"
-            lines.append(f"{count:>7} {row['rm_accuracy_gold']:>6.3f}  {formula:<22}{a:>24} {b:>24} {f['r2']:>6.3f}  {turn}")
+            turn = "none seen" if f["turnover"] is None else f"{f['turnover']:.2f}"
+            lines.append(f"{count:>7} {row['rm_accuracy_gold']:>6.3f}  {formula:<22}{a:>22}{b:>24} {f['r2']:>7.3f}  {turn:<14} "
+                         f"{top:+.2f} at d {d:.2f}")
     return lines
 
 
