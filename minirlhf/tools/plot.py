@@ -131,7 +131,7 @@ def draw_calibration(rewards, out):
 def draw_overoptimization(report, out):
     """The report of tools.overoptimize -> gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     for axis, law, title in zip(axes, ("bon", "rl"), ("Best of n:  R = d (a - b d)", "PPO without KL penalty:  R = d (a - b log d)")):
         for colour, (count, row) in zip(COLOURS, report["labels"].items()):
             points, found = row[law], row["laws"][law]
@@ -145,15 +145,16 @@ def draw_overoptimization(report, out):
             line = [max(d) * k / 200 for k in range(1, 201)]
             bend = [x if law == "bon" else math.log(x) for x in line]
             axis.plot(line, [x * (found["a"] - found["b"] * g) for x, g in zip(line, bend)], color=colour, linewidth=1.8,
-                      label=f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f}): R² {found['r2']:.3f}")
+                      label=f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f}), R² {found['r2']:.3f}")
             if found["turnover"]:
                 axis.axvline(found["turnover"], color=colour, linewidth=0.8, linestyle=":")
         axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.plot([], [], color="0.3", marker="o", linestyle="-", label="gold, and its fitted law; dotted: its turnover")
-        axis.plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
         axis.set(title=title, xlabel="d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes[0].plot([], [], color="0.3", marker="o", linestyle="-", label="gold, and its fitted law; dotted: its turnover")
+    axes[0].plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
     axes[0].set_ylabel("reward above the SFT model, in its deviations")
+    axes[0].legend(loc="lower left")
+    axes[1].legend(loc="center right", bbox_to_anchor=(1, 0.64))
     save(plt, figure, out)
 
 
