@@ -9,7 +9,8 @@ import pytest
 
 from minirlhf.config import UserError
 from minirlhf.tools import overoptimize
-from minirlhf.tools.overoptimize import best_of_n, best_of_n_kl, fit, fitted, highest, ppo_curve, turnover
+from minirlhf.tools.laws import best_of_n, best_of_n_kl, fit, fitted, highest, turnover
+from minirlhf.tools.overoptimize import ppo_curve
 from small_world import small_world, write_jsonl
 
 
