@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_ppo
 import train_rm
 from minirlhf.config import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
@@ -134,6 +135,27 @@ def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, wor
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
     text = (world / "report/report.md").read_text()
     assert "ECE" in text and "sign test p" in text and "perplexity" in capsys.readouterr().out
+
+
+M = {"gold", "attributes_right", "rude", "stereotype_gap", "grammatical", "eos_rate", "length", "distinct_2", "perplexity"}
+
+
+def test_the_short_form_has_what_was_agreed(folders, world, tmp_path, capsys):
+    """The keys of out/ppo/report.json that others read, for a PPO run that changed nothing."""
+    run = shutil.copytree(folders[0], tmp_path / "ppo")
+    config = train_ppo.Config(model=folders[0], reward=str(world / "rm"), max_response=8, out=str(run))
+    (run / "run.json").write_text(json.dumps({"config": vars(config)}))
+    (world / "rm/report.json").write_text('{"rm_accuracy_gold": 0.9, "seconds": 5.0}')
+    report = json.loads(json.dumps(evaluate.assess_run(run, 12.5, torch.device("cpu"))))
+    assert {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout", "win_rate", "win_rate_ci",
+            "kl", "sft", "ppo"} == set(report)
+    assert report["n_prompts"] == 544 and report["seconds"] == {"sft": None, "rm": 5.0, "ppo": 12.5}
+    assert report["kl"] == 0 and report["win_rate"] == 0.5 and report["win_rate_ci"][0] < 0.5 < report["win_rate_ci"][1]
+    for name in ("sft", "ppo"):
+        assert M - {"perplexity"} <= set(report[name]) and set(report[name]["ci"]) == set(report[name]) - {"ci"}
+        assert all(report[name]["ci"][figure][0] <= report[name][figure] <= report[name]["ci"][figure][1] for figure in M - {"perplexity"})
+    evaluate.print_report({"sft": report["sft"], "ppo": report["ppo"] | {"win_rate": None}})
+    assert capsys.readouterr().out.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"]) - 1       # not of None
 
 
 def test_the_facts_are_those_that_gold_measures(world):
