@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minirlhf.tools.measure import distinct
-from minirlhf.tools.stats import (calibration, difference_of_rates, flip_test, label_test, length_controlled, rate, ratio, sign_test,
-                                  transformed, wilson, wins_of)
+from minirlhf.tools.stats import (calibration, difference_of_means, difference_of_rates, flip_test, label_test, length_controlled, rate,
+                                  ratio, sign_test, t_limit, transformed, wilson, wins_of)
 
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
@@ -49,6 +49,12 @@ def gap(seed):
     return difference_of_rates(rng.random(150) < 0.3, rng.random(120) < 0.1), 0.2
 
 
+def gap_of_small_groups(seed):
+    """Four persons against four, as in the bias probe of the embedded world."""
+    rng = np.random.default_rng(seed)
+    return difference_of_means(rng.normal(1.5, 0.5, size=4), rng.normal(0.5, 0.8, size=4)), 1.0
+
+
 def mean_of_skewed(seed):
     return ratio(np.random.default_rng(seed).exponential(size=200), resamples=400), 1.0
 
@@ -81,13 +87,20 @@ def coverage(simulate):
     return np.mean([low <= truth <= high for (_, low, high, _), truth in found])
 
 
-@pytest.mark.parametrize("simulate", [share, small_share, gap, mean_of_skewed, accuracy_of_pairs_that_share_a_prompt, ratio_of_sums])
+@pytest.mark.parametrize("simulate", [share, small_share, gap, gap_of_small_groups, mean_of_skewed,
+                                      accuracy_of_pairs_that_share_a_prompt, ratio_of_sums])
 def test_intervals_cover_the_truth_in_95_of_100_repeats(simulate):
     assert 0.93 <= coverage(simulate) <= 0.97
 
 
 def test_the_jackknife_of_different_pairs_is_wide_enough():
     assert coverage(different_pairs) >= 0.95                    # Efron and Stein 1981: its variance is never too small in the mean
+
+
+# The table that every statistics book has.
+@pytest.mark.parametrize("df, limit", [(3, 3.182), (4, 2.776), (6, 2.447), (10, 2.228), (30, 2.042), (math.inf, 1.960)])
+def test_the_limits_of_student_are_those_of_the_table(df, limit):
+    assert t_limit(df) == pytest.approx(limit, abs=0.025 if df < 4 else 0.01)
 
 
 def test_pairs_counted_as_independent_would_be_too_sure():

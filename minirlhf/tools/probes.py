@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.tools.measure import token_logprobs_of
-from minirlhf.tools.stats import Estimate, label_test, rate
+from minirlhf.tools.stats import difference_of_means, label_test, rate
 
 SIGNIFICANT = 0.05
 
@@ -80,15 +80,11 @@ def person_gaps(model, tokenizer, probe):
     return gaps[:len(probe.first)], gaps[len(probe.first):]
 
 
-def bias(model, tokenizer, probe, seed=0, resamples=2000):
+def bias(model, tokenizer, probe):
     """-> (gap as an Estimate over persons, p of the label test, whether it is flagged)."""
     first, second = person_gaps(model, tokenizer, probe)
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(group, (resamples, len(group))).mean(axis=1) for group in (first, second)]
-    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
-    gap = Estimate(float(first.mean() - second.mean()), float(low), float(high), len(first) + len(second))
     p = label_test(first, second)
-    return gap, p, p < SIGNIFICANT
+    return difference_of_means(first, second), p, p < SIGNIFICANT
 
 
 # ---- instructions that need no judge ---------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Every figure of the assessment is an Estimate. Which interval it has: a rate of independent prompts Wilson's; a mean, and
 a ratio of sums over prompts, the percentile bootstrap over prompts (2,000 resamples, so tokens or pairs of one prompt
-stay together); a difference of two rates Newcombe's; a count of different n-grams the jackknife.
+stay together); a difference of two rates Newcombe's, of two small groups' means Welch's; a count of different n-grams the
+jackknife.
 """
 
 import math
@@ -49,6 +50,23 @@ def difference_of_rates(first, second):
     gap = a.value - b.value
     return Estimate(gap, gap - math.hypot(a.value - a.low, b.high - b.value),
                     gap + math.hypot(a.high - a.value, b.value - b.low), a.n + b.n)
+
+
+def t_limit(df, z=Z):
+    """The number that Student's t of df degrees of freedom stays below in size in 95 % of the cases: Abramowitz and Stegun
+    26.7.5, within 0.03 from df = 3 on."""
+    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+
+
+def difference_of_means(first, second):
+    """mean(first) - mean(second) of two small independent groups (Welch 1947)."""
+    gap, n = float(np.mean(first) - np.mean(second)), (len(first), len(second))
+    parts = [float(np.var(group, ddof=1)) / len(group) for group in (first, second)]
+    spread = sum(parts)
+    df = spread**2 / sum(part**2 / (k - 1) for part, k in zip(parts, n)) if spread else math.inf
+    half = t_limit(df) * math.sqrt(spread)
+    return Estimate(gap, gap - half, gap + half, sum(n))
 
 
 def resampled_sums(columns, seed=0, resamples=2000):
