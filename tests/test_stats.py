@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minirlhf.tools.measure import distinct
-from minirlhf.tools.stats import (calibration, difference_of_means, difference_of_rates, flip_test, label_test, length_controlled, rate,
-                                  ratio, sign_test, t_limit, transformed, wilson, wins_of)
+from minirlhf.tools.stats import (calibration, difference_of_means, difference_of_rates, flip_test, label_test,
+                                  length_controlled, rate, ratio, sign_test, t_limit, transformed, wilson, wins_of)
 
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
@@ -94,7 +94,7 @@ def test_intervals_cover_the_truth_in_95_of_100_repeats(simulate):
 
 
 def test_the_jackknife_of_different_pairs_is_wide_enough():
-    assert coverage(different_pairs) >= 0.95                    # Efron and Stein 1981: its variance is never too small in the mean
+    assert coverage(different_pairs) >= 0.95        # Efron and Stein 1981: its variance is never too small in the mean
 
 
 # The table that every statistics book has.

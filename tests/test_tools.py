@@ -48,10 +48,13 @@ def test_a_copy_of_the_reference_has_no_kl_and_wins_half():
     model, copy, other = small_model(0), small_model(0), small_model(1)
     answers = answer(model, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
     again = answer(copy, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
-    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0).values()) and answers.texts == again.texts
+    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0).values())
+    assert answers.texts == again.texts
     scores = {name: list(map(len, own.texts)) for name, own in (("model", answers), ("copy", again))}
-    found = against_first({"model": answers, "copy": again}, {"length": scores}, {name: {"x": x} for name, x in scores.items()})["copy"]
-    assert found["by"]["length"]["win_rate"].value == 0.5 and found["by"]["length"]["ties"] == 12 and found["by"]["length"]["p"] == 1
+    facts = {name: {"x": values} for name, values in scores.items()}
+    found = against_first({"model": answers, "copy": again}, {"length": scores}, facts)["copy"]
+    verdict = found["by"]["length"]
+    assert verdict["win_rate"].value == 0.5 and verdict["ties"] == 12 and verdict["p"] == 1
     assert found["differences"]["x"] == ((0, 0, 0, 12), 1)
     assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, 10, 1.0, 1, None), 1.0)["kl"].low > 1
 
@@ -72,7 +75,8 @@ def test_both_estimates_of_the_kl_agree_with_the_exact_one():
         low, high = found[name].low, found[name].high
         assert low - (high - low) / 4 < exact < high + (high - low) / 4
     assert found["kl_k3"].high - found["kl_k3"].low < found["kl"].high - found["kl"].low
-    assert entropies(model, answers.prompt_ids[:1], answers.ids[:1])[0] == pytest.approx(-float((p.exp() * p).sum().detach()), rel=1e-4)
+    entropy = -float((p.exp() * p).sum().detach())
+    assert entropies(model, answers.prompt_ids[:1], answers.ids[:1])[0] == pytest.approx(entropy, rel=1e-4)
 
 
 def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch):
@@ -117,7 +121,8 @@ def world(folders, tmp_path_factory):
 
 def evaluated(world, *argv, **flags):
     """The report of `evaluate` in this world."""
-    flags = dict(prompts=world / "prompts.jsonl", comparisons=world / "comparisons.jsonl", max_response=8, out=world / "report") | flags
+    files = dict(prompts=world / "prompts.jsonl", comparisons=world / "comparisons.jsonl", out=world / "report")
+    flags = files | dict(max_response=8) | flags
     evaluate.main([*map(str, argv), *(f"--{name}={value}" for name, value in flags.items())])
     return json.loads((Path(flags["out"]) / "report.json").read_text())
 
@@ -147,20 +152,21 @@ def test_the_short_form_has_what_was_agreed(folders, world, tmp_path, capsys):
     (run / "run.json").write_text(json.dumps({"config": vars(config)}))
     (world / "rm/report.json").write_text('{"rm_accuracy_gold": 0.9, "seconds": 5.0}')
     report = json.loads(json.dumps(evaluate.assess_run(run, 12.5, torch.device("cpu"))))
-    assert {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout", "win_rate", "win_rate_ci",
-            "kl", "sft", "ppo"} == set(report)
+    assert set(report) == {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout",
+                           "win_rate", "win_rate_ci", "kl", "sft", "ppo"}
     assert report["n_prompts"] == 544 and report["seconds"] == {"sft": None, "rm": 5.0, "ppo": 12.5}
     assert report["kl"] == 0 and report["win_rate"] == 0.5 and report["win_rate_ci"][0] < 0.5 < report["win_rate_ci"][1]
     for name in ("sft", "ppo"):
-        assert M - {"perplexity"} <= set(report[name]) and set(report[name]["ci"]) == set(report[name]) - {"ci"}
-        assert all(report[name]["ci"][figure][0] <= report[name][figure] <= report[name]["ci"][figure][1] for figure in M - {"perplexity"})
+        figures = report[name]                                                      # no perplexity: this SFT has no run.json
+        assert M - {"perplexity"} <= set(figures) and set(figures["ci"]) == set(figures) - {"ci"}
+        assert all(low <= figures[figure] <= high for figure, (low, high) in figures["ci"].items())
     evaluate.print_report({"sft": report["sft"], "ppo": report["ppo"] | {"win_rate": None}})
     assert capsys.readouterr().out.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"]) - 1       # not of None
 
 
 def test_the_facts_are_those_that_gold_measures(world):
-    answers = Answers(*map(list, zip(*[(row["prompt"], response, [], [], True) for _, row in read_jsonl(world / "comparisons.jsonl")
-                                       for response in row["responses"]])))
+    rows = [(row["prompt"], response) for _, row in read_jsonl(world / "comparisons.jsonl") for response in row["responses"]]
+    answers = Answers(*map(list, zip(*rows)), [], [], [])
     facts = evaluate.tiny_facts(answers)
     figures = evaluate.gold_figures(facts)
     measured = load_function(f"{TINY_GOLD}:measure")(answers.prompts, answers.texts)
@@ -168,14 +174,16 @@ def test_the_facts_are_those_that_gold_measures(world):
 
 
 def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in ("List two rivers.", "Why?", "Say it in at most 3 words.")])
+    asked = ("List two rivers.", "Why?", "Say it in at most 3 words.")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
     write_jsonl(tmp_path / "demonstrations.jsonl", [{"prompt": "Why?", "response": " So."}])
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", demonstrations=tmp_path / "demonstrations.jsonl",
                        judge=world / "rm")
     found = report["instructions"][folders[0]]
     assert set(found["prompts"]) == {"a list", "number of words"} and len(found["own"]) == 3
-    assert "gold" not in report["models"][folders[0]] and set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
+    assert "gold" not in report["models"][folders[0]]
+    assert set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
 
 
@@ -193,7 +201,8 @@ def test_the_learning_curve_trains_as_the_reward_model_was_trained(folders, worl
 
 
 def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
-    for name, config in (("sft", {"max_response": 0}), ("ppo", {"reward": "rm", "max_response": 24, "temperature": 0.7, "stop_token": 13})):
+    for name, config in (("sft", {"max_response": 0}),
+                         ("ppo", {"reward": "rm", "max_response": 24, "temperature": 0.7, "stop_token": 13})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
     flags = dict(temperature=None, stop_token=None, stop_after=16)
@@ -204,8 +213,8 @@ def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
 
 
 def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
-    for name, config in (("ppo", {"reward": f"{tmp_path}/rm"}), ("rm", {"data": "labels.jsonl"}), ("cousin", {"data": "labels.jsonl"}),
-                         ("other", {"data": "other_half.jsonl"})):
+    for name, config in (("ppo", {"reward": f"{tmp_path}/rm"}), ("rm", {"data": "labels.jsonl"}),
+                         ("cousin", {"data": "labels.jsonl"}), ("other", {"data": "other_half.jsonl"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
     assert "trained to please" in partiality(tmp_path / "ppo", tmp_path / "rm")
@@ -221,15 +230,22 @@ def test_without_matplotlib_the_rest_is_written(folders, world, monkeypatch, cap
 
 
 def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
+    model = folders[0]
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": "p"}])
     write_jsonl(tmp_path / "ties.jsonl", [{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}])
-    for argv, flags, said in (((folders[0], folders[0]), {}, "named twice"), ((folders[0],), {"learning_curve": 5}, "--reward"),
-                              ((tmp_path / "none",), {}, "none"), ((folders[0],), {"votes": world / "comparisons.jsonl"}, "compares two models"),
-                              ((folders[0],), {"reward": folders[1]}, "score.weight"), ((folders[0],), {"out": world / "x", "votes": world / "no.jsonl"}, "no.jsonl"),
-                              ((folders[0],), {"prompts": tmp_path / "one.jsonl"}, "2 prompts"), ((folders[0],), {"temperature": 0}, "above 0"),
-                              ((folders[0],), {"reward": world / "rm", "comparisons": tmp_path / "ties.jsonl"}, "prefers anything")):
+    for said, argv, flags in (
+        ("named twice", (model, model), {}),
+        ("no such model folder", (tmp_path / "none",), {}),
+        ("name it with --reward", (model,), {"learning_curve": 5}),
+        ("score.weight", (model,), {"reward": folders[1]}),
+        ("compares two models", (model,), {"votes": world / "comparisons.jsonl"}),
+        ("no.jsonl", (model,), {"votes": world / "no.jsonl"}),
+        ("2 prompts", (model,), {"prompts": tmp_path / "one.jsonl"}),
+        ("above 0", (model,), {"temperature": 0}),
+        ("prefers anything", (model,), {"reward": world / "rm", "comparisons": tmp_path / "ties.jsonl"}),
+    ):
         with pytest.raises(UserError, match=said):
-            evaluated(world, *argv, **flags)
+            evaluated(world, *argv, **flags | {"out": world / "x"})
     assert not (world / "x").exists()
 
 
@@ -258,7 +274,8 @@ def ppo_run(tmp_path):
     run = tmp_path / "ppo"
     run.mkdir()
     (run / "run.json").write_text('{"config": {}}')
-    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2, "val/eos_rate": 1.0} for i in range(3)])
+    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2, "val/eos_rate": 1.0}
+                                        for i in range(3)])
     return run
 
 
@@ -278,6 +295,7 @@ def test_plot_draws_reports(folders, world, tmp_path):
 
 def test_plot_refuses_what_it_cannot_draw(ppo_run, tmp_path):
     for argv, said in (([tmp_path], "no run.json"), ([ppo_run, "--labels", "a", "b"], "2 names for 1 folders"),
-                       ([ppo_run, "--kind", "calibration"], "no report.json"), ([ppo_run, "--kind", "overoptimization"], "no report.json")):
+                       ([ppo_run, "--kind", "calibration"], "no report.json"),
+                       ([ppo_run, "--kind", "overoptimization"], "no report.json")):
         with pytest.raises(UserError, match=said):
             plot.main(list(map(str, argv)))

@@ -172,8 +172,8 @@ def load_reward(path, models, device):
     reward = scalar_from_pretrained(path).to(device).requires_grad_(False)
     for name, model in models.items():
         if model.config.vocab_size != reward.config.vocab_size:
-            raise UserError(f"{path} has {reward.config.vocab_size} tokens, {name} has {model.config.vocab_size}: they must share "
-                            "one vocabulary")
+            raise UserError(f"{path} has {reward.config.vocab_size} tokens, {name} has {model.config.vocab_size}: they must "
+                            "share one vocabulary")
     return reward
 
 
@@ -181,7 +181,8 @@ def assess(args, device):
     """The whole report as a dict; Estimates are still Estimates."""
     rows, sampling = read_prompts(args.prompts), sampling_of(args)
     if len(rows) < 2 or sampling.max_response < 1 or sampling.temperature <= 0:
-        raise UserError(f"{args.prompts}: an interval needs 2 prompts or more, --max_response 1 or more and --temperature above 0")
+        raise UserError(f"{args.prompts}: an interval needs 2 prompts or more; --max_response must be 1 or more, --temperature "
+                        "above 0")
     gold, notes = load_gold(args.gold, args.prompts), []
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates, votes = find_templates(args.prompts, args.models), duels(args.votes) if args.votes else {}
@@ -204,12 +205,16 @@ def assess(args, device):
         verdicts.setdefault(judge, {})[path] = scores
         found[path].figures[f"score by {judge}"] = ratio(scores)
         notes += filter(None, [partiality(path, judge)])
-    return {"prompts": args.prompts, "n_prompts": len(found[first].answers.prompts), "seed": args.seed, "sampling": vars(sampling),
-            **{part: {path: getattr(own, name) for path, own in found.items()}
-               for part, name in (("models", "figures"), ("bias", "bias"), ("instructions", "instructions"))},
-            "comparisons": against_first({path: own.answers for path, own in found.items()}, verdicts,
-                                         {path: own.facts for path, own in found.items()}), "votes": votes, "notes": notes,
-            **({"reward": reward_part(args, judges[args.reward])} if args.reward else {})}
+
+    def of_all(part):
+        return {path: getattr(own, part) for path, own in found.items()}
+    report = {"prompts": args.prompts, "n_prompts": len(found[first].answers.prompts), "seed": args.seed,
+              "sampling": vars(sampling), "models": of_all("figures"), "bias": of_all("bias"),
+              "instructions": of_all("instructions"), "votes": votes, "notes": notes,
+              "comparisons": against_first(of_all("answers"), verdicts, of_all("facts"))}
+    if args.reward:
+        report["reward"] = reward_part(args, judges[args.reward])
+    return report
 
 
 def reward_part(args, reward):
@@ -238,7 +243,7 @@ def main(argv=None):
     parser.add_argument("--judge", help="another reward model, not trained on, for win rates")
     parser.add_argument("--votes", help="a file of `feedback judge`: what people said")
     parser.add_argument("--learning_curve", type=int, nargs="+", help="train reward models on this many of --reward's labels")
-    parser.add_argument("--gold", default="auto", help="FILE.py:function, a true preference; 'none'; 'auto' is the embedded world's")
+    parser.add_argument("--gold", default="auto", help="FILE.py:function, a true preference, or 'none' [the embedded world's]")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
     parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
                         help="held-out demonstrations for the perplexity; '' for none")

@@ -23,7 +23,7 @@ def first_lines(file, counts):
     """{count: the first `count` lines of a file of comparisons}. UserError if it has fewer."""
     lines = [line for _, line in zip(range(max(counts)), open(file, encoding="utf-8"))]
     if not 1 <= min(counts) or len(lines) < max(counts):
-        raise UserError(f"{file}: reward models on {', '.join(map(str, counts))} comparisons need as many lines, and at least 1 each")
+        raise UserError(f"{file}: reward models on {', '.join(map(str, counts))} comparisons need as many lines, and at least 1")
     return {count: "".join(lines[:count]) for count in counts}
 
 

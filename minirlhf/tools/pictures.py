@@ -99,7 +99,8 @@ def draw_overoptimization(report, out):
     """The report of tools.overoptimize -> gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for axis, law, title in zip(axes, ("bon", "rl"), ("Best of n:  R = d (a - b d)", "PPO without KL penalty:  R = d (a - b log d)")):
+    titles = "Best of n:  R = d (a - b d)", "PPO without KL penalty:  R = d (a - b log d)"
+    for axis, law, title in zip(axes, ("bon", "rl"), titles):
         for colour, (count, row) in zip(COLOURS, report["labels"].items()):
             points, found = row[law], row["laws"][law]
             d, gold, proxy = points["d"], points["gold"], points["proxy"]

@@ -94,7 +94,8 @@ def of_reward(report):
              f"On {r['pairs']:,} pairs of {r['prompts']:,} held-out prompts ({r['comparisons']}); n counts prompts.", "",
              *table(["accuracy against", "", "n"], [[name, e, e.n] for name, e in rows if e])]
     groups = [(f"ranks {low:.0f} apart", right, pairs) for low, _, right, pairs in r["by_margin_in_ranks"]]
-    groups += [(f"gold {low:g} to {min(high, 1):g} apart", right, pairs) for low, high, right, pairs in r.get("by_margin_in_gold", [])]
+    groups += [(f"gold {low:g} to {min(high, 1):g} apart", right, pairs)
+               for low, high, right, pairs in r.get("by_margin_in_gold", [])]
     groups += r["by_length"]
     lines += table(["among pairs with", "accuracy", "prompts", "pairs"], [[name, e, e.n, pairs] for name, e, pairs in groups])
     if curve := report.get("learning_curve"):
@@ -105,8 +106,8 @@ def of_reward(report):
 def as_markdown(report, pictures):
     """The report of evaluate.assess as a Markdown document; pictures: names of files beside it."""
     sampling = ", ".join(f"{name} {value}" for name, value in report["sampling"].items())
-    lines = ["# Assessment", "", f"{report['n_prompts']} held-out prompts ({report['prompts']}), one sampled answer of each model, "
-             f"seed {report['seed']}, {sampling}. In brackets: 95 % intervals.", ""]
+    lines = ["# Assessment", "", f"{report['n_prompts']} held-out prompts ({report['prompts']}), one sampled answer of each "
+             f"model, seed {report['seed']}, {sampling}. In brackets: 95 % intervals.", ""]
     lines += [f"- **Note:** {note}." for note in report["notes"]] + [""] * bool(report["notes"])
     for section in (of_models, of_comparisons, of_bias, of_instructions, of_votes, of_reward):
         lines += section(report)
