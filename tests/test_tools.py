@@ -177,12 +177,11 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     asked = ("List two rivers.", "Why?", "Say it in at most 3 words.")
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
-    write_jsonl(tmp_path / "demonstrations.jsonl", [{"prompt": "Why?", "response": " So."}])
-    report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", demonstrations=tmp_path / "demonstrations.jsonl",
-                       judge=world / "rm")
+    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])       # found beside the prompts
+    report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
     found = report["instructions"][folders[0]]
     assert set(found["prompts"]) == {"a list", "number of words"} and len(found["own"]) == 3
-    assert "gold" not in report["models"][folders[0]]
+    assert "gold" not in report["models"][folders[0]] and report["models"][folders[0]]["perplexity"]["n"] == 1
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
 
@@ -240,6 +239,7 @@ def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
         ("score.weight", (model,), {"reward": folders[1]}),
         ("compares two models", (model,), {"votes": world / "comparisons.jsonl"}),
         ("no.jsonl", (model,), {"votes": world / "no.jsonl"}),
+        ("with --comparisons", (model,), {"reward": world / "rm", "comparisons": ""}),
         ("2 prompts", (model,), {"prompts": tmp_path / "one.jsonl"}),
         ("above 0", (model,), {"temperature": 0}),
         ("prefers anything", (model,), {"reward": world / "rm", "comparisons": tmp_path / "ties.jsonl"}),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from minirlhf.compute import eos_of, pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import Row, encode_rows, read_demonstrations, read_jsonl, read_prompts
-from minirlhf.functions import TINY_GOLD, load_function, load_gold
+from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.runs import move_aside, read_run, write_json
 from minirlhf.tensors import read_json
 from minirlhf.tokenizer import load_tokenizer
@@ -24,7 +24,7 @@ from minirlhf.tools import probes
 from minirlhf.tools.compare import against_first, config_of, duels, partiality, sequence_kl
 from minirlhf.tools.feedback_items import find_templates, instruction_of
 from minirlhf.tools.learning_curve import first_lines, train_rewards
-from minirlhf.tools.measure import Answers, answer, distinct, entropies, perplexity, repetition, rewards_of
+from minirlhf.tools.measure import Answers, answer, distinct, entropies, gold_function, perplexity, repetition, rewards_of
 from minirlhf.tools.plot import draw_report
 from minirlhf.tools.report import as_markdown, plain
 from minirlhf.tools.reward_quality import assess_reward
@@ -89,7 +89,7 @@ def assess_run(folder, seconds, device):
     sft_report, rm_report = report_of(cfg.model), report_of(cfg.reward)
     demonstrations, comparisons = (config_of(run).get("heldout") for run in (cfg.model, cfg.reward))
     demonstrations = read_demonstrations(demonstrations) if demonstrations else []
-    gold = load_gold(cfg.gold, cfg.heldout)
+    gold = gold_function(cfg.gold, cfg.heldout)
     tiny = gold is not None and cfg.gold == "auto"
     rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))
 
@@ -156,6 +156,7 @@ class Assessed(NamedTuple):
 
 
 def assess_model(name, model, tokenizer, rows, demonstrations, templates, sampling, tiny, args):
+    """Everything about one model; tiny: gold.py knows the prompts."""
     own = answer(model, tokenizer, rows, sampling.max_response, sampling.temperature, args.seed, name,
                  eos_of(sampling, tokenizer), sampling.stop_after, drop_long=args.drop_long)
     facts = tiny_facts(own) if tiny else {}
@@ -177,13 +178,23 @@ def load_reward(path, models, device):
     return reward
 
 
+def verdicts_of(found, judges, gold):
+    """{judge: {model: N numbers}}: gold where it is known, and reward models, whose mean score becomes one of the figures."""
+    verdicts = {"gold": {path: gold(own.answers.prompts, own.answers.texts) for path, own in found.items()}} if gold else {}
+    for judge, reward in judges.items():
+        verdicts[judge] = {path: rewards_of(reward, own.answers.prompt_ids, own.answers.ids) for path, own in found.items()}
+        for path, scores in verdicts[judge].items():
+            found[path].figures[f"score by {judge}"] = ratio(scores)
+    return verdicts
+
+
 def assess(args, device):
     """The whole report as a dict; Estimates are still Estimates."""
     rows, sampling = read_prompts(args.prompts), sampling_of(args)
     if len(rows) < 2 or sampling.max_response < 1 or sampling.temperature <= 0:
         raise UserError(f"{args.prompts}: an interval needs 2 prompts or more; --max_response must be 1 or more, --temperature "
                         "above 0")
-    gold, notes = load_gold(args.gold, args.prompts), []
+    gold, notes = gold_function(args.gold, args.prompts), []
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates, votes = find_templates(args.prompts, args.models), duels(args.votes) if args.votes else {}
     models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
@@ -199,12 +210,8 @@ def assess(args, device):
             notes.append(f"{path} and {first} have different vocabularies: no KL between them, and nothing per token to compare")
         else:
             found[path].figures.update(sequence_kl(models[path], models[first], found[path].answers, sampling.temperature))
-    verdicts = {"gold": {path: gold(own.answers.prompts, own.answers.texts) for path, own in found.items()}} if gold else {}
-    for judge, path in product(judges, found):
-        scores = rewards_of(judges[judge], found[path].answers.prompt_ids, found[path].answers.ids)
-        verdicts.setdefault(judge, {})[path] = scores
-        found[path].figures[f"score by {judge}"] = ratio(scores)
-        notes += filter(None, [partiality(path, judge)])
+    verdicts = verdicts_of(found, judges, gold)
+    notes += filter(None, (partiality(path, judge) for judge, path in product(judges, found)))
 
     def of_all(part):
         return {path: getattr(own, part) for path, own in found.items()}
@@ -219,7 +226,7 @@ def assess(args, device):
 
 def reward_part(args, reward):
     return {"model": args.reward, "comparisons": args.comparisons,
-            **assess_reward(reward, load_tokenizer(args.reward), args.comparisons, load_gold(args.gold, args.comparisons),
+            **assess_reward(reward, load_tokenizer(args.reward), args.comparisons, gold_function(args.gold, args.comparisons),
                             args.drop_long)}
 
 
@@ -245,9 +252,9 @@ def main(argv=None):
     parser.add_argument("--learning_curve", type=int, nargs="+", help="train reward models on this many of --reward's labels")
     parser.add_argument("--gold", default="auto", help="FILE.py:function, a true preference, or 'none' [the embedded world's]")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
-    parser.add_argument("--demonstrations", default="data/tiny/demonstrations_test.jsonl",
-                        help="held-out demonstrations for the perplexity; '' for none")
-    parser.add_argument("--comparisons", default="data/tiny/comparisons_test.jsonl", help="held-out comparisons for --reward")
+    parser.add_argument("--demonstrations", help="held-out demonstrations for the perplexity, '' for none [demonstrations_test.jsonl "
+                                                 "beside --prompts, if there is one]")
+    parser.add_argument("--comparisons", help="held-out comparisons for --reward [comparisons_test.jsonl beside --prompts]")
     for name, kind, help in (("max_response", int, "most tokens of an answer"), ("temperature", float, "sampling temperature"),
                              ("stop_token", int, "the token id that ends an answer, -1 is EOS"),
                              ("stop_after", int, "tokens of an answer before it can end so")):
@@ -261,6 +268,12 @@ def main(argv=None):
         raise UserError("a model is named twice")
     if args.learning_curve and not args.reward:
         raise UserError("--learning_curve trains on the labels of a reward model: name it with --reward")
+    for name in ("demonstrations", "comparisons"):
+        if getattr(args, name) is None:
+            file = Path(args.prompts).with_name(f"{name}_test.jsonl")
+            setattr(args, name, str(file) if file.is_file() else "")
+    if args.reward and not args.comparisons:
+        raise UserError("--reward is assessed on comparisons that it was not trained on: name them with --comparisons")
     if args.learning_curve:
         first_lines(read_run(args.reward)["data"], args.learning_curve)             # now, and not after everything else
     device, out = pick_device(args.device), Path(args.out)

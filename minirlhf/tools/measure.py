@@ -13,6 +13,7 @@ import torch
 from minirlhf import ppo
 from minirlhf.compute import generator
 from minirlhf.data import decode, encode_rows, response_mask, right_pad
+from minirlhf.functions import call_reward, load_gold
 from minirlhf.generate import respond, response_logprobs
 from minirlhf.tools.stats import Z, Estimate, ratio, transformed
 
@@ -35,6 +36,12 @@ def answer(model, tokenizer, rows, max_response, temperature, seed, name, eos=No
     ids, finished = map(list, zip(*sampled))
     texts = [decode(tokenizer, tokens) for tokens in ids]
     return Answers([example.row.prompt for example in examples], texts, prompt_ids, ids, finished)
+
+
+def gold_function(spec, data_file):
+    """--gold as a function (prompts, texts) -> list of numbers that is checked as a reward is, or None."""
+    gold = load_gold(spec, data_file)
+    return gold and (lambda prompts, texts: call_reward(gold, prompts, texts, "the function of --gold").double().tolist())
 
 
 # ---- how likely ------------------------------------------------------------------------------------------------------

@@ -18,12 +18,11 @@ import train_ppo
 from minirlhf.compute import pick_device
 from minirlhf.config import Parser, UserError, run_main
 from minirlhf.data import read_prompts
-from minirlhf.functions import load_gold
 from minirlhf.runs import move_aside, read_rows, write_json
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.learning_curve import first_lines, run_script, train_rewards
 from minirlhf.tools.laws import best_of_n, best_of_n_kl, fitted, highest
-from minirlhf.tools.measure import answer, rewards_of
+from minirlhf.tools.measure import answer, gold_function, rewards_of
 from minirlhf.tools.pictures import draw_overoptimization
 from minirlhf.tools.report import plain
 from minirlhf.tools.stats import ratio
@@ -128,7 +127,7 @@ def main(argv=None):
     parser.add_argument("--device", default="")
     parser.add_argument("--out", default="out/overoptimize", help="the folder of all runs, the report and the picture")
     args = parser.parse_args(argv)
-    device, gold, out = pick_device(args.device), load_gold(args.gold, args.data), Path(args.out)
+    device, gold, out = pick_device(args.device), gold_function(args.gold, args.data), Path(args.out)
     if gold is None:
         raise UserError("over-optimisation is seen in a true preference: these prompts need --gold FILE.py:function")
     if args.prompts < 2 or args.samples < 4 or args.iterations < 3:

@@ -35,7 +35,8 @@ def pairs_of(goodness, scores, lengths):
         for i, j in combinations(range(len(good)), 2):
             if good[i] != good[j]:
                 better, other = (i, j) if good[i] > good[j] else (j, i)
-                found.append((n, good[better] - good[other], score[better] - score[other], length[better] - length[other]))
+                margin = round(good[better] - good[other], 6)   # 0.1 and not 0.09999: it decides on a bin
+                found.append((n, margin, score[better] - score[other], length[better] - length[other]))
     columns = np.array(found, dtype=float).reshape(-1, 4).T
     return Pairs(columns[0].astype(int), *columns[1:])
 
