@@ -252,8 +252,8 @@ def main(argv=None):
     parser.add_argument("--learning_curve", type=int, nargs="+", help="train reward models on this many of --reward's labels")
     parser.add_argument("--gold", default="auto", help="FILE.py:function, a true preference, or 'none' [the embedded world's]")
     parser.add_argument("--prompts", default="data/tiny/prompts_test.jsonl", help="held-out prompts")
-    parser.add_argument("--demonstrations", help="held-out demonstrations for the perplexity, '' for none [demonstrations_test.jsonl "
-                                                 "beside --prompts, if there is one]")
+    parser.add_argument("--demonstrations", help="held-out demonstrations for the perplexity, '' for none "
+                                                 "[demonstrations_test.jsonl beside --prompts, if there is one]")
     parser.add_argument("--comparisons", help="held-out comparisons for --reward [comparisons_test.jsonl beside --prompts]")
     for name, kind, help in (("max_response", int, "most tokens of an answer"), ("temperature", float, "sampling temperature"),
                              ("stop_token", int, "the token id that ends an answer, -1 is EOS"),

@@ -92,16 +92,16 @@ def bias(model, tokenizer, probe):
 INSTRUCTIONS = (
     "List three fruits.", "Give me a list of five animals that live in the sea.", "List four things one can do on a rainy day.",
     "Make a list of three reasons to learn to swim.", "List six words that describe a good friend.",
-    "Describe a forest in at most 20 words.", "Explain what a clock is for in at most 15 words.", "Tell a story in exactly 12 words.",
-    "Describe your favourite meal in at least 30 words.", "Say good morning in at most 5 words.",
+    "Describe a forest in at most 20 words.", "Explain what a clock is for in at most 15 words.",
+    "Tell a story in exactly 12 words.", "Describe your favourite meal in at least 30 words.", "Say good morning in at most 5 words.",
     "Write a sentence that includes the word \"window\".", "Tell a short story that includes the word \"lantern\".",
     "Write two sentences about winter and use the word \"silent\".", "Describe a market and use the word \"yellow\".",
     "Write a greeting that includes the word \"friend\".",
 )
 NUMBERS = {name: n for n, name in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 NUMBER = r"(\d+|" + "|".join(NUMBERS) + ")"
-LIST_OF = re.compile(rf"(?:^|[.!?\n]\s*)(?:please )?(?:list|(?:make|give me|write|create) (?:me )?a list(?: of)?)\b(?: {NUMBER}\b)?",
-                     re.IGNORECASE)
+LIST_OF = re.compile(rf"(?:^|[.!?\n]\s*)(?:please )?(?:list|(?:make|give me|write|create) (?:me )?a list(?: of)?)\b"
+                     rf"(?: {NUMBER}\b)?", re.IGNORECASE)
 WORDS = re.compile(rf"\b(exactly|at most|at least|no more than|under|in) {NUMBER} words", re.IGNORECASE)
 USE_WORD = re.compile(r"\b(?:use|uses|using|include|includes|including|contain|contains) the word \"?(\w+)\"?", re.IGNORECASE)
 
