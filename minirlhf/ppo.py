@@ -50,7 +50,7 @@ def penalise_unfinished(scores, finished, missing_eos):
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(z)[token], whose gradient is one_hot(token) - softmax(z): z (N, V), tokens (N,) -> (N,).
 
-    Written out, for left to itself PyTorch makes two more tensors of the size of the logits on the way back.
+    Written out, for left to itself PyTorch makes one more tensor of the size of the logits on the way back.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         logprobs, tokens = ctx.saved_tensors
-        dz = logprobs.exp_().mul_(-gradient[:, None])           # in place: nobody else has seen these
+        dz = logprobs.exp().mul_(-gradient[:, None])            # (N, V)
         return dz.scatter_add_(1, tokens[:, None], gradient[:, None]), None
 
 

@@ -90,6 +90,19 @@ def test_bfloat16_logits_are_raised_to_float32_before_the_softmax():
                                ppo.token_logprobs(logits.double(), torch.arange(4)), rtol=1e-6, atol=1e-6)
 
 
+def test_the_gradient_of_a_log_probability_is_the_finite_difference(monkeypatch):
+    tokens = torch.tensor([0, 5, 2, 2])
+
+    def agrees():
+        return torch.autograd.gradcheck(lambda z: ppo.TokenLogprobs.apply(z, tokens), (randn(4, 6).requires_grad_(True),),
+                                        raise_exception=False)
+    assert agrees()
+    real = ppo.TokenLogprobs.backward
+    for defect in (("mul_(-gradient", "mul_(gradient"), ("dz.scatter_add_(1, tokens[:, None], gradient[:, None])", "dz")):
+        monkeypatch.setattr(ppo.TokenLogprobs, "backward", staticmethod(mutant(real, "@staticmethod\n", "", *defect)))
+        assert not agrees()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_approx_kl_tends_to_the_exact_kl_for_small_steps(seed):
     old, direction = distributions(seed)

@@ -13,11 +13,12 @@ import train_sft
 from minirlhf.compute import set_tf_epsilon
 from minirlhf.config import UserError
 from minirlhf.data import Example, right_pad
-from minirlhf.generate import respond
+from minirlhf.generate import generate, respond
+from minirlhf.ppo import token_logprobs
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 from mutation import mutant
-from small_world import EOS, Networks, config, examples, letters_gpt2, ppo_flags, run_ppo, script_flags, small_world
+from small_world import EOS, TOKENIZER, Networks, config, examples, letters_gpt2, ppo_flags, run_ppo, script_flags, small_world
 from test_ppo import gae_by_definition
 
 
@@ -301,3 +302,32 @@ def test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_sampl
     raw = mutant(train_rm.main, "normalise(model, sft, examples, cfg, tokenizer)", "pass")
     with pytest.raises(AssertionError):
         check_reward_model_normalised(world, raw)
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------------------------------
+
+def check_sampler(patch, roll_out):
+    """In bfloat16 responses come from a copy in bfloat16, which is as near to the policy as autocast is; the policy stays."""
+    cfg, policy, seen = config(dtype="bfloat16"), letters_gpt2(0), []
+    before = copy.deepcopy(policy.state_dict())
+    patch.setattr(train_ppo, "generate", lambda model, *args: seen.append((model, generate(model, *args))) or seen[-1][1])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        r = roll_out(policy, examples(64), TOKENIZER, cfg, 0, torch.device("cpu"))
+        logprobs = token_logprobs(train_ppo.response_logits(policy, r.ids, r.attend, r.P), r.ids[:, r.P:], cfg.temperature)
+    (sampler, sampled), = seen
+    assert all(p.dtype == torch.bfloat16 for p in sampler.parameters())
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in policy.state_dict().items())
+    difference = (sampled.logprobs[:, :r.mask.shape[1]] - logprobs)[r.mask]
+    assert difference.pow(2).mean().sqrt() < 0.05 and difference.mean().abs() < 0.01
+
+
+def test_in_bfloat16_a_rollout_is_sampled_from_a_copy_of_the_policy(monkeypatch):
+    check_sampler(monkeypatch, train_ppo.roll_out)
+
+
+@pytest.mark.parametrize("new", ["copy.deepcopy(policy)", "policy.bfloat16()", "letters_gpt2(1).bfloat16()"])
+def test_sampling_from_anything_else_is_noticed(monkeypatch, new):
+    changed = mutant(train_ppo.roll_out, "copy.deepcopy(policy).bfloat16()", new)
+    monkeypatch.setitem(changed.__globals__, "letters_gpt2", letters_gpt2)
+    with pytest.raises(AssertionError):
+        check_sampler(monkeypatch, changed)

@@ -19,7 +19,7 @@ def ours():
     from minirlhf.generate import generate
     model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
     uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))
-    sampler = copy.deepcopy(model).to(getattr(torch, args.dtype))
+    sampler = copy.deepcopy(model).bfloat16() if args.dtype == "bfloat16" else model                # as train_ppo.py does
     return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, eos=-1)
 
 

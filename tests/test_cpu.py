@@ -1,0 +1,65 @@
+"""Products on a CPU by oneDNN, against float64 and finite differences."""
+
+import pytest
+import torch
+
+from minirlhf import cpu
+from mutation import mutant
+
+on_wide_vectors = pytest.mark.skipif(not cpu.WIDE, reason="this processor has no AVX-512: F.linear is used as it is")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_linear(function, bias, shape=(3, 5, 24), O=17):
+    """Values and gradients of a product against the same in float64, of transposed and frozen tensors too."""
+    for frozen in ("", "x", "weight"):
+        x, weight, b = randn(*shape), randn(shape[-1], O, seed=1).t(), randn(O, seed=2) if bias else None
+        exact = [None if t is None else t.double() for t in (x, weight, b)]
+        for name, *pair in zip(("x", "weight", "bias"), (x, weight, b), exact):
+            for t in pair:
+                if t is not None:
+                    t.requires_grad_(name != frozen)
+        y, expected, dy = function(x, weight, b), torch.nn.functional.linear(*exact), randn(*shape[:-1], O, seed=3)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        y.backward(dy)
+        expected.backward(dy.double())
+        for ours, theirs in zip((x, weight, b), exact):
+            if ours is not None:
+                assert (ours.grad is None) == (theirs.grad is None)
+                if ours.grad is not None:
+                    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 24), (7, 24), (1, 1, 24)])
+def test_linear_and_its_gradients_are_those_in_float64(bias, shape):
+    check_linear(cpu.linear, bias, shape)
+
+
+@on_wide_vectors
+def test_float32_goes_to_onednn_and_nothing_else_does(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "product", lambda *tensors: calls.append(tensors) or torch.nn.functional.linear(*tensors))
+    x, weight = randn(2, 4), randn(3, 4)
+    cpu.linear(x, weight)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.linear(x, weight).dtype == torch.bfloat16
+    assert cpu.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert cpu.linear(x.double(), weight.double()).dtype == torch.float64
+    assert len(calls) == 1
+
+
+@on_wide_vectors
+@pytest.mark.parametrize("old, new", [
+    ("rows.sum(dim=0)", "rows.mean(dim=0)"),
+    ("product(dy, weight.t())", "product(dy, weight.t()) * 1.001"),
+    ("if ctx.needs_input_grad[1] else None", "if ctx.needs_input_grad[0] else None"),
+])
+def test_other_gradients_are_noticed(monkeypatch, old, new):
+    monkeypatch.setattr(cpu.OneDNN, "backward", staticmethod(mutant(cpu.OneDNN.backward, "@staticmethod\n", "", old, new)))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_linear(cpu.linear, True)
