@@ -19,14 +19,14 @@ from minirlhf.compute import (all_sum, check_shares, eos_of, epoch_batch, freeze
                               set_lr, set_tf_epsilon, share, spread, sum_gradients)
 from minirlhf.config import UserError, during, option, parse, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
-from minirlhf.functions import call_reward, load_function, load_gold
-from minirlhf.generate import generate, respond
+from minirlhf.functions import call_reward, load_gold, make_scorer
+from minirlhf.generate import generate
 from minirlhf.health import complaints
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate import assess_run, print_report
-from minirlhf.weights import from_pretrained, scalar_from_pretrained
+from minirlhf.weights import from_pretrained
 
 
 @dataclasses.dataclass
@@ -139,31 +139,6 @@ def roll_out(policy, batch, tokenizer, cfg, iteration, device):
     texts = [decode(tokenizer, row[:n]) for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist())]
     return Rollout([example.row.prompt for example in batch], texts, prompts.shape[1], torch.cat([prompts, ids], dim=1),
                    torch.cat([prompt_mask, mask], dim=1), mask, finished)
-
-
-def make_scorer(cfg, policy, examples, tokenizer, device):
-    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model; and the
-    reward model's network, or None if the reward is a function."""
-    if ".py" not in cfg.reward:
-        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False)
-        if reward.config.vocab_size != policy.config.vocab_size:
-            raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
-                            f"{policy.config.vocab_size}: they must share one vocabulary")
-        return (lambda r: spread(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
-    function = load_function(cfg.reward)
-    print(f"the reward is {cfg.reward}: its code runs here")
-    chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
-    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, eos_of(cfg, tokenizer), generator(cfg.seed, 3),
-                      cfg.temperature, cfg.stop_after)
-    texts = [decode(tokenizer, ids) for ids, _ in answers]
-    raw = call_reward(function, [e.row.prompt for e in chosen], texts)
-    mean, std = float(raw.mean()), float(raw.std()) or 1.0
-
-    def score(r):
-        def of_rows(rows):
-            return call_reward(function, [r.prompts[i] for i in rows], [r.texts[i] for i in rows]).to(device)
-        return (spread(of_rows, len(r.texts), torch.arange(len(r.texts))) - mean) / std
-    return score, None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Functions of your own: any Python function can be the reward, or a true preference to watch.
+"""What PPO is rewarded with: a reward model, or any Python function; functions can also be a true preference to watch.
 
     function(prompts: list[str], responses: list[str]) -> list[float]       (or a one-dimensional array or tensor)
 
@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minirlhf.compute import eos_of, generator, spread
 from minirlhf.config import UserError, shown
+from minirlhf.data import decode
+from minirlhf.generate import respond
+from minirlhf.weights import scalar_from_pretrained
 
 LARGEST = torch.finfo(torch.float32).max
 TINY_GOLD = Path(__file__).parent.parent / "data/tiny/gold.py"
@@ -66,3 +70,28 @@ def call_reward(function, prompts, responses, name="the reward function"):
 def plain(value):
     """An array or tensor, or one number of them, as lists and numbers of Python; anything else as it is."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
+
+
+def make_scorer(cfg, policy, examples, tokenizer, device):
+    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model; and the
+    reward model's network, or None if the reward is a function."""
+    if ".py" not in cfg.reward:
+        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False)
+        if reward.config.vocab_size != policy.config.vocab_size:
+            raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
+                            f"{policy.config.vocab_size}: they must share one vocabulary")
+        return (lambda r: spread(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
+    function = load_function(cfg.reward)
+    print(f"the reward is {cfg.reward}: its code runs here")
+    chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
+    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, eos_of(cfg, tokenizer), generator(cfg.seed, 3),
+                      cfg.temperature, cfg.stop_after)
+    texts = [decode(tokenizer, ids) for ids, _ in answers]
+    raw = call_reward(function, [e.row.prompt for e in chosen], texts)
+    mean, std = float(raw.mean()), float(raw.std()) or 1.0
+
+    def score(r):
+        def of_rows(rows):
+            return call_reward(function, [r.prompts[i] for i in rows], [r.texts[i] for i in rows]).to(device)
+        return (spread(of_rows, len(r.texts), torch.arange(len(r.texts))) - mean) / std
+    return score, None

@@ -648,7 +648,7 @@ def test_trap_20_ppo_loads_the_reward_model_that_was_trained(world, monkeypatch)
     with monkeypatch.context() as patch:
         check_scores_are_the_reward_models(world, patch)
     fresh = mutant(train_ppo.make_scorer, "scalar_from_pretrained(cfg.reward)",
-                   "ScalarHeadModel(from_pretrained(cfg.model))")
+                   "scalar_from_pretrained(cfg.reward).apply(lambda part: getattr(part, 'reset_parameters', lambda: None)())")
     raw = mutant(train_ppo.make_scorer, "spread(reward.reward,", "spread(lambda *x: 2 * reward.reward(*x) + 0.3,")
     for changed in (fresh, raw):
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
