@@ -21,7 +21,7 @@ from minirlhf.config import UserError, during, option, parse, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_gold, make_scorer
 from minirlhf.generate import generate
-from minirlhf.health import complaints
+from minirlhf.health import check_finite, check_first_ratio, complaints, finite
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
@@ -191,25 +191,23 @@ def make_experience(rollout, policy, reference, value, score, cfg, beta):
 
 
 def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
-    """Step 7: several passes of clipped policy and value losses over one rollout; returns means per token of them all."""
+    """Step 7: several passes of clipped policy and value losses over one rollout; returns means per token of them all.
+
+    Policy and value are separate networks, each with its own optimizer and step, so no coefficient stands between their
+    losses (A: 0.1, for a shared trunk), and memory is needed for the activations and gradients of one of them only.
+    """
     totals, n_seen, lengths = {}, 0, rollout.mask.sum(dim=1).cpu()
+    networks = list(zip((policy, value), optimizers, (policy_terms, value_terms)))
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(lengths), generator=generator(cfg.seed, 5, iteration, epoch))
         kl_before, n_before = totals.get("policy/approxkl_avg", 0.0), n_seen
         for rows in order.chunk(cfg.minibatches):
             rows = rows[lengths[rows].argsort(stable=True)]     # similar lengths share a pass: fewer pads
-            n_tokens, sums = int(lengths[rows].sum()), 0.0      # of the minibatch, not of the micro-batch
-            for part in share(rows).split(cfg.micro_batch or len(rows)):
-                with autocast:
-                    losses = minibatch_losses(rollout, part.to(rollout.ids.device), int(lengths[part].max()), policy, value, cfg)
-                ((losses["loss/policy_avg"] + losses["loss/value_avg"]) / n_tokens).backward()
-                sums = sums + torch.stack([loss.detach() for loss in losses.values()])
-            sums = dict(zip(losses, all_sum(sums).tolist()))
-            check_finite("loss", sums["loss/policy_avg"] + sums["loss/value_avg"], rollout, rows)
-            if n_seen == 0:
-                check_first_ratio(sums, n_tokens, cfg)
-            for optimizer, model in zip(optimizers, (policy, value)):
-                sum_gradients(model)
+            n_tokens, sums = int(lengths[rows].sum()), {}       # of the minibatch, not of the micro-batch
+            for model, optimizer, terms in networks:
+                sums |= gradients(terms, model, rollout, rows, n_tokens, cfg, autocast)
+                if n_seen == 0 and model is policy:
+                    check_first_ratio(sums, n_tokens, cfg)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
                 check_finite("gradient", float(norm), rollout, rows)
                 if cfg.tf_adam:
@@ -223,55 +221,48 @@ def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
     return {name: total / n_seen for name, total in totals.items()}
 
 
-def minibatch_losses(rollout, rows, R, policy, value, cfg):
-    """Losses and statistics of some rows, summed over their tokens; R is the length of the longest of their responses.
+def gradients(terms, model, rollout, rows, n_tokens, cfg, autocast):
+    """The gradient of a minibatch, a micro-batch at a time: policy_terms or value_terms of all rows, summed over tokens."""
+    sums = 0.0
+    for part in share(rows).split(cfg.micro_batch or len(rows)):
+        R = int(rollout.mask[part].sum(dim=1).max())            # the longest response of this part
+        with autocast:
+            found = terms(rollout, part.to(rollout.ids.device), R, model, cfg)
+        loss, *_ = found.values()
+        (loss / n_tokens).backward()
+        sums = sums + torch.stack([x.detach() for x in found.values()])
+    sum_gradients(model)
+    sums = dict(zip(found, all_sum(sums).tolist()))
+    check_finite("loss", next(iter(sums.values())), rollout, rows)
+    return sums
 
-    Policy and value are separate networks with an optimizer each, so no coefficient stands between their losses (A: 0.1,
-    for a shared trunk).
-    """
-    r, P = rollout, rollout.P
-    ids, attend, mask = r.ids[rows, :P + R], r.attend[rows, :P + R], r.mask[rows, :R]
-    logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, P), ids[:, P:], cfg.temperature)     # (B, R)
-    values = response_values(value, ids, attend, P)                                                         # (B, R)
+
+def policy_terms(r, rows, R, policy, cfg):
+    """The policy's loss, and what is watched, of some rows and their first R tokens; each summed over the tokens."""
+    ids, attend, mask = r.ids[rows, :r.P + R], r.attend[rows, :r.P + R], r.mask[rows, :R]
+    logprobs = ppo.token_logprobs(response_logits(policy, ids, attend, r.P), ids[:, r.P:], cfg.temperature)     # (B, R)
     # Zeros under the mask: the ratio of a pad could overflow, and the gradient 0 * inf is nan.
-    logprobs, values, old_logprobs, old_values, advantages, returns = (x.masked_fill(~mask, 0) for x in (
-        logprobs, values, *(x[rows, :R] for x in (r.logprobs, r.values, r.advantages, r.returns))))
-    value_clip = cfg.value_clip or math.inf
+    logprobs, old, advantages = (x.masked_fill(~mask, 0) for x in (logprobs, r.logprobs[rows, :R], r.advantages[rows, :R]))
     per_token = {
-        "loss/policy_avg": ppo.policy_losses(logprobs, old_logprobs, advantages, cfg.clip),
-        "loss/value_avg": ppo.value_losses(values, old_values, returns, value_clip),
-        "policy/approxkl_avg": ppo.approx_kl(logprobs, old_logprobs),
-        "policy/clipfrac_avg": ppo.clipped(logprobs, old_logprobs, cfg.clip).float(),
-        "val/clipfrac_avg": ((values - old_values).abs() > value_clip).float(),
-        "val/ratio": torch.exp(logprobs - old_logprobs),
+        "loss/policy_avg": ppo.policy_losses(logprobs, old, advantages, cfg.clip),
+        "policy/approxkl_avg": ppo.approx_kl(logprobs, old),
+        "policy/clipfrac_avg": ppo.clipped(logprobs, old, cfg.clip).float(),
+        "val/ratio": torch.exp(logprobs - old),
     }
     return {name: ppo.masked_sum(x, mask) for name, x in per_token.items()}
 
 
-def finite(scores, rollout):
-    """The scores (B,); UserError names the first response that has none."""
-    for score, prompt, text in zip(scores.tolist(), rollout.prompts, rollout.texts):
-        if not math.isfinite(score):
-            raise UserError(f"the score is {score} for the response {text!r} to {prompt!r}")
-    return scores
-
-
-def check_finite(what, number, rollout, rows):
-    """Nothing is skipped: a loss or gradient that is not a number ends the run before it reaches a weight."""
-    if not math.isfinite(number):
-        i = int(rows[0])
-        raise UserError(f"the {what} is {number}; among its responses is {rollout.texts[i]!r} to {rollout.prompts[i]!r}; "
-                        "a lower --lr or --value_lr may help")
-
-
-def check_first_ratio(sums, n_tokens, cfg):
-    """Before the first step the policy is the one that sampled: any ratio but 1 means that rollout and update disagree
-    about mask, positions, temperature or precision, and that PPO would silently optimise something else."""
-    difference = math.sqrt(2 * sums["policy/approxkl_avg"] / n_tokens)      # root mean square of the log-ratio
-    clipfrac = sums["policy/clipfrac_avg"] / n_tokens
-    if difference > (1e-3 if cfg.dtype == "float32" else 0.05) or clipfrac > 0:
-        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction {clipfrac:.2g}, not "
-                        "0: rollout and update see different tokens, positions, masks or temperatures")
+def value_terms(r, rows, R, value, cfg):
+    """The same for the value model."""
+    ids, attend, mask = r.ids[rows, :r.P + R], r.attend[rows, :r.P + R], r.mask[rows, :R]
+    values = response_values(value, ids, attend, r.P)                                                           # (B, R)
+    values, old, returns = (x.masked_fill(~mask, 0) for x in (values, r.values[rows, :R], r.returns[rows, :R]))
+    value_clip = cfg.value_clip or math.inf
+    per_token = {
+        "loss/value_avg": ppo.value_losses(values, old, returns, value_clip),
+        "val/clipfrac_avg": ((values - old).abs() > value_clip).float(),
+    }
+    return {name: ppo.masked_sum(x, mask) for name, x in per_token.items()}
 
 
 def print_samples(rollout, iteration, gold_values):

@@ -1,4 +1,8 @@
-"""What goes wrong with PPO, in words: each sign that a run is sick, and what usually causes it."""
+"""What goes wrong with PPO, in words: what ends a run at once, and the signs that one is sick, with their usual causes."""
+
+import math
+
+from minirlhf.config import UserError
 
 RECENT = 10         # iterations compared with as many before them
 
@@ -35,3 +39,29 @@ def complaints(history):
     if mean(history, "policy/clipfrac_avg", recent) > 0.4:
         found.append(("clipping", "more than 40 % of the ratios are clipped: lower --lr or --epochs."))
     return found
+
+
+def finite(scores, rollout):
+    """The scores (B,); UserError names the first response that has none."""
+    for score, prompt, text in zip(scores.tolist(), rollout.prompts, rollout.texts):
+        if not math.isfinite(score):
+            raise UserError(f"the score is {score} for the response {text!r} to {prompt!r}")
+    return scores
+
+
+def check_finite(what, number, rollout, rows):
+    """Nothing is skipped: a loss or gradient that is not a number ends the run before it reaches a weight."""
+    if not math.isfinite(number):
+        i = int(rows[0])
+        raise UserError(f"the {what} is {number}; among its responses is {rollout.texts[i]!r} to {rollout.prompts[i]!r}; "
+                        "a lower --lr or --value_lr may help")
+
+
+def check_first_ratio(sums, n_tokens, cfg):
+    """Before the first step the policy is the one that sampled: any ratio but 1 means that rollout and update disagree
+    about mask, positions, temperature or precision, and that PPO would silently optimise something else."""
+    difference = math.sqrt(2 * sums["policy/approxkl_avg"] / n_tokens)      # root mean square of the log-ratio
+    clipfrac = sums["policy/clipfrac_avg"] / n_tokens
+    if difference > (1e-3 if cfg.dtype == "float32" else 0.05) or clipfrac > 0:
+        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction {clipfrac:.2g}, not "
+                        "0: rollout and update see different tokens, positions, masks or temperatures")

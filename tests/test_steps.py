@@ -49,8 +49,9 @@ def check_update_gradient(patch):
     networks = [copy.deepcopy(model).double() for model in (n.policy, n.value)]
 
     def loss():
-        losses = train_ppo.minibatch_losses(r, torch.arange(12), R, *networks, n.cfg)
-        return losses["loss/policy_avg"] + losses["loss/value_avg"]
+        rows = torch.arange(12)
+        return (train_ppo.policy_terms(r, rows, R, networks[0], n.cfg)["loss/policy_avg"]
+                + train_ppo.value_terms(r, rows, R, networks[1], n.cfg)["loss/value_avg"])
     loss().backward()
     for seed, model in enumerate(networks * 3):
         torch.manual_seed(seed)
@@ -69,13 +70,13 @@ def test_the_gradient_of_the_update_is_that_of_finite_differences(monkeypatch):
     check_update_gradient(monkeypatch)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("attend, P), ids[:, P:], cfg", "attend, P).detach() + policy.wte.weight.sum() * 0, ids[:, P:], cfg"),
-    ("values = response_values(value, ids, attend, P)", "values = response_values(value, ids, attend, P).detach() * "
-                                                        "value.score.weight.sum() / value.score.weight.sum().detach()"),
+@pytest.mark.parametrize("name, old, new", [
+    ("policy_terms", "attend, r.P), ids[:, r.P:], cfg", "attend, r.P).detach() + policy.wte.weight.sum() * 0, ids[:, r.P:], cfg"),
+    ("value_terms", "values = response_values(value, ids, attend, r.P)", "values = response_values(value, ids, attend, r.P).detach() * "
+                                                                         "value.score.weight.sum() / value.score.weight.sum().detach()"),
 ])
-def test_a_cut_gradient_is_noticed(monkeypatch, old, new):
-    monkeypatch.setattr(train_ppo, "minibatch_losses", mutant(train_ppo.minibatch_losses, old, new))
+def test_a_cut_gradient_is_noticed(monkeypatch, name, old, new):
+    monkeypatch.setattr(train_ppo, name, mutant(getattr(train_ppo, name), old, new))
     with pytest.raises(AssertionError):
         check_update_gradient(monkeypatch)
 
@@ -126,12 +127,12 @@ def test_the_kl_is_paid_by_unfinished_responses_too():
 
 def rows_of_passes(monkeypatch, cfg, lr=0.1):
     """The rows of each pass, in the order in which they were used."""
-    n, rows, real = Networks(cfg), [], train_ppo.minibatch_losses
+    n, rows, real = Networks(cfg), [], train_ppo.policy_terms
 
-    def minibatch_losses(rollout, part, *args):
+    def policy_terms(rollout, part, *args):
         rows.extend(part.tolist())
         return real(rollout, part, *args)
-    monkeypatch.setattr(train_ppo, "minibatch_losses", minibatch_losses)
+    monkeypatch.setattr(train_ppo, "policy_terms", policy_terms)
     n.update(lr=lr)
     return [rows[i:i + 12] for i in range(0, len(rows), 12)]
 

@@ -52,12 +52,12 @@ def test_trap_01_the_ratio_is_one_on_the_first_minibatch(world, monkeypatch, dty
 
 
 @pytest.mark.parametrize("old, new", [
-    ("ids[:, P:], cfg.temperature)", "ids[:, P:])"),
-    ("response_logits(policy, ids, attend, P)", "response_logits(policy, ids, None, P)"),
-    ("ids[:, P:], cfg.temperature)", "ids[:, P:].roll(1, 1), cfg.temperature)"),
+    ("ids[:, r.P:], cfg.temperature)", "ids[:, r.P:])"),
+    ("response_logits(policy, ids, attend, r.P)", "response_logits(policy, ids, None, r.P)"),
+    ("ids[:, r.P:], cfg.temperature)", "ids[:, r.P:].roll(1, 1), cfg.temperature)"),
 ])
 def test_trap_01_an_update_that_sees_something_else_is_noticed_by_test_and_script(world, monkeypatch, old, new):
-    monkeypatch.setattr(train_ppo, "minibatch_losses", mutant(train_ppo.minibatch_losses, old, new))
+    monkeypatch.setattr(train_ppo, "policy_terms", mutant(train_ppo.policy_terms, old, new))
     with pytest.raises(UserError, match="before the first update the log-ratio is"):
         run_ppo(world, "--temperature", 0.7)
     with pytest.raises(AssertionError):
@@ -282,9 +282,8 @@ def check_eos_gets_gradient():
 
 def test_trap_09_the_eos_is_in_the_ppo_mask(monkeypatch):
     check_eos_gets_gradient()
-    dropped = mutant(train_ppo.minibatch_losses, "r.mask[rows, :R]",
-                     f"r.mask[rows, :R] & (r.ids[rows, P:P + R] != {EOS})")
-    monkeypatch.setattr(train_ppo, "minibatch_losses", dropped)
+    dropped = mutant(train_ppo.policy_terms, "r.mask[rows, :R]", f"r.mask[rows, :R] & (r.ids[rows, r.P:r.P + R] != {EOS})")
+    monkeypatch.setattr(train_ppo, "policy_terms", dropped)
     with pytest.raises(AssertionError):
         check_eos_gets_gradient()
 
@@ -406,7 +405,7 @@ def test_trap_12_experience_that_reads_pads_is_noticed(monkeypatch, module, name
 @pytest.mark.parametrize("poison", [-1e6, math.nan])
 def test_trap_12_an_update_that_reads_pads_is_noticed(monkeypatch, poison):
     """masked_sum alone will not do: the loss is right, and the gradient of exp at a pad is 0 * inf."""
-    monkeypatch.setattr(train_ppo, "minibatch_losses", mutant(train_ppo.minibatch_losses, ".masked_fill(~mask, 0)", ""))
+    monkeypatch.setattr(train_ppo, "policy_terms", mutant(train_ppo.policy_terms, ".masked_fill(~mask, 0)", ""))
     with pytest.raises((AssertionError, UserError)):                    # or the script: "the loss is not finite"
         check_update_under_poison(poison)
 
@@ -527,13 +526,13 @@ def test_trap_16_micro_batches_do_not_change_the_step(world, monkeypatch, name):
     ("rm", "ranking_loss(scores, ranks) * len(part) / len(batch)", "ranking_loss(scores, ranks)"),
     ("rm", "* len(part) / len(batch)", "/ len(in_parts(batch, cfg.micro_batch))"),  # the smaller last part weighs more
     ("rm", "language_loss(model, part, *answers) / n_tokens", "language_loss(model, part, *answers) / len(part)"),
-    ("ppo", "/ n_tokens).backward()", "/ int(lengths[part].sum())).backward()"),
+    ("ppo", "/ n_tokens).backward()", "/ int(rollout.mask[part].sum())).backward()"),
 ])
 def test_trap_16_dividing_by_the_micro_batch_is_noticed(world, monkeypatch, name, old, new):
     monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
     main = SCRIPTS[name][0]
     if name == "ppo":
-        monkeypatch.setattr(train_ppo, "update", mutant(train_ppo.update, old, new))
+        monkeypatch.setattr(train_ppo, "gradients", mutant(train_ppo.gradients, old, new))
     else:
         main = mutant(main, old, new)
     with pytest.raises(AssertionError):
@@ -556,8 +555,8 @@ def check_gradient_is_clipped(patch, update):
 
 def test_trap_17_gradients_are_clipped_after_backward(monkeypatch):
     check_gradient_is_clipped(monkeypatch, train_ppo.update)
-    too_early = mutant(train_ppo.update, CLIP, "torch.tensor(0.0)", "for part in share(rows).split(",
-                       f"[{CLIP} for model in (policy, value)]\n            for part in share(rows).split(")
+    too_early = mutant(train_ppo.update, "sums |= gradients(", f"{CLIP}\n                sums |= gradients(",
+                       f"norm = {CLIP}", "norm = 0.0")
     with pytest.raises(AssertionError):
         check_gradient_is_clipped(monkeypatch, too_early)
 
@@ -797,9 +796,9 @@ def test_trap_25_metrics_are_means_over_every_token_of_the_update(monkeypatch):
 
 @pytest.mark.parametrize("name, old, new", [
     ("update", "totals.get(name, 0.0) + sums[name]", "sums[name]"),                                     # the last minibatch's
-    ("update", "sums + torch.stack", "torch.stack"),                                                    # the last micro-batch's
+    ("gradients", "sums + torch.stack", "torch.stack"),                                                    # the last micro-batch's
     ("update", "n_seen += n_tokens", "n_seen += len(rows) * rollout.mask.shape[1]"),                    # pads counted
-    ("minibatch_losses", "ppo.masked_sum(x, mask)", "x.sum()"),
+    ("policy_terms", "ppo.masked_sum(x, mask)", "x.sum()"),
     ("update", "n_seen += n_tokens", "n_seen = n_tokens"),
 ])
 def test_trap_25_other_averages_are_noticed(monkeypatch, name, old, new):
