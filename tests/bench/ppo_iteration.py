@@ -21,9 +21,9 @@ def ours():
     """Seconds of each iteration but the first, which allocates; by the functions of train_ppo.py."""
     import copy
     import train_ppo
+    from minirlhf.compute import precision, spread
     from minirlhf.data import Example, Row
     from minirlhf.reward import ScalarHeadModel
-    from minirlhf.runs import precision
 
     class Tokenizer:
         eot_token = -7                                          # no token ever ends a response
@@ -36,7 +36,7 @@ def ours():
     policy = our_model(args.size)
     reference, scorer = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     reward, value = ScalarHeadModel(scorer).requires_grad_(False), ScalarHeadModel(copy.deepcopy(policy))
-    score = lambda r: train_ppo.in_chunks(reward.reward, cfg.micro_batch, r.ids, r.attend)
+    score = lambda r: spread(reward.reward, cfg.micro_batch, r.ids, r.attend)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True) for m in (policy, value)]
     autocast, cpu, seconds = precision(torch.device("cpu"), args.dtype), torch.device("cpu"), []
     batch = [Example(Row("", ""), ids, []) for ids in random_ids(args.size, args.batch, args.prompt).tolist()]
