@@ -76,6 +76,7 @@ def test_the_english_probes_run_without_a_prompt():
     ("List three fruits.", "1. apple\n2. pear", {"a list": False}),
     ("Make a list of 4 words.", "one, two, three and four", {"a list": True}),
     ("Please list some rivers.", "The Nile", {"a list": False}),
+    ("List three fruits.", "Well, I\nthink, no", {"a list": False}),
     ("The list is long. Why?", "- a\n- b", {}),
     ("Describe a dog in at most 5 words.", "A friend with four paws", {"number of words": True}),
     ("Describe a dog in at most 5 words.", "A good friend with four paws", {"number of words": False}),

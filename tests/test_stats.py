@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minirlhf.tools.measure import distinct
-from minirlhf.tools.stats import (calibration, difference_of_means, difference_of_rates, flip_test, label_test,
+from minirlhf.tools.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates, flip_test, label_test,
                                   length_controlled, rate, ratio, sign_test, t_limit, transformed, wilson, wins_of)
 
 
@@ -63,7 +63,25 @@ def accuracy_of_pairs_that_share_a_prompt(seed):
     """A hard prompt is hard for all of its 6 pairs: counting pairs as independent would be far too sure."""
     rng = np.random.default_rng(seed)
     right = rng.binomial(6, rng.beta(2, 1, size=200))
-    return ratio(right, np.full(200, 6), resamples=400), 2 / 3
+    return clustered_rate(right, np.full(200, 6)), 2 / 3
+
+
+def accuracy_near_one(seed):
+    """30 prompts whose pairs are nearly all judged right, where resampling prompts is too sure."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(1, 7, size=30)
+    return clustered_rate(rng.binomial(pairs, rng.beta(8, 0.5, size=30)), pairs), 8 / 8.5
+
+
+def at_equal_length(seed):
+    """A model that wins 95 % at equal length, judged on 60 prompts on which it is mostly shorter."""
+    rng = np.random.default_rng(seed)
+    longer = rng.normal(-4, 6, size=60)
+    return length_controlled(rng.random(60) < 1 / (1 + np.exp(-3 - np.tanh(longer / 6))), longer), 1 / (1 + math.exp(-3))
+
+
+def error_of_a_calibrated_judge(seed):
+    return calibration(*simulated_judge(600, seed))[1], 0.0
 
 
 def ratio_of_sums(seed):
@@ -88,7 +106,8 @@ def coverage(simulate):
 
 
 @pytest.mark.parametrize("simulate", [share, small_share, gap, gap_of_small_groups, mean_of_skewed,
-                                      accuracy_of_pairs_that_share_a_prompt, ratio_of_sums])
+                                      accuracy_of_pairs_that_share_a_prompt, accuracy_near_one,
+                                      at_equal_length, error_of_a_calibrated_judge, ratio_of_sums])
 def test_intervals_cover_the_truth_in_95_of_100_repeats(simulate):
     assert 0.93 <= coverage(simulate) <= 0.97
 
@@ -169,6 +188,11 @@ def test_the_length_controlled_rate_recovers_what_length_does_not_explain():
 def test_winning_everything_is_no_infinity():
     found = length_controlled(np.ones(50), np.arange(50.0))
     assert 0.9 < found.value < 1 and found.high < 1
+
+
+def test_a_win_rate_at_equal_length_is_unknown_where_no_lengths_are_equal():
+    found = length_controlled(np.arange(100) < 90, 10 + np.random.default_rng(0).normal(size=100))
+    assert found.low < 0.2 and found.high > 0.9
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------

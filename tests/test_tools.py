@@ -218,6 +218,9 @@ def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
     assert "trained to please" in partiality(tmp_path / "ppo", tmp_path / "rm")
     assert "shares its mistakes" in partiality(tmp_path / "ppo", tmp_path / "cousin")
+    (tmp_path / "rm").rename(tmp_path / "moved")
+    assert "which is not there" in partiality(tmp_path / "ppo", tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "rm")
     assert partiality(tmp_path / "ppo", tmp_path / "other") is None and partiality(world / "copy", tmp_path / "rm") is None
 
 

@@ -49,10 +49,12 @@ def config_of(folder):
 def partiality(model_folder, judge):
     """A sentence if this judge trained this model, or learned from the same labels as what trained it; else None."""
     reward = config_of(model_folder).get("reward", "")
-    if not reward:
+    if not isinstance(reward, str) or not reward:
         return None
     if Path(reward).resolve() == Path(judge).resolve():
         return f"{judge} is the reward model that {model_folder} was trained to please: its verdict says little"
+    if ".py:" not in reward and not config_of(reward):
+        return f"{model_folder} was trained to please {reward}, which is not there: if {judge} is it, its verdict says little"
     labels = config_of(reward).get("data")
     if labels and labels == config_of(judge).get("data"):
         return f"{judge} learned from the labels of {reward}, which trained {model_folder}: it shares its mistakes"

@@ -113,7 +113,8 @@ def number(text):
 def is_list(response, wanted):
     """Lines that begin with a bullet or a number, or one line of parts between commas; `wanted` many, None for 2 or more."""
     items = re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", response, re.MULTILINE)
-    count = len(items) or len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", response.strip()) if part.strip()])
+    lines = response.strip().splitlines()
+    count = len(items) or len(lines) == 1 and len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", response.strip()) if part.strip()])
     return count == wanted if wanted else count >= 2
 
 

@@ -1,6 +1,6 @@
 """How good a reward model is: accuracy and what it hides, calibration, and the ceiling that people set.
 
-Pairs of one prompt share their answers, so every interval comes from resampling prompts.
+Pairs of one prompt share their answers, so in every interval a prompt is the unit.
 """
 
 from itertools import combinations
@@ -12,7 +12,7 @@ from minirlhf.config import UserError
 from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.tools.feedback_stats import read_votes, verdicts
 from minirlhf.tools.measure import rewards_of
-from minirlhf.tools.stats import calibration, flip_test, ratio, wins_of
+from minirlhf.tools.stats import calibration, clustered_rate, flip_test, wins_of
 
 CONFIDENT = ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01))         # bins of the margin in gold, which is in 0..1
 
@@ -49,7 +49,7 @@ def per_prompt(values, prompt):
 
 def accuracy(pairs):
     """The share of pairs in which the better one has the higher score, equal scores half; n counts prompts."""
-    return ratio(*per_prompt(wins_of(pairs.score, 0), pairs.prompt))
+    return clustered_rate(*per_prompt(wins_of(pairs.score, 0), pairs.prompt))
 
 
 def by_margin(pairs, bins):
@@ -74,7 +74,7 @@ def length_baseline(pairs):
     direction = "longer is better" if longer.mean() >= 0.5 else "shorter is better"
     length = longer if longer.mean() >= 0.5 else 1 - longer
     p = flip_test(per_prompt(wins_of(pairs.score, 0) - length, pairs.prompt)[0])
-    return direction, ratio(*per_prompt(length, pairs.prompt)), p
+    return direction, clustered_rate(*per_prompt(length, pairs.prompt)), p
 
 
 def reliability(pairs):
@@ -103,7 +103,7 @@ def ceiling(votes, scores):
             right = [(1 + a * b) / 2 for own in given for a, b in zip(own, said) if a]
             model.append((sum(right), len(right)))
     several = sum(n for _, n in same) > 0
-    return ratio(*zip(*same)) if several else None, ratio(*zip(*model)) if several and model else None
+    return clustered_rate(*zip(*same)) if several else None, clustered_rate(*zip(*model)) if several and model else None
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------

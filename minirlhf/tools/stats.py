@@ -1,9 +1,9 @@
 """How sure a number is: 95 % intervals, paired tests, calibration. Pure functions of arrays; nothing here knows a model.
 
-Every figure of the assessment is an Estimate. Which interval it has: a rate of independent prompts Wilson's; a mean, and
-a ratio of sums over prompts, the percentile bootstrap over prompts (2,000 resamples, so tokens or pairs of one prompt
-stay together); a difference of two rates Newcombe's, of two small groups' means Welch's; a count of different n-grams the
-jackknife.
+Every figure of the assessment is an Estimate. Which interval it has: a rate of independent prompts Wilson's, of pairs that
+share a prompt Wilson's for their effective number; a mean, and a ratio of sums over prompts, the percentile bootstrap over
+prompts (2,000 resamples, so tokens of one prompt stay together); a difference of two rates Newcombe's, of two small groups'
+means Welch's; a win rate at equal length Wald's; a count of different n-grams the jackknife.
 """
 
 import math
@@ -42,6 +42,18 @@ def rate(yes):
     """The share of True in n independent cases; 0.5 is half a case."""
     wins, n = float(sum(yes)), len(yes)
     return Estimate(wins / n, *wilson(wins, n), n)
+
+
+def clustered_rate(hits, counts):
+    """sum(hits) / sum(counts) of pairs that share a prompt: Wilson's interval for as many independent pairs as would vary
+    as much (Kish's effective number). Prompts without a pair do not count. The bootstrap is too narrow near 0 and 1."""
+    hits, counts = np.asarray(hits, dtype=float), np.asarray(counts, dtype=float)
+    hits, counts = hits[counts > 0], counts[counts > 0]
+    N, total = len(counts), counts.sum()
+    share = float(hits.sum() / total)
+    variance = N / max(N - 1, 1) * ((hits - share * counts) ** 2).sum() / total ** 2
+    n = min(share * (1 - share) / variance, total) if variance > 0 else N
+    return Estimate(share, *wilson(share * n, n), N)
 
 
 def difference_of_rates(first, second):
@@ -135,25 +147,23 @@ def wins_of(ours, theirs):
     return (ours > theirs) + 0.5 * (ours == theirs)
 
 
-def length_controlled(wins, longer, seed=0, resamples=500):
+def length_controlled(wins, longer):
     """The win rate that is left at equal length: sigmoid(c) of P(win) = sigmoid(c + w tanh(longer / its deviation)).
 
     longer: our length minus theirs, per prompt. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), without its
-    term for the difficulty of a prompt. A ridge of 0.1 keeps c finite where every comparison was won.
+    term for the difficulty of a prompt. Half a win and half a loss at equal length, and a ridge of 0.1 on w, keep both
+    finite where every comparison was won. The interval is Wald's for c: wide where hardly any lengths are alike.
     """
-    wins, longer, ridge = np.asarray(wins, dtype=float), np.asarray(longer, dtype=float), 0.1
+    wins, longer = np.asarray(wins, dtype=float), np.asarray(longer, dtype=float)
     X = np.stack([np.ones_like(longer), np.tanh(longer / (longer.std() or 1.0))], axis=1)      # (n, 2)
-    n, rng = len(wins), np.random.default_rng(seed)
-    weights = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=resamples)])
-    theta = np.zeros((len(weights), 2))
-    for _ in range(30):                                         # Newton's method on all resamples at once
-        p = 1 / (1 + np.exp(-theta @ X.T))                                                      # (1 + resamples, n)
-        gradient = (weights * (wins - p)) @ X - ridge * theta
-        hessian = np.einsum("sn,ni,nj->sij", weights * p * (1 - p), X, X) + ridge * np.eye(2)
-        theta += np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0].clip(-2, 2)
-    rates = 1 / (1 + np.exp(-theta[:, 0]))
-    low, high = np.quantile(rates[1:], [0.025, 0.975])
-    return Estimate(float(rates[0]), float(low), float(high), n)
+    X, y = np.concatenate([X, [[1, 0], [1, 0]]]), np.append(wins, [1, 0])
+    weights, ridge, theta = np.append(np.ones_like(wins), [0.5, 0.5]), np.diag([0, 0.1]), np.zeros(2)
+    for _ in range(50):                                                                         # Newton's method
+        p = 1 / (1 + np.exp(-X @ theta))                                                        # (n + 2,)
+        hessian = (X * (weights * p * (1 - p))[:, None]).T @ X + ridge
+        theta += np.linalg.solve(hessian, X.T @ (weights * (y - p)) - ridge @ theta).clip(-2, 2)
+    half = Z * math.sqrt(np.linalg.inv(hessian)[0, 0])
+    return Estimate(*(1 / (1 + math.exp(-c)) for c in (theta[0], theta[0] - half, theta[0] + half)), len(wins))
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------
@@ -163,7 +173,9 @@ def calibration(confidence, right, group, bins=10):
 
     confidence (n,) in 0.5..1, right (n,) in 0..1, group (n,): the prompt that each pair belongs to. A row is (mean
     confidence, accuracy, number of pairs) of one of the equal bins of 0.5..1; ECE = sum over bins of their share
-    of the pairs times |accuracy - confidence| (Guo et al. 2017, equation 3).
+    of the pairs times |accuracy - confidence| (Guo et al. 2017, equation 3). Chance alone makes it greater than 0, and a
+    resample greater still, so its interval is the reflected bootstrap's, and begins at 0 unless fewer than 5 % of random
+    signs of each prompt's errors give one as great.
     """
     confidence, right, group = np.asarray(confidence, float), np.asarray(right, float), np.asarray(group)
     at = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -173,8 +185,13 @@ def calibration(confidence, right, group, bins=10):
         return np.bincount(group * bins + at, weights=x, minlength=N * bins).reshape(N, bins)
 
     said, hit, count = sums(confidence), sums(right), sums(np.ones_like(right))                 # (N, bins)
-    rows = [(float(said[:, b].sum() / count[:, b].sum()), ratio(hit[:, b], count[:, b]), int(count[:, b].sum()))
+    rows = [(float(said[:, b].sum() / count[:, b].sum()), clustered_rate(hit[:, b], count[:, b]), int(count[:, b].sum()))
             for b in range(bins) if count[:, b].sum()]
-    resampled = resampled_sums(np.concatenate([hit - said, count.sum(axis=1, keepdims=True)], axis=1))
-    low, high = np.quantile(np.abs(resampled[:, :-1]).sum(axis=1) / resampled[:, -1], [0.025, 0.975])
-    return rows, Estimate(float(np.abs((hit - said).sum(axis=0)).sum() / len(right)), float(low), float(high), N)
+    errors, total = hit - said, len(right)
+    ece = float(np.abs(errors.sum(axis=0)).sum() / total)
+    resampled = resampled_sums(np.concatenate([errors, count.sum(axis=1, keepdims=True)], axis=1))
+    low, high = 2 * ece - np.quantile(np.abs(resampled[:, :-1]).sum(axis=1) / resampled[:, -1], [0.975, 0.025])
+    signs = np.random.default_rng(0).integers(2, size=(2000, N), dtype=np.int8) * 2 - 1
+    by_chance = np.abs(signs @ errors).sum(axis=1) / total
+    low = max(low, 0.0) if np.mean(by_chance >= ece * (1 - 1e-9)) < 0.05 else 0.0
+    return rows, Estimate(ece, float(low), float(max(high, ece)), N)
