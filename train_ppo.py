@@ -20,12 +20,12 @@ from minirlhf.compute import (all_sum, check_shares, eos_of, epoch_batch, freeze
 from minirlhf.config import UserError, during, option, parse, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_gold, make_scorer
-from minirlhf.generate import generate
+from minirlhf.generate import bfloat16_copy, generate
 from minirlhf.health import check_finite, check_first_ratio, complaints, finite
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.runs import Run, print_table, progress
 from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate import assess_run, print_report
+from minirlhf.tools.evaluate import assess_run, demonstrations_of, print_report
 from minirlhf.weights import from_pretrained
 
 
@@ -121,9 +121,7 @@ def response_values(model, ids, attend, P):
 
 def roll_out(policy, batch, tokenizer, cfg, iteration, device):
     """Step 1: one sampled response per prompt."""
-    # Autocast would cast every weight for every token. A copy in bfloat16 is rounded once, and is as near to the policy as
-    # autocast is (0.01 nats a token); step 3 computes the log-probabilities that PPO uses anew.
-    sampler = copy.deepcopy(policy).bfloat16() if cfg.dtype == "bfloat16" else policy
+    sampler = bfloat16_copy(policy) if cfg.dtype == "bfloat16" else policy
 
     def sample(prompts, prompt_mask, uniforms):
         sampled = generate(sampler, prompts, prompt_mask, uniforms, eos_of(cfg, tokenizer), cfg.temperature, cfg.stop_after)
@@ -201,7 +199,7 @@ def update(rollout, policy, value, optimizers, cfg, iteration, autocast):
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(lengths), generator=generator(cfg.seed, 5, iteration, epoch))
         kl_before, n_before = totals.get("policy/approxkl_avg", 0.0), n_seen
-        for rows in order.chunk(cfg.minibatches):
+        for rows in order.tensor_split(min(cfg.minibatches, len(order))):
             rows = rows[lengths[rows].argsort(stable=True)]     # similar lengths share a pass: fewer pads
             n_tokens, sums = int(lengths[rows].sum()), {}       # of the minibatch, not of the micro-batch
             for model, optimizer, terms in networks:
@@ -286,6 +284,7 @@ def main(argv=None):
     examples = encode_rows(read_prompts(cfg.data), tokenizer, **limits)
     if cfg.heldout:
         encode_rows(read_prompts(cfg.heldout), tokenizer, **limits)     # now, not after hours of training
+        demonstrations_of(cfg.model)
     check_shares(len(examples), cfg.batch_size, cfg.minibatches)
     gold = load_gold(cfg.gold, cfg.data)
     score, reward_trunk = make_scorer(cfg, policy, examples, tokenizer, device)
@@ -298,7 +297,8 @@ def main(argv=None):
     autocast = precision(device, cfg.dtype)
     run = Run(cfg)
     parts = dict(policy=policy, value=value, policy_optimizer=optimizers[0], value_optimizer=optimizers[1])
-    first, beta, warned = run.restore(**parts), run.state.get("beta", cfg.beta), set()
+    first, warned = run.restore(**parts), set()
+    beta = run.state.get("beta", cfg.beta) if cfg.target_kl else cfg.beta
 
     print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on {device}, "
           f"{memory(policy, value, reference, *networks):.2g} GB before activations")

@@ -78,7 +78,7 @@ def score_all(model, examples, device):
     present = rank_tensor(examples).to(device) > 0                                  # (N, K)
     ids, mask = right_pad([e.prompt + response for e in examples for response in e.responses], device)
     hidden = model.transformer(ids)
-    scores = at_last_token(model.score(hidden).squeeze(-1).float(), mask)           # (answers,)
+    scores = at_last_token(model.scores(hidden), mask)                              # (answers,)
     return torch.zeros(present.shape, device=device).masked_scatter(present, scores), ids, mask, hidden
 
 

@@ -131,8 +131,9 @@ def main(argv=None):
         return
 
     run.export(model, tokenizer)
-    report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": run.last("loss/train"),
-              "loss_heldout": run.last("loss/heldout"), "perplexity": math.exp(run.last("loss/heldout"))}
+    report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps, "loss_train": run.last("loss/train")}
+    if heldout:
+        report |= {"loss_heldout": run.last("loss/heldout"), "perplexity": math.exp(run.last("loss/heldout"))}
     run.report(report)
     print_table(f"SFT done: {run.folder}", list(report.items()))
 

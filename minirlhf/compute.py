@@ -38,9 +38,11 @@ def in_parts(rows, size):
 
 
 def pick_device(name):
-    """cuda, then mps, then cpu; a name overrides."""
+    """cuda, then mps, then cpu; a name overrides. Of several processes each takes the GPU with its own number."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -73,10 +75,9 @@ def ranks():
 
 
 def join(device):
-    """If torchrun started this process: meets the others, and takes the GPU with its own number. Returns the device."""
+    """If torchrun started this process, it meets the others here. Returns the device."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)

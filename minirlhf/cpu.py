@@ -6,11 +6,13 @@
    writing. In huge pages of 2 MB it does not; Linux gives them to who asks, and PyTorch asks if this variable is set.
 """
 
+import contextlib
 import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")              # read when the first tensor is made: this import comes before
 WIDE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -22,7 +24,7 @@ def product(x, weight, bias=None):
 
 
 class OneDNN(torch.autograd.Function):
-    """y = x W^T + b, and its gradients: dx = dy W, dW = dy^T x, db = the sum of dy."""
+    """y = x W^T + b, and its gradients: dx = dy W, dW = dy^T x, db = the sum of dy. A second derivative is an error."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -30,6 +32,7 @@ class OneDNN(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         rows = dy.flatten(0, -2)                                                                    # (N, O)
@@ -40,8 +43,18 @@ class OneDNN(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """F.linear: x (..., I), weight (O, I), bias (O,) or None -> (..., O)."""
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return OneDNN.apply(x, weight, bias) if WIDE and float32 and x.device.type == "cpu" else F.linear(x, weight, bias)
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    fits = x.dim() > 1 and x.numel() > 0 and x.shape[-1] == weight.shape[1]         # else F.linear knows what to say
+    wide = WIDE and plain and fits and not torch.is_autocast_enabled("cpu")
+    return OneDNN.apply(x, weight, bias) if wide else F.linear(x, weight, bias)
+
+
+def linear32(x, weight, bias=None):
+    """The same in float32 (in float64 if x is), whatever the dtypes and autocast say: for results whose bits count."""
+    x, weight, bias = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, weight, bias))
+    available = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext():
+        return linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -11,6 +11,11 @@ from tqdm import tqdm
 
 from minirlhf.config import UserError
 
+try:
+    import fcntl
+except ImportError:                                             # Windows has no such locks
+    fcntl = None
+
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")       # the variable by which people set a mirror
 OFFICIAL = {    # name: folder on the hub, with the branch; the weights file. GPT-J's float16 branch is half the size.
     "gpt2": ("openai-community/gpt2/resolve/main", "model.safetensors"),
@@ -54,17 +59,22 @@ def download(url, file, sha256=None, hint=""):
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part, before = file.with_name(file.name + ".part"), -1
-    while length(part) > before:
-        before = length(part)
-        try:
-            size, promised = transfer(url, part)
-            if size in (None, length(part)):
-                return put_in_place(part, file, sha256 or promised, url)
-            problem = f"{length(part)} of {size} bytes came"
-        except (OSError, http.client.HTTPException) as error:
-            problem = error
-            if getattr(error, "code", None) == 416:             # no beginning of this file: start anew next time
-                part.unlink()
+    with open(part, "ab") as held:                              # torchrun starts several processes that want the file
+        if fcntl:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if file.exists():                                       # one of them has fetched it meanwhile
+            return part.unlink(missing_ok=True)
+        while length(part) > before:
+            before = length(part)
+            try:
+                size, promised = transfer(url, part)
+                if size in (None, length(part)):
+                    return put_in_place(part, file, sha256 or promised, url)
+                problem = f"{length(part)} of {size} bytes came"
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+                if getattr(error, "code", None) == 416:         # no beginning of this file: start anew next time
+                    os.truncate(part, 0)
     hint = hint or f"fetch it by other means and put it at {file}"
     raise UserError(f"{url} cannot be downloaded ({problem}): run this again to go on where it stopped, or {hint}")
 

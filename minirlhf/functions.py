@@ -80,6 +80,10 @@ def make_scorer(cfg, policy, examples, tokenizer, device):
         if reward.config.vocab_size != policy.config.vocab_size:
             raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
                             f"{policy.config.vocab_size}: they must share one vocabulary")
+        longest = max(len(example.prompt) for example in examples) + cfg.max_response
+        if longest > reward.config.n_positions:
+            raise UserError(f"--reward {cfg.reward} has {reward.config.n_positions} positions, the longest prompt and response "
+                            f"{longest}: lower --max_prompt or --max_response")
         return (lambda r: spread(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
     function = load_function(cfg.reward)
     print(f"the reward is {cfg.reward}: its code runs here")

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.cpu import Linear, linear
+from minirlhf.cpu import Linear, linear32
 
 
 @dataclass
@@ -165,8 +165,11 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits over the vocabulary (..., V); the head is the token embedding, tied."""
-        return linear(hidden, self.wte.weight)
+        """Hidden states (..., C) to logits over the vocabulary (..., V), float32; the head is the token embedding, tied.
+
+        Under autocast too: official GPT-2's logits lie near -100, where bfloat16 can only tell steps of 0.5 apart.
+        """
+        return linear32(hidden, self.wte.weight)
 
     def new_cache(self, S):
         """An empty cache with room for S positions."""

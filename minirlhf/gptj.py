@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minirlhf.cpu import Linear, linear32
 from minirlhf.gpt2 import KVCache, attention, attention_mask, position_ids
-from minirlhf.cpu import Linear, linear
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                        # (B, nh, S, hs)
-        y = attention(q, k, v, attend)                                          # (B, nh, T, hs)
+        y = attention(q, k, v, attend)                                              # (B, nh, T, hs)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -132,9 +132,9 @@ class GPTJ(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits (..., n_tokens): the rows that are no token are not even computed."""
+        """Hidden states (..., C) to logits (..., n_tokens), float32: the rows that are no token are not even computed."""
         n = self.config.n_tokens
-        return linear(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])
+        return linear32(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])
 
     def new_cache(self, S):
         """An empty cache with room for S positions."""

@@ -9,6 +9,7 @@ Sources: Ziegler et al. 2019 and its code openai/lm-human-preferences ("A"); Sti
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 # ---- statistics over tokens ------------------------------------------------------------------------------------------
@@ -60,6 +61,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs.gather(1, tokens[:, None])[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         logprobs, tokens = ctx.saved_tensors
         dz = logprobs.exp().mul_(-gradient[:, None])            # (N, V)

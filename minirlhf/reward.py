@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minirlhf.cpu import linear32
+
 
 class ScalarHeadModel(nn.Module):
     """GPT-2 and a linear layer to one scalar per position. No bias: the normalisation absorbs it.
@@ -34,7 +36,11 @@ class ScalarHeadModel(nn.Module):
 
     def forward(self, ids, mask=None):
         """ids (B, T) int64, mask (B, T) bool as in GPT2.forward -> (B, T) float32, one scalar per position."""
-        return self.score(self.transformer(ids, mask)).squeeze(-1).float()
+        return self.scores(self.transformer(ids, mask))
+
+    def scores(self, hidden):
+        """Hidden states (B, T, C) -> (B, T) float32, also under autocast: in bfloat16 scores near 3 come in steps of 0.016."""
+        return linear32(hidden, self.score.weight).squeeze(-1)
 
     def reward(self, ids, mask):
         """The normalised score of each sequence, (B,): the scalar at its last real token, wherever the pads are."""

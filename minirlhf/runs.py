@@ -20,14 +20,10 @@ from tqdm import tqdm
 
 from minirlhf.compute import ranks
 from minirlhf.config import UserError
+from minirlhf.download import fcntl, sha256_of
 from minirlhf.tensors import read_json, whole_file, write_whole
 from minirlhf.tokenizer import save_tokenizer
 from minirlhf.weights import save_pretrained
-
-try:
-    import fcntl
-except ImportError:                                             # Windows: two runs on one folder go unnoticed there
-    fcntl = None
 
 HELD = {}                                                       # {folder: the file descriptor that keeps it locked}
 
@@ -41,7 +37,12 @@ class Run:
 
     def __init__(self, config):
         """config: the script's dataclass; it has `out`, `save_every`, `resume` and `allow_changes`."""
-        self.folder, self.config = Path(config.out), config
+        self.folder, self.config, self.inputs = Path(config.out), config, inputs_of(config)
+        if self.folder.name in ("", ".."):
+            raise UserError(f"--out {config.out!r} must name a folder of the run's own")
+        for name in ("model", "reward"):
+            if Path(getattr(config, name, "")).resolve() == self.folder.resolve():
+                raise UserError(f"--out {config.out} is the --{name} too, and would move aside what --resume reads: choose another")
         self.writes, self.interrupted, self.started, self.rows = ranks()[0] == 0, False, time.time(), []
         self.state = self._continue() if config.resume else self._begin()
         if ranks()[1] == 1:                                     # torchrun has its own ways with signals
@@ -66,8 +67,10 @@ class Run:
         if self.writes:
             lock(self.folder)
         changed = changes(read_run(self.folder), dataclasses.asdict(self.config))
+        before = read_json(self.folder / "run.json").get("inputs", {})
+        changed += [f"--{name} has other contents" for name in before if before[name] != self.inputs.get(name)]
         if changed and not self.config.allow_changes:
-            raise UserError(f"--resume: {self.folder} was started with other values: {', '.join(changed)}; give those, or "
+            raise UserError(f"--resume: {self.folder} was started otherwise: {', '.join(changed)}; give it the same, or "
                             "--allow_changes")
         state, file = newest_state(files)
         if file != files[0] and self.writes:
@@ -85,7 +88,7 @@ class Run:
         return state
 
     def _write_run_json(self):
-        write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), **templates(self.config),
+        write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), **templates(self.config), "inputs": self.inputs,
                    "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
     def _hold_back(self, *_):
@@ -110,11 +113,14 @@ class Run:
     def restore(self, **parts):
         """Gives models and optimizers what the saved state has of the same names. Returns the first step still to do."""
         for name, part in parts.items() if self.state else ():
+            own = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
             try:
                 part.load_state_dict(self.state[name])
             except (KeyError, ValueError, RuntimeError) as error:
                 raise UserError(f"--resume: {self.folder}/state.pt does not fit the {name.replace('_', ' ')}: "
                                 f"{str(error).splitlines()[0]}") from None
+            for group, options in zip(getattr(part, "param_groups", []), own):
+                group.update(options)                           # epsilon and the like: as told now, with --allow_changes
         return self.state.get("step", 0)
 
     def checkpoint(self, step, steps, **parts):
@@ -128,13 +134,14 @@ class Run:
         append(self.folder / "metrics.jsonl", b"", sync=True)   # the rows before this step must not be lost either
         with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
             torch.save({"step": step, "seconds": self.seconds(), **state}, file)
+        if step == steps:
+            signal.signal(signal.SIGINT, signal.default_int_handler)        # what follows can be done again
         if self.interrupted:
             raise KeyboardInterrupt(f"interrupted: {self.folder} is saved after step {step} of {steps}; the same command with "
                                     "--resume goes on from there")
 
     def export(self, model, tokenizer):
-        """The model in the official layout, and its vocabulary. From here on Ctrl-C stops at once: the state is saved."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """The model in the official layout, and its vocabulary."""
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise UserError(f"{self.folder}: the last step left NaN or infinity in {name}; nothing is exported; a lower "
@@ -152,6 +159,17 @@ def changes(before, now):
     """["--lr 0.1 -> 0.2", ...] of two configurations, as dicts; the options that say how to resume are none."""
     return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
             if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)]
+
+
+def inputs_of(config):
+    """{option: sha256} of the files that a run reads: with other contents in them, --resume would go on with another run."""
+    found = {}
+    for name in ("model", "reward", "data", "heldout", "gold"):
+        path = Path(getattr(config, name, "").rsplit(".py:")[0] + ".py" * (".py:" in getattr(config, name, "")))
+        file = path / "model.safetensors" if path.is_dir() else path
+        if file.is_file():
+            found[name] = sha256_of(file)
+    return found
 
 
 def newest_state(files):

@@ -63,3 +63,41 @@ def test_other_gradients_are_noticed(monkeypatch, old, new):
     monkeypatch.setattr(cpu.OneDNN, "backward", staticmethod(mutant(cpu.OneDNN.backward, "@staticmethod\n", "", old, new)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_linear(cpu.linear, True)
+
+
+@pytest.mark.parametrize("x, weight", [(randn(3, 5), randn(4, 6)), (randn(3, 5).double(), randn(4, 5))])
+def test_what_does_not_fit_is_pytorchs_own_error(x, weight):
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.linear(x, weight)
+    with pytest.raises(RuntimeError):
+        cpu.linear(x, weight)
+
+
+def test_a_weight_on_another_device_is_never_read_as_if_it_were_here():
+    assert cpu.linear(randn(3, 5), randn(4, 5).to("meta")).is_meta
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 0, 5)])
+def test_one_row_without_a_batch_and_no_rows_at_all(shape):
+    x = randn(*shape).requires_grad_(True)
+    y = cpu.linear(x, randn(4, 5))
+    assert torch.equal(y, torch.nn.functional.linear(x, randn(4, 5)))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@on_wide_vectors
+def test_a_second_derivative_is_refused_and_not_wrong():
+    x = randn(3, 5).requires_grad_(True)
+    first, = torch.autograd.grad(cpu.linear(x, randn(4, 5)).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_linear32_has_the_bits_of_float32_whatever_autocast_says(dtype, expected):
+    x, weight = randn(3, 5).to(dtype), randn(4, 5, seed=1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cpu.linear32(x, weight)
+    assert y.dtype == expected
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-6, atol=1e-6)

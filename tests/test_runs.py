@@ -20,6 +20,8 @@ from small_world import tiny_gpt2
 @dataclasses.dataclass
 class Config:
     out: str = option("", "folder")
+    model: str = option("tiny", "model")
+    data: str = option("", "data")
     lr: float = option(0.1, "learning rate")
     save_every: int = option(1, "steps between checkpoints")
     resume: bool = option(False, "continue")
@@ -144,6 +146,41 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
     run.report({})
     with pytest.raises(UserError, match="is finished"):
         resume(tmp_path)
+
+
+def test_resume_refuses_inputs_with_other_contents(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("first")
+    begin(tmp_path, 1, data=str(data))
+    assert resume(tmp_path, data=str(data))[1] == 1
+    data.write_text("other")
+    with pytest.raises(UserError, match="started otherwise: --data has other contents"):
+        resume(tmp_path, data=str(data))
+    assert resume(tmp_path, data=str(data), allow_changes=True)[1] == resume(tmp_path, data=str(data))[1] == 1
+
+
+def test_an_optimizer_goes_on_with_the_options_of_now_and_the_moments_of_before(tmp_path):
+    def adam(eps):
+        return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.1, eps=eps)
+    run, optimizer = Run(Config(out=str(tmp_path / "run"))), adam(1e-5)
+    optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    run.log(0, {})
+    run.checkpoint(1, 100, optimizer=optimizer)
+    again = adam(1e-2)
+    Run(Config(out=str(tmp_path / "run"), resume=True)).restore(optimizer=again)
+    assert again.param_groups[0]["eps"] == 1e-2
+    assert torch.allclose(next(iter(again.state.values()))["exp_avg"], torch.tensor([0.3, 0.4]))
+
+
+def test_a_run_does_not_move_its_own_input_aside(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="is the --model too"):
+        Run(Config(out=str(tmp_path / "model"), model=str(tmp_path / "x/../model")))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for out in ("", ".", ".."):
+        with pytest.raises(UserError, match="must name a folder of the run's own"):
+            Run(Config(out=out))
 
 
 def test_resume_with_other_options_when_it_is_told_to(tmp_path, capsys):

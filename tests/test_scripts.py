@@ -1,6 +1,7 @@
 """The three scripts through their command lines: two steps each on a two-layer model, and everything they leave behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import train_sft
 from minirlhf.config import UserError
 from minirlhf.data import Example, Row, encode_rows, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.reward import ScalarHeadModel
 from minirlhf.runs import Run
 from minirlhf.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
@@ -184,6 +186,34 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(world, script, ar
 def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "train_ppo.py", "--modle", "x"], cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: unrecognized arguments: --modle x (see --help)\n"
+
+
+def test_a_policy_of_ppo_can_be_trained_and_assessed_again(world):
+    train_ppo.main(ppo_args(world, "ppo_twice") + ["--model", str(world / "ppo")])
+    assert "perplexity" not in json.loads((world / "ppo_twice/report.json").read_text())["ppo"]     # no demonstrations known
+
+
+def test_demonstrations_that_are_gone_are_missed_before_training(world, tmp_path):
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    run = json.loads((tmp_path / "sft/run.json").read_text())
+    run["config"]["heldout"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "sft/run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="gone.jsonl: No such file"):
+        train_ppo.main(ppo_args(world, "never") + ["--model", str(tmp_path / "sft")])
+    assert not (world / "never").exists()
+
+
+def test_without_held_out_demonstrations_the_report_has_no_figure_for_them(world):
+    train_sft.main(sft_args(world, "sft_alone") + ["--heldout", ""])
+    assert set(json.loads((world / "sft_alone/report.json").read_text())) == {"seed", "seconds", "steps", "loss_train"}
+
+
+def test_a_reward_model_with_too_few_positions_is_named(world):
+    torch.manual_seed(0)
+    short = ScalarHeadModel(GPT2(GPT2Config(vocab_size=768, n_positions=16, n_embd=16, n_layer=2, n_head=2)))
+    save_pretrained(short, world / "rm_short")
+    with pytest.raises(UserError, match="rm_short has 16 positions, the longest prompt and response"):
+        train_ppo.main(ppo_args(world, "never", reward="rm_short"))
 
 
 def test_the_length_baseline_counts_the_pairs_that_the_longer_answer_wins():

@@ -305,7 +305,32 @@ def test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_sampl
         check_reward_model_normalised(world, raw)
 
 
+@pytest.mark.parametrize("rows, minibatches", [(12, 4), (9, 4), (3, 4), (12, 1)])
+def test_a_pass_has_as_many_steps_as_it_is_told_or_as_there_are_rows(monkeypatch, rows, minibatches):
+    n, steps, real = Networks(config(epochs=1, minibatches=minibatches), B=rows), [], train_ppo.gradients
+    monkeypatch.setattr(train_ppo, "gradients", lambda terms, *args: steps.append(len(args[2])) or real(terms, *args))
+    n.update()
+    assert sum(steps) == 2 * rows and len(steps) == 2 * min(rows, minibatches) and max(steps) - min(steps) <= 1
+
+
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
+
+def check_logits_far_from_zero(logits):
+    """Official GPT-2's logits lie near -100. What all of them share changes no probability, under autocast either."""
+    model = letters_gpt2(0)
+    hidden = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    hidden[:, 0], model.wte.weight.data[:, 0] = 1, -100
+    expected = torch.log_softmax(hidden.double() @ model.wte.weight.double().T, dim=1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = token_logprobs(logits(model, hidden), torch.arange(6))
+    assert (found - expected[torch.arange(6), torch.arange(6)]).abs().max() < 1e-3
+
+
+def test_bfloat16_leaves_logits_alone_that_lie_far_from_zero():
+    check_logits_far_from_zero(lambda model, hidden: model.logits(hidden))
+    with pytest.raises(AssertionError):
+        check_logits_far_from_zero(lambda model, hidden: hidden @ model.wte.weight.T)
+
 
 def check_sampler(patch, roll_out):
     """In bfloat16 responses come from a copy in bfloat16, which is as near to the policy as autocast is; the policy stays."""
@@ -316,7 +341,7 @@ def check_sampler(patch, roll_out):
         r = roll_out(policy, examples(64), TOKENIZER, cfg, 0, torch.device("cpu"))
         logprobs = token_logprobs(train_ppo.response_logits(policy, r.ids, r.attend, r.P), r.ids[:, r.P:], cfg.temperature)
     (sampler, sampled), = seen
-    assert all(p.dtype == torch.bfloat16 for p in sampler.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in sampler.h.parameters() if p.dim() == 2) and sampler.wte.weight.dtype == torch.float32
     assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in policy.state_dict().items())
     difference = (sampled.logprobs[:, :r.mask.shape[1]] - logprobs)[r.mask]
     assert difference.pow(2).mean().sqrt() < 0.05 and difference.mean().abs() < 0.01
@@ -326,9 +351,9 @@ def test_in_bfloat16_a_rollout_is_sampled_from_a_copy_of_the_policy(monkeypatch)
     check_sampler(monkeypatch, train_ppo.roll_out)
 
 
-@pytest.mark.parametrize("new", ["copy.deepcopy(policy)", "policy.bfloat16()", "letters_gpt2(1).bfloat16()"])
+@pytest.mark.parametrize("new", ["copy.deepcopy(policy)", "policy.bfloat16()", "bfloat16_copy(letters_gpt2(1))"])
 def test_sampling_from_anything_else_is_noticed(monkeypatch, new):
-    changed = mutant(train_ppo.roll_out, "copy.deepcopy(policy).bfloat16()", new)
+    changed = mutant(train_ppo.roll_out, "bfloat16_copy(policy)", new)
     monkeypatch.setitem(changed.__globals__, "letters_gpt2", letters_gpt2)
     with pytest.raises(AssertionError):
         check_sampler(monkeypatch, changed)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from minirlhf.compute import eos_of, pick_device
 from minirlhf.config import Parser, UserError, run_main
-from minirlhf.data import Row, encode_rows, read_demonstrations, read_jsonl, read_prompts
+from minirlhf.data import Row, encode_rows, read_any, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.runs import move_aside, read_run, write_json
 from minirlhf.tensors import read_json
@@ -83,12 +83,18 @@ def report_of(folder):
     return read_json(file) if file.is_file() else {}
 
 
+def demonstrations_of(sft_folder):
+    """The demonstrations that an SFT run held out; [] if the model was made otherwise. UserError if they are gone."""
+    heldout = config_of(sft_folder).get("heldout")
+    schema, rows = read_any(heldout) if heldout else ("none", [])
+    return rows if schema == "demonstrations" else []
+
+
 def assess_run(folder, seconds, device):
     """The report of a PPO run: its policy against the SFT model it came from, on prompts neither was trained on."""
     cfg = SimpleNamespace(**read_run(folder))
     sft_report, rm_report = report_of(cfg.model), report_of(cfg.reward)
-    demonstrations, comparisons = (config_of(run).get("heldout") for run in (cfg.model, cfg.reward))
-    demonstrations = read_demonstrations(demonstrations) if demonstrations else []
+    demonstrations, comparisons = demonstrations_of(cfg.model), config_of(cfg.reward).get("heldout")
     gold = gold_function(cfg.gold, cfg.heldout)
     tiny = gold is not None and cfg.gold == "auto"
     rows, tokenizer = read_prompts(cfg.heldout), load_tokenizer(str(folder))

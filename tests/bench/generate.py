@@ -5,7 +5,6 @@
 The peer's environment: tests/bench/transformers.txt. Random weights, temperature 1, no EOS on either side.
 """
 
-import copy
 import importlib.metadata
 
 from common import SIZES, arguments, best_seconds, compare, our_model, random_ids, report
@@ -16,11 +15,16 @@ args = arguments(__doc__, batch=16, prompt=32, new=32)
 
 
 def ours():
-    from minirlhf.generate import generate
+    from minirlhf.compute import precision
+    from minirlhf.generate import bfloat16_copy, generate
     model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
     uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))
-    sampler = copy.deepcopy(model).bfloat16() if args.dtype == "bfloat16" else model                # as train_ppo.py does
-    return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, eos=-1)
+    sampler = bfloat16_copy(model) if args.dtype == "bfloat16" else model                           # as train_ppo.py does
+
+    def run():
+        with precision(torch.device("cpu"), args.dtype):
+            return generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, eos=-1)
+    return run
 
 
 def transformers():
