@@ -44,7 +44,8 @@ class OneDNN(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """F.linear: x (..., I), weight (O, I), bias (O,) or None -> (..., O)."""
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    fits = x.dim() > 1 and x.numel() > 0 and x.shape[-1] == weight.shape[1]         # else F.linear knows what to say
+    # One column gains nothing; of what does not fit F.linear knows what to say.
+    fits = x.dim() > 1 and x.numel() > 0 and x.shape[-1] == weight.shape[1] and len(weight) > 1
     wide = WIDE and plain and fits and not torch.is_autocast_enabled("cpu")
     return OneDNN.apply(x, weight, bias) if wide else F.linear(x, weight, bias)
 

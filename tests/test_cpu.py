@@ -73,10 +73,6 @@ def test_what_does_not_fit_is_pytorchs_own_error(x, weight):
         cpu.linear(x, weight)
 
 
-def test_a_weight_on_another_device_is_never_read_as_if_it_were_here():
-    assert cpu.linear(randn(3, 5), randn(4, 5).to("meta")).is_meta
-
-
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 0, 5)])
 def test_one_row_without_a_batch_and_no_rows_at_all(shape):
     x = randn(*shape).requires_grad_(True)
