@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import ppo
-from minirlhf.compute import (all_sum, check_shares, eos_of, epoch_batch, freeze, generator, join, memory, pick_device, precision,
-                              set_lr, set_tf_epsilon, share, spread, sum_gradients)
+from minirlhf.compute import (all_sum, bfloat16_copy, check_shares, eos_of, epoch_batch, freeze, generator, join, memory,
+                              pick_device, precision, set_lr, set_tf_epsilon, share, spread, sum_gradients)
 from minirlhf.config import UserError, during, option, parse, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_gold, make_scorer
-from minirlhf.generate import bfloat16_copy, generate
+from minirlhf.generate import generate
 from minirlhf.health import check_finite, check_first_ratio, complaints, finite
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.runs import Run, print_table, progress
@@ -83,9 +83,9 @@ PRESETS = {
     # The style tasks of A: no SFT, 64 + 24 tokens, the first "." (13) at 16 or later ends a response, 1M episodes.
     **{task: dict(model="gpt2", reward=f"out/rm_{task}", data=f"out/data/openai_2019/{task}/prompts.jsonl",
                   heldout=f"out/data/openai_2019/{task}/prompts_test.jsonl", out=f"out/ppo_{task}", max_prompt=64,
-                  max_response=24, drop_long=True, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15, target_kl=6.0,
-                  lr=1e-5, value_lr=1e-5, batch_size=512, minibatches=1, micro_batch=32, iterations=1953, whiten_rewards=True,
-                  tf_adam=True, max_grad_norm=0.0, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
+                  max_response=24, drop_long=True, stop_token=13, stop_after=16, missing_eos=-1.0, temperature=0.7, beta=0.15,
+                  target_kl=6.0, lr=1e-5, value_lr=1e-5, batch_size=512, minibatches=1, micro_batch=32, iterations=1953,
+                  whiten_rewards=True, tf_adam=True, max_grad_norm=0.0, dtype="bfloat16") for task in ("sentiment", "descriptiveness")},
 }
 
 
@@ -226,8 +226,7 @@ def gradients(terms, model, rollout, rows, n_tokens, cfg, autocast):
         R = int(rollout.mask[part].sum(dim=1).max())            # the longest response of this part
         with autocast:
             found = terms(rollout, part.to(rollout.ids.device), R, model, cfg)
-        loss, *_ = found.values()
-        (loss / n_tokens).backward()
+        (next(iter(found.values())) / n_tokens).backward()      # the first of them is the loss
         sums = sums + torch.stack([x.detach() for x in found.values()])
     sum_gradients(model)
     sums = dict(zip(found, all_sum(sums).tolist()))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.compute import all_sum, epoch_batch, freeze, in_parts, join, memory, pick_device, precision, set_lr, share, sum_gradients
+from minirlhf.compute import (all_sum, epoch_batch, freeze, in_parts, join, memory, pick_device, precision, set_lr, share,
+                              sum_gradients)
 from minirlhf.config import UserError, option, parse, run_main
 from minirlhf.data import encode_rows, read_demonstrations
 from minirlhf.generate import response_logprobs

@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import copy
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from minirlhf.config import UserError
 
@@ -57,6 +59,18 @@ def precision(device, dtype):
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, not {dtype}")
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def bfloat16_copy(model):
+    """A copy to sample from under autocast, which would cast every matrix for every token: those of the blocks are bfloat16.
+
+    It is as near to the model as autocast is, about 0.01 nats a token; what needs the exact log-probabilities computes them anew.
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.h.modules():
+        if isinstance(module, nn.Linear):
+            module.bfloat16()
+    return copied
 
 
 def eos_of(config, tokenizer):

@@ -6,11 +6,9 @@ Only temperature, no top-k and no top-p: PPO needs the log-probability of what w
 tail draws from another distribution than the one the loss differentiates.
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 from minirlhf.data import left_pad, response_mask, right_pad
@@ -73,18 +71,6 @@ def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0, earlie
             cache.keep(going)
         inputs, seen = token, torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
     return Responses(ids, mask, finished, logprobs)
-
-
-def bfloat16_copy(model):
-    """A copy to sample from under autocast, which would cast every matrix for every token: those of the blocks are bfloat16.
-
-    It is as near to the model as autocast is, about 0.01 nats a token; what needs the exact log-probabilities computes them anew.
-    """
-    copied = copy.deepcopy(model)
-    for module in copied.h.modules():
-        if isinstance(module, nn.Linear):
-            module.bfloat16()
-    return copied
 
 
 def respond(model, prompts, R, eos, rng, temperature=1.0, earliest=0, batch_size=128, progress=None):

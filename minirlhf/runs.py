@@ -88,8 +88,9 @@ class Run:
         return state
 
     def _write_run_json(self):
-        write_json(self.folder / "run.json", {"config": dataclasses.asdict(self.config), **templates(self.config), "inputs": self.inputs,
-                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
+        write_json(self.folder / "run.json", {
+            "config": dataclasses.asdict(self.config), **templates(self.config), "inputs": self.inputs,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
     def _hold_back(self, *_):
         self.interrupted = True

@@ -59,12 +59,15 @@ def ppo_curve(folder, start, deviation):
 
 
 def laws(bon, rl, seed=0, resamples=500):
-    """Both laws of one reward model, with intervals: best-of-n from resampled prompts, PPO from resampled iterations."""
+    """Both laws of one reward model, with intervals: best-of-n from resampled prompts, PPO from resampled blocks of iterations,
+    for neighbouring ones are alike."""
     rng, d = np.random.default_rng(seed), np.array(bon["d"][1:])                    # n = 1 is the SFT model itself
     above = bon["gold"][:, 1:] - bon["gold"][:, :1]                                 # (N, points)
     prompts = rng.integers(len(above), size=(resamples, len(above)))
     rl_d, rl_R = np.array(rl["d"]), np.array(rl["gold"])
-    iterations = rng.integers(len(rl_d), size=(resamples, len(rl_d)))
+    n, block = len(rl_d), min(8, len(rl_d))
+    starts = rng.integers(n - block + 1, size=(resamples, -(-n // block), 1))
+    iterations = (starts + np.arange(block)).reshape(resamples, -1)[:, :n]
     return {"bon": fitted(d, above.mean(axis=0), "bon", [(d, above[rows].mean(axis=0)) for rows in prompts]),
             "rl": fitted(rl_d, rl_R, "rl", [(rl_d[rows], rl_R[rows]) for rows in iterations])}
 

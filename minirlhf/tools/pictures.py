@@ -122,5 +122,5 @@ def draw_overoptimization(report, out):
     axes[0].plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
     axes[0].set_ylabel("reward above the SFT model, in its deviations")
     axes[0].legend(loc="lower left")
-    axes[1].legend(loc="center right", bbox_to_anchor=(1, 0.64))
+    axes[1].legend(loc="lower left")
     save(plt, figure, out)
