@@ -311,7 +311,7 @@ def test_the_mutants_notice_a_reader_of_safetensors_with_a_defect(tmp_path, old,
 # ---- JSONL -----------------------------------------------------------------------------------------------------------
 
 LINE_ERRORS = ["not a line of JSON", "a line must be an object", "must be a string", "half of a surrogate pair", "white-space",
-               "is empty", "no \"", "a list of at least two", "best must be", "ranks must be", "finished must be"]
+               "says twice who is better", "is empty", "no \"", "a list of at least two", "best must be", "ranks must be", "finished must be"]
 READERS = {"prompts": read_prompts, "demonstrations": read_demonstrations, "comparisons": read_comparisons}
 TEXTS = ["a", " b c", "é", "🙂", "\u0000", "\ufeff", "\r\n", "<|endoftext|>", " ", "\u2028", "x" * 300]
 
@@ -332,7 +332,9 @@ def sound_row(rng, schema):
 
 def change_row(rng, row):
     name = rng.choice(list(row))
-    if isinstance(row[name], list) and rng.random() < 0.7:
+    if "responses" in row and rng.random() < 0.15:
+        row["chosen"] = rng.choice(TEXTS)                       # a second verdict
+    elif isinstance(row[name], list) and rng.random() < 0.7:
         k, odd, values = rng.randrange(len(row[name])), rng.choice(ODD), row[name]
         row[name] = rng.choice([values[:k] + values[k + 1:], values + [values[k]], values[:k] + [odd] + values[k:],
                                 values[:k] + [odd] + values[k + 1:]])
