@@ -15,17 +15,18 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import ppo
-from minirlhf.compute import (all_sum, bfloat16_copy, check_shares, eos_of, epoch_batch, freeze, generator, join, memory,
+from minirlhf.running.compute import (all_sum, bfloat16_copy, check_shares, eos_of, epoch_batch, freeze, generator, join, memory,
                               pick_device, precision, set_lr, set_tf_epsilon, share, spread, sum_gradients)
-from minirlhf.config import UserError, during, option, parse, run_main
+from minirlhf.running.config import option, parse
+from minirlhf.running.errors import UserError, during, run_main
 from minirlhf.data import decode, encode_rows, left_pad, read_prompts
 from minirlhf.functions import call_reward, load_gold, make_scorer
 from minirlhf.generate import generate
-from minirlhf.health import check_finite, check_first_ratio, complaints, finite
+from minirlhf.running.health import check_finite, check_first_ratio, complaints, finite
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, print_table, progress
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate import assess_run, demonstrations_of, print_report
+from minirlhf.running.runs import Run, print_table, progress
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate.__main__ import assess_run, demonstrations_of, print_report
 from minirlhf.weights import from_pretrained
 
 

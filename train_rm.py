@@ -9,17 +9,18 @@ import math
 
 import torch
 
-from minirlhf.compute import (all_sum, eos_of, epoch_batch, freeze, generator, in_parts, join, memory, pick_device, precision,
+from minirlhf.running.compute import (all_sum, eos_of, epoch_batch, freeze, generator, in_parts, join, memory, pick_device, precision,
                               set_lr, share, sum_gradients)
-from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.running.config import option, parse
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import encode_rows, read_comparisons, response_mask, right_pad
 from minirlhf.functions import call_reward, load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.runs import Run, print_table, progress
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.stats import wilson
+from minirlhf.running.runs import Run, print_table, progress
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate.stats import wilson
 from minirlhf.weights import from_pretrained
 
 

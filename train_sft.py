@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.compute import (all_sum, epoch_batch, freeze, in_parts, join, memory, pick_device, precision, set_lr, share,
+from minirlhf.running.compute import (all_sum, epoch_batch, freeze, in_parts, join, memory, pick_device, precision, set_lr, share,
                               sum_gradients)
-from minirlhf.config import UserError, option, parse, run_main
+from minirlhf.running.config import option, parse
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import encode_rows, read_demonstrations
 from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.runs import Run, print_table, progress
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.running.runs import Run, print_table, progress
+from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
 # With the 768 tokens of data/tiny: 0.4M parameters. GPT-2's initial 0.02 is meant for 768 channels; at 96 the embeddings

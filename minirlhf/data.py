@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf.config import Parser, UserError, run_main, shown
-from minirlhf.tensors import strict_json
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main, shown
+from minirlhf.files.tensors import strict_json
+from minirlhf.files.tokenizer import load_tokenizer
 
 
 LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")     # tiktoken 0.14 crashes at 999,999 of them with something behind

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf.compute import eos_of, generator, spread
-from minirlhf.config import UserError, shown
+from minirlhf.running.compute import eos_of, generator, spread
+from minirlhf.running.errors import UserError, shown
 from minirlhf.data import decode
 from minirlhf.generate import respond
 from minirlhf.weights import scalar_from_pretrained

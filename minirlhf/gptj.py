@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.cpu import Linear, linear32
+from minirlhf.running.cpu import Linear, linear32
 from minirlhf.gpt2 import KVCache, attention, attention_mask, position_ids
 
 

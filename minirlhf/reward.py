@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.cpu import linear32
+from minirlhf.running.cpu import linear32
 
 
 class ScalarHeadModel(nn.Module):

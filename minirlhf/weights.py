@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError, shown
-from minirlhf.download import fetch_official, is_official, model_folder
+from minirlhf.running.errors import UserError, shown
+from minirlhf.files.download import fetch_official, is_official, model_folder
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.gptj import GPTJ, GPTJConfig
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.tensors import DTYPES, read_json, read_tensors, write_safetensors, write_whole
+from minirlhf.files.tensors import DTYPES, read_json, read_tensors, write_safetensors, write_whole
 
 # OpenAI's Conv1D keeps its matrix as [in, out], nn.Linear as [out, in].
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

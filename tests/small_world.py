@@ -9,7 +9,7 @@ import train_ppo
 from minirlhf.data import Row, encode_rows
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.tokenizer import encoding_from_ranks, save_tokenizer
+from minirlhf.files.tokenizer import encoding_from_ranks, save_tokenizer
 from minirlhf.weights import save_pretrained
 
 LETTERS = "abcdefghij"

@@ -7,7 +7,8 @@ import pytest
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.config import UserError, from_dict, option, parse, run_main
+from minirlhf.running.config import from_dict, option, parse
+from minirlhf.running.errors import UserError, run_main
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minirlhf import cpu
+from minirlhf.running import cpu
 from mutation import mutant
 
 on_wide_vectors = pytest.mark.skipif(not cpu.WIDE, reason="this processor has no AVX-512: F.linear is used as it is")

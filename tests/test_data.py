@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import (describe, encode, encode_rows, left_pad, read_any, read_comparisons, read_demonstrations,
                            read_prompts, response_mask, right_pad)
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.files.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("data/tiny")
 EOS = TOKENIZER.eot_token

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-import minirlhf.download
-from minirlhf.config import UserError
-from minirlhf.download import download, fetch_official
+import minirlhf.files.download
+from minirlhf.running.errors import UserError
+from minirlhf.files.download import download, fetch_official
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.weights import from_pretrained, save_pretrained
 
@@ -61,7 +61,7 @@ def server(monkeypatch, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.cuts, server.ranges, server.sha256, server.requests = {"f": DATA}, [], True, None, []
         server.url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(minirlhf.download, "HUB", server.url)
+        monkeypatch.setattr(minirlhf.files.download, "HUB", server.url)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

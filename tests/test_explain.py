@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.tools import chat
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained, scalar_from_pretrained

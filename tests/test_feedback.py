@@ -17,15 +17,15 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools import feedback
-from minirlhf.tools.feedback import Server, Session
-from minirlhf.tools.feedback_items import AHEAD, Policy, Sampler, find_templates, instruction_of
-from minirlhf.tools.feedback_stats import read_votes
-from minirlhf.tools.feedback_votes import Journal, comparison_row, item_id, lock, sidecar, to_line
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools.feedback import __main__ as feedback
+from minirlhf.tools.feedback.__main__ import Server, Session
+from minirlhf.tools.feedback.items import AHEAD, Policy, Sampler, find_templates, instruction_of
+from minirlhf.tools.feedback.stats import read_votes
+from minirlhf.tools.feedback.votes import Journal, comparison_row, item_id, lock, sidecar, to_line
 from minirlhf.weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import torch
 
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]

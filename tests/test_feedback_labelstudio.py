@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import read_comparisons
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools.feedback_labelstudio import export_file, import_file
-from minirlhf.tools.feedback_votes import comparison_row, item_id, to_line
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools.feedback.labelstudio import export_file, import_file
+from minirlhf.tools.feedback.votes import comparison_row, item_id, to_line
 from minirlhf.weights import save_pretrained
 
 TESTS = Path(__file__).parent

@@ -8,9 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from minirlhf.tools.feedback_stats import (agreements, bradley_terry, cohen_kappa, duel, first_places, print_stats,
+from minirlhf.tools.feedback.stats import (agreements, bradley_terry, cohen_kappa, duel, first_places, print_stats,
                                            read_votes, verdicts, win_matrix)
-from minirlhf.tools.feedback_votes import comparison_row, to_line
+from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
 # The two tables that every text on kappa shows: 20/5/10/15 gives 0.4, 45/15/25/15 gives 0.1304.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.functions import call_reward, load_function
 
 PROMPTS, RESPONSES = ["p", "q", "r"], [" a", " b", " c"]

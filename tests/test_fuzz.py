@@ -25,12 +25,13 @@ import minirlhf.data
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.config import UserError, from_dict, parse
+from minirlhf.running.config import from_dict, parse
+from minirlhf.running.errors import UserError
 from minirlhf.data import Row, encode_rows, read_comparisons, read_demonstrations, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run, read_run
-from minirlhf.tensors import read_pickle, read_safetensors
+from minirlhf.running.runs import Run, read_run
+from minirlhf.files.tensors import read_pickle, read_safetensors
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 from mutation import mutant
 from small_world import TOKENIZER, ppo_flags, script_flags, small_world

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.generate import generate
 from minirlhf.gptj import GPTJ, GPTJConfig
 from minirlhf.reward import ScalarHeadModel

@@ -11,8 +11,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.config import UserError
-from minirlhf.runs import Run
+from minirlhf.running.errors import UserError
+from minirlhf.running.runs import Run
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 from small_world import ppo_flags, run_ppo, script_flags, small_world

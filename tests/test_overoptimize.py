@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.tools import overoptimize
 from minirlhf.tools.laws import best_of_n, best_of_n_kl, fit, fitted, highest, turnover
 from minirlhf.tools.overoptimize import ppo_curve

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minirlhf import ppo
-from minirlhf.compute import set_lr, set_tf_epsilon
+from minirlhf.running.compute import set_lr, set_tf_epsilon
 from mutation import mutant
 from small_world import ragged_mask
 

@@ -14,11 +14,11 @@ import pytest
 
 import minirlhf.data
 import train_sft
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import read_comparisons, read_demonstrations, read_prompts
-from minirlhf.runs import Run
-from minirlhf.tokenizer import gpt2_encoding
-from minirlhf.tools.feedback_items import find_templates, instruction_of
+from minirlhf.running.runs import Run
+from minirlhf.files.tokenizer import gpt2_encoding
+from minirlhf.tools.feedback.items import find_templates, instruction_of
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("MINIRLHF_REAL_DATA") or "nowhere")

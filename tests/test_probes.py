@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from minirlhf.gpt2 import GPT2Config
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.probes import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks, instruction_rates,
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate.probes import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks, instruction_rates,
                                    person_gaps, with_article)
 
 TOKENIZER = load_tokenizer("data/tiny")

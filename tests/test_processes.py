@@ -10,8 +10,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import compute
-from minirlhf.config import UserError
+from minirlhf.running import compute
+from minirlhf.running.errors import UserError
 from minirlhf.weights import load
 from small_world import ppo_flags, read_metrics, script_flags, small_world, write_jsonl
 

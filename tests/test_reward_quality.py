@@ -11,8 +11,8 @@ from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.reward_quality import (accuracy, assess_reward, by_length, by_margin, ceiling, length_baseline, pairs_of,
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate.reward_quality import (accuracy, assess_reward, by_length, by_margin, ceiling, length_baseline, pairs_of,
                                            reliability)
 
 TOKENIZER = load_tokenizer("data/tiny")

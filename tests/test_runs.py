@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 
-from minirlhf.compute import epoch_batch, generator, pick_device, precision, set_lr
-from minirlhf.config import UserError, option
-from minirlhf.runs import Run
+from minirlhf.running.compute import epoch_batch, generator, pick_device, precision, set_lr
+from minirlhf.running.config import option
+from minirlhf.running.errors import UserError
+from minirlhf.running.runs import Run
 from small_world import tiny_gpt2
 
 

@@ -12,12 +12,12 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import Example, Row, encode_rows, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import Run
-from minirlhf.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.running.runs import Run
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 
 TINY = Path(__file__).parent.parent / "data/tiny"

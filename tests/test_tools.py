@@ -13,15 +13,17 @@ import torch
 
 import train_ppo
 import train_rm
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools import chat, evaluate, measure, plot
-from minirlhf.tools.compare import against_first, partiality, sequence_kl
-from minirlhf.tools.measure import Answers, answer, distinct, entropies, perplexity, repetition, token_logprobs_of
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools import chat, plot
+from minirlhf.tools.evaluate import __main__ as evaluate
+from minirlhf.tools.evaluate import measure
+from minirlhf.tools.evaluate.compare import against_first, partiality, sequence_kl
+from minirlhf.tools.evaluate.measure import Answers, answer, distinct, entropies, perplexity, repetition, token_logprobs_of
 from minirlhf.weights import save_pretrained
 from small_world import script_flags, write_jsonl
 

@@ -15,8 +15,8 @@ import train_rm
 import train_sft
 from minirlhf import generate as sampling
 from minirlhf import gpt2, ppo, reward
-from minirlhf.compute import generator
-from minirlhf.config import UserError
+from minirlhf.running.compute import generator
+from minirlhf.running.errors import UserError
 from minirlhf.data import Example, Row, encode_rows, left_pad, right_pad
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.generate import generate

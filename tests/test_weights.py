@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.config import UserError, run_main
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import field
-from minirlhf.prepare import arguments, fetch, prompts_of, read_objects, split, text_field, write_folder
+from data.common import arguments, fetch, prompts_of, read_objects, split, text_field, write_folder
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 # From stanford_alpaca/train.py, to the letter.

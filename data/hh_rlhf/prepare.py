@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.config import UserError, run_main
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import json_object
-from minirlhf.download import HUB
-from minirlhf.prepare import arguments, fetch, prompts_of, raw_lines, split, text_field, write_folder
+from minirlhf.files.download import HUB
+from data.common import arguments, fetch, prompts_of, raw_lines, split, text_field, write_folder
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

@@ -18,10 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.config import UserError, run_main
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import field
-from minirlhf.prepare import LONGEST, arguments, fetch, prompts_of, read_objects, split, write_folder
-from minirlhf.tokenizer import gpt2_encoding
+from data.common import LONGEST, arguments, fetch, prompts_of, read_objects, split, write_folder
+from minirlhf.files.tokenizer import gpt2_encoding
 
 URL = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels/{task}/offline_5k.json"
 PADDING = 50259                 # outside of GPT-2's vocabulary, whose last id is 50256, the EOS

@@ -16,11 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
-from minirlhf.compute import generator
+from minirlhf.running.compute import generator
 from minirlhf.data import decode
 from minirlhf.generate import respond
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.feedback_votes import comparison_row, to_line
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.feedback.votes import comparison_row, to_line
 from minirlhf.weights import from_pretrained
 
 N_ANNOTATORS = 3

@@ -16,11 +16,12 @@ from itertools import zip_longest
 
 import torch
 
-from minirlhf.compute import pick_device
-from minirlhf.config import Parser, UserError, run_main
+from minirlhf.running.compute import pick_device
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import decode, read_prompts
 from minirlhf.generate import respond
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained
 

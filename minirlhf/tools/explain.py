@@ -9,13 +9,14 @@ import torch
 
 import train_ppo
 from minirlhf import ppo
-from minirlhf.compute import eos_of
-from minirlhf.config import UserError, from_dict
+from minirlhf.running.compute import eos_of
+from minirlhf.running.config import from_dict
+from minirlhf.running.errors import UserError
 from minirlhf.data import decode, encode, encode_rows, read_prompts
 from minirlhf.generate import respond
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.runs import newest_state, read_run
-from minirlhf.tokenizer import load_tokenizer
+from minirlhf.running.runs import newest_state, read_run
+from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.weights import from_pretrained
 
 

@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 
 import train_ppo
-from minirlhf.compute import pick_device
-from minirlhf.config import Parser, UserError, run_main
+from minirlhf.running.compute import pick_device
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import read_prompts
-from minirlhf.runs import move_aside, read_rows, write_json
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.learning_curve import first_lines, run_script, train_rewards
+from minirlhf.running.runs import move_aside, read_rows, write_json
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate.learning_curve import first_lines, run_script, train_rewards
 from minirlhf.tools.laws import best_of_n, best_of_n_kl, fitted, highest
-from minirlhf.tools.measure import answer, gold_function, rewards_of
+from minirlhf.tools.evaluate.measure import answer, gold_function, rewards_of
 from minirlhf.tools.pictures import draw_overoptimization
-from minirlhf.tools.report import plain
-from minirlhf.tools.stats import ratio
+from minirlhf.tools.evaluate.report import plain
+from minirlhf.tools.evaluate.stats import ratio
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 
 PANELS = [  # metric, title, unit, healthy range
     ("objective/scores", "Score of the reward model", "deviations of the SFT model's", None),

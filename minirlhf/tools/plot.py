@@ -12,9 +12,10 @@ means when a curve leaves it.
 import argparse
 from pathlib import Path
 
-from minirlhf.config import Parser, UserError, run_main
-from minirlhf.runs import read_rows, read_run
-from minirlhf.tensors import read_json
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main
+from minirlhf.running.runs import read_rows, read_run
+from minirlhf.files.tensors import read_json
 from minirlhf.tools.pictures import draw_calibration, draw_curves, draw_kl, draw_overoptimization
 
 

@@ -57,7 +57,7 @@ def best_seconds(function, n):
 def peaks():
     """This process at its best: FLOP/s of a 2048-cubed product by dtype (by MKL or oneDNN, whichever is faster; "mkl" is
     what a @ b makes in float32), bytes/s of reading 1 GB."""
-    from minirlhf.cpu import linear
+    from minirlhf.running.cpu import linear
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048).to(dtype)

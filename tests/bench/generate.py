@@ -15,7 +15,7 @@ args = arguments(__doc__, batch=16, prompt=32, new=32)
 
 
 def ours():
-    from minirlhf.compute import bfloat16_copy, precision
+    from minirlhf.running.compute import bfloat16_copy, precision
     from minirlhf.generate import generate
     model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
     uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ def ours():
     """Seconds of each iteration but the first, which allocates; by the functions of train_ppo.py."""
     import copy
     import train_ppo
-    from minirlhf.compute import precision, spread
+    from minirlhf.running.compute import precision, spread
     from minirlhf.data import Example, Row
     from minirlhf.reward import ScalarHeadModel
 

@@ -51,7 +51,7 @@ def sft():
 
 def rows():
     from minirlhf.data import encode_rows, read_demonstrations
-    from minirlhf.tokenizer import load_tokenizer
+    from minirlhf.files.tokenizer import load_tokenizer
     lines = [json.loads(line) for line in open(ROOT / "data/tiny/demonstrations.jsonl")]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         for i in range(1_000_000):                              # a million different prompts

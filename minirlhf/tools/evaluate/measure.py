@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from minirlhf import ppo
-from minirlhf.compute import generator
+from minirlhf.running.compute import generator
 from minirlhf.data import decode, encode_rows, response_mask, right_pad
 from minirlhf.functions import call_reward, load_gold
 from minirlhf.generate import respond, response_logprobs
-from minirlhf.tools.stats import Z, Estimate, ratio, transformed
+from minirlhf.tools.evaluate.stats import Z, Estimate, ratio, transformed
 
 
 class Answers(NamedTuple):

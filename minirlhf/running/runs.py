@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minirlhf.compute import ranks
-from minirlhf.config import UserError
-from minirlhf.download import fcntl, sha256_of
-from minirlhf.tensors import read_json, whole_file, write_whole
-from minirlhf.tokenizer import save_tokenizer
+from minirlhf.running.compute import ranks
+from minirlhf.running.errors import UserError
+from minirlhf.files.download import fcntl, sha256_of
+from minirlhf.files.tensors import read_json, whole_file, write_whole
+from minirlhf.files.tokenizer import save_tokenizer
 from minirlhf.weights import save_pretrained
 
 HELD = {}                                                       # {folder: the file descriptor that keeps it locked}

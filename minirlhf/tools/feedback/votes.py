@@ -18,7 +18,7 @@ import json
 import os
 from pathlib import Path
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import comparison, read_jsonl
 
 try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 
 try:
     import fcntl

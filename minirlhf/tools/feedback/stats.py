@@ -11,8 +11,8 @@ from itertools import combinations
 import numpy as np
 
 from minirlhf.data import comparison, is_list_of, read_jsonl
-from minirlhf.tools.feedback_votes import item_id, sidecar
-from minirlhf.tools.stats import sign_test, wilson
+from minirlhf.tools.feedback.votes import item_id, sidecar
+from minirlhf.tools.evaluate.stats import sign_test, wilson
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import comparison, read_jsonl
-from minirlhf.tools.feedback_votes import comparison_row, item_id, to_line
+from minirlhf.tools.feedback.votes import comparison_row, item_id, to_line
 
 PAIRWISE = """<View>
   <Text name="prompt" value="$prompt"/>

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.tools.measure import token_logprobs_of
-from minirlhf.tools.stats import difference_of_means, label_test, rate
+from minirlhf.tools.evaluate.measure import token_logprobs_of
+from minirlhf.tools.evaluate.stats import difference_of_means, label_test, rate
 
 SIGNIFICANT = 0.05
 

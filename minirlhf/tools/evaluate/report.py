@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minirlhf.tools.stats import Estimate
+from minirlhf.tools.evaluate.stats import Estimate
 
 FIGURES = {  # name: what it is, and its unit
     "gold": "true preference, 0 to 1", "attributes_right": "all that was asked for is right", "mood": "mood as asked",

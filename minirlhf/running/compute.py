@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 
 
 # ---- seeds, batches, device, precision -------------------------------------------------------------------------------

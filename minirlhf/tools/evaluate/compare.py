@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from minirlhf.config import UserError
-from minirlhf.runs import read_run
-from minirlhf.tools.feedback_stats import duel, model_names, read_votes
-from minirlhf.tools.measure import divergence, token_logprobs_of
-from minirlhf.tools.stats import Estimate, flip_test, length_controlled, rate, ratio, sign_test, wilson, wins_of
+from minirlhf.running.errors import UserError
+from minirlhf.running.runs import read_run
+from minirlhf.tools.feedback.stats import duel, model_names, read_votes
+from minirlhf.tools.evaluate.measure import divergence, token_logprobs_of
+from minirlhf.tools.evaluate.stats import Estimate, flip_test, length_controlled, rate, ratio, sign_test, wilson, wins_of
 
 
 def win_rate(ours, theirs, longer):

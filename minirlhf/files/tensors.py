@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.config import UserError, shown
+from minirlhf.running.errors import UserError, shown
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}   # those that weights may have
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

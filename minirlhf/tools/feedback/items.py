@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.compute import generator
-from minirlhf.config import UserError
+from minirlhf.running.compute import generator
+from minirlhf.running.errors import UserError
 from minirlhf.generate import respond
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.feedback_votes import item_id
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.feedback.votes import item_id
 from minirlhf.weights import from_pretrained
 
 AHEAD = 4           # items that are ready before anyone asks for them

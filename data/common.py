@@ -11,11 +11,12 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from minirlhf.config import Parser, UserError, shown
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, shown
 from minirlhf.data import field, json_object, text
-from minirlhf.download import cache_folder, download, sha256_of
-from minirlhf.runs import move_aside, write_json
-from minirlhf.tensors import strict_json
+from minirlhf.files.download import cache_folder, download, sha256_of
+from minirlhf.running.runs import move_aside, write_json
+from minirlhf.files.tensors import strict_json
 
 LONGEST = 1_000_000             # characters of a field: two hundred times what GPT-2 can read
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 from minirlhf.data import encode_rows, read_comparisons
-from minirlhf.tools.feedback_stats import read_votes, verdicts
-from minirlhf.tools.measure import rewards_of
-from minirlhf.tools.stats import calibration, clustered_rate, flip_test, wins_of
+from minirlhf.tools.feedback.stats import read_votes, verdicts
+from minirlhf.tools.evaluate.measure import rewards_of
+from minirlhf.tools.evaluate.stats import calibration, clustered_rate, flip_test, wins_of
 
 CONFIDENT = ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01))         # bins of the margin in gold, which is in 0..1
 

@@ -2,7 +2,7 @@
 
 import math
 
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 
 RECENT = 10         # iterations compared with as many before them
 

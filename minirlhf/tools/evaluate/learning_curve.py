@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import train_rm
-from minirlhf.config import UserError
+from minirlhf.running.errors import UserError
 
 VISITS = 2400       # few labels are seen more often: about this many prompts in all, but each 4 to 20 times
 

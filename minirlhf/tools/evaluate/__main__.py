@@ -13,22 +13,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from minirlhf.compute import eos_of, pick_device
-from minirlhf.config import Parser, UserError, run_main
+from minirlhf.running.compute import eos_of, pick_device
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import Row, encode_rows, read_any, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function
-from minirlhf.runs import move_aside, read_run, write_json
-from minirlhf.tensors import read_json
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools import probes
-from minirlhf.tools.compare import against_first, config_of, duels, partiality, sequence_kl
-from minirlhf.tools.feedback_items import find_templates, instruction_of
-from minirlhf.tools.learning_curve import first_lines, train_rewards
-from minirlhf.tools.measure import Answers, answer, distinct, entropies, gold_function, perplexity, repetition, rewards_of
+from minirlhf.running.runs import move_aside, read_run, write_json
+from minirlhf.files.tensors import read_json
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.tools.evaluate import probes
+from minirlhf.tools.evaluate.compare import against_first, config_of, duels, partiality, sequence_kl
+from minirlhf.tools.feedback.items import find_templates, instruction_of
+from minirlhf.tools.evaluate.learning_curve import first_lines, train_rewards
+from minirlhf.tools.evaluate.measure import Answers, answer, distinct, entropies, gold_function, perplexity, repetition, rewards_of
 from minirlhf.tools.plot import draw_report
-from minirlhf.tools.report import as_markdown, plain
-from minirlhf.tools.reward_quality import assess_reward
-from minirlhf.tools.stats import Estimate, difference_of_rates, rate, ratio, wins_of
+from minirlhf.tools.evaluate.report import as_markdown, plain
+from minirlhf.tools.evaluate.reward_quality import assess_reward
+from minirlhf.tools.evaluate.stats import Estimate, difference_of_rates, rate, ratio, wins_of
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 

@@ -9,7 +9,7 @@
 
 rank, write and judge serve a page on this machine only, and go on where they were stopped, however that was. Several
 people can work at once, each under a name; everybody gets the same items unless --people 1. What a vote looks like and
-why none is lost: feedback_votes.py. On a machine elsewhere: ssh -L 8321:127.0.0.1:8321 (the same port at both ends).
+why none is lost: votes.py. On a machine elsewhere: ssh -L 8321:127.0.0.1:8321 (the same port at both ends).
 """
 
 import argparse
@@ -31,15 +31,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from minirlhf.compute import pick_device
-from minirlhf.config import Parser, UserError, run_main
+from minirlhf.running.compute import pick_device
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import encode_rows, is_list_of, read_comparisons, read_demonstrations, read_prompts, text
-from minirlhf.tools.feedback_items import Sampler, find_templates, instruction_of, load_policies
-from minirlhf.tools.feedback_labelstudio import export_file, import_file
-from minirlhf.tools.feedback_stats import print_duel, print_stats, read_votes
-from minirlhf.tools.feedback_votes import Journal, comparison_row, lock, sidecar
+from minirlhf.tools.feedback.items import Sampler, find_templates, instruction_of, load_policies
+from minirlhf.tools.feedback.labelstudio import export_file, import_file
+from minirlhf.tools.feedback.stats import print_duel, print_stats, read_votes
+from minirlhf.tools.feedback.votes import Journal, comparison_row, lock, sidecar
 
-PAGE = Path(__file__).with_name("feedback.html")
+PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
 HOLD = 900              # seconds that an item is kept for the person who looks at it, with --people
 

@@ -1,30 +1,10 @@
 """One dataclass per script is at once its command line, its saved JSON and the list of what may be changed."""
 
 import argparse
-import contextlib
 import dataclasses
 import math
-import sys
 
-
-class UserError(Exception):
-    """Something the person at the keyboard can mend: shown as one line, without a traceback. Exit code 2.
-
-    What a message quotes may come from any file: line ends and control characters in it are shown as \\n or \\x1b, and of
-    a very long message the middle is left out.
-    """
-
-    def __init__(self, message):
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= 4000 else f"{line[:2000]} ... {line[-2000:]}")
-
-
-def shown(value):
-    """How a message quotes a value; one that is nested too deeply to be written is told by its type."""
-    try:
-        return repr(value)[:60]
-    except RecursionError:
-        return f"a {type(value).__name__}"
+from minirlhf.running.errors import UserError, shown
 
 
 def option(default, help, least=None):
@@ -68,28 +48,3 @@ def from_dict(config_class, values, where):
         if least is not None and value < least:
             raise UserError(f"{where}: --{name} must be at least {least}, not {value}")
     return config_class(**values)
-
-
-@contextlib.contextmanager
-def during(what):
-    """Puts `what`, say "iteration 7", before the message of a UserError that is raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from error.__cause__
-
-
-def run_main(main):
-    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:                                    # a folder that cannot be made, moved or written to
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; a training script goes on from its last checkpoint with --resume"
-        print(f"\n{said}", file=sys.stderr)
-        sys.exit(130)

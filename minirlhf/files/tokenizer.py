@@ -12,9 +12,9 @@ from pathlib import Path
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from minirlhf.config import UserError
-from minirlhf.download import cache_folder, download, is_official, model_folder, sha256_of
-from minirlhf.tensors import read_json, write_whole
+from minirlhf.running.errors import UserError
+from minirlhf.files.download import cache_folder, download, is_official, model_folder, sha256_of
+from minirlhf.files.tensors import read_json, write_whole
 
 # How GPT-2 cuts text into pieces before it merges bytes (tiktoken's r50k_pat_str: openai/gpt-2 encoder.py, but faster).
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
