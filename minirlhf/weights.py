@@ -1,188 +1,153 @@
-"""Models from and to folders in the official layout: config.json and model.safetensors, with the official names.
+"""The official weights: what their files look like, and how they become our parameters and back.
 
-transformers loads what is written here (GPT2LMHeadModel.from_pretrained("out/sft"), for a reward model
-GPT2ForSequenceClassification), and what transformers wrote is read here. Whatever our code does not do is refused by
-name, and a model comes out only if every tensor found its place: never one that is slightly or half wrong.
+A model is a folder with config.json, its sizes, and model.safetensors, its tensors. Our modules
+have the names that OpenAI gave the tensors in 2019, so there is little to translate. GPT-2 124M:
+
+    name                           shape in the file      C = n_embd = 768
+    wte.weight                     (50257, C)             token embedding, also used as the head
+    wpe.weight                     (1024, C)              position embedding
+    h.0.ln_1.weight, .bias         (C,), (C,)             the first of the blocks h.0 to h.11
+    h.0.attn.c_attn.weight, .bias  (C, 3 * C), (3 * C,)   Conv1D: queries, keys and values
+    h.0.attn.c_proj.weight, .bias  (C, C), (C,)           Conv1D
+    h.0.attn.bias                  (1, 1, 1024, 1024)     not a parameter: the causal mask
+    h.0.ln_2.weight, .bias         (C,), (C,)
+    h.0.mlp.c_fc.weight, .bias     (C, 4 * C), (4 * C,)   Conv1D
+    h.0.mlp.c_proj.weight, .bias   (4 * C, C), (C,)       Conv1D
+    ln_f.weight, .bias             (C,), (C,)
+
+Four things differ from our modules, or between files:
+    1. OpenAI's linear layer, Conv1D, stores its matrix as (in, out), nn.Linear as (out, in).
+    2. Older files store the causal masks, which we skip.
+    3. Most files put "transformer." before each name. The file of the official "gpt2" does not.
+    4. The head is tied: logits = hidden @ wte.weight.T. Some files have a copy, lm_head.weight.
+A reward model has score.weight, (1, C), and no other head. GPT-J has no Conv1D and an untied head.
+
+A model with a few wrong weights still writes text, only worse. So a model is returned only if
+config.json asks for nothing that our code does not implement, and if every tensor found its place.
 """
 
-import json
 import re
-import sys
 from pathlib import Path
 
 import torch
 
-from minirlhf.running.errors import UserError, shown
-from minirlhf.files.download import fetch_official, is_official, model_folder
+from minirlhf.files.download import OFFICIAL, fetch_official, model_folder
+from minirlhf.files.tensors import (IMPLEMENTED, check_finite, check_names_and_shapes,
+                                    check_tied_head, read_config, read_normalisation, read_tensors,
+                                    write_json, write_safetensors)
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.gptj import GPTJ, GPTJConfig
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.files.tensors import DTYPES, read_json, read_tensors, write_safetensors, write_whole
 
-# OpenAI's Conv1D keeps its matrix as [in, out], nn.Linear as [out, in].
+CONFIGS = {"gpt2": GPT2Config, "gptj": GPTJConfig}              # by the "model_type" in config.json
+CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")   # older files store it with the weights
-# What config.json can ask for, each with the one value that is implemented here, which is also the default.
-IMPLEMENTED = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
-               "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False}
 
 
-def from_pretrained(name_or_folder):
-    """An official name or a model folder -> GPT2 or GPTJ, in fp32 on the CPU. UserError names file and tensor.
+def official_name(name):
+    """The name as in the table above, or None for a causal mask."""
+    name = name.removeprefix("transformer.")
+    return None if CAUSAL_MASK.fullmatch(name) else name
 
-    A name like gpt2 is always the official model (a folder of yours with that name is ./gpt2, or a Path). It is
-    downloaded once, into $MINIRLHF_CACHE or ~/.cache/minirlhf.
+
+def transpose_conv1d(name, tensor):
+    """(in, out) to (out, in) when loading, and the same call turns it back when saving."""
+    return tensor.t() if name.endswith(CONV1D) else tensor
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+def from_pretrained(name_or_folder, dtype="float32"):
+    """An official name or a model folder -> GPT2 or GPTJ on the CPU.
+
+    An official model is downloaded once, to $MINIRLHF_CACHE or ~/.cache/minirlhf. "gpt2" always
+    means the official model; write "./gpt2" for a folder of yours. With dtype "bfloat16" the
+    forward pass computes in bfloat16. The weights are float32 in either case.
     """
-    if not is_official(name_or_folder):
-        return load(model_folder(name_or_folder), scalar=False)
-    if Path(name_or_folder).is_dir():
-        print(f"note: {name_or_folder} is the official model; your folder is ./{name_or_folder}", file=sys.stderr)
-    return load(fetch_official(name_or_folder), scalar=False)
+    official = name_or_folder in OFFICIAL
+    folder = fetch_official(name_or_folder) if official else model_folder(name_or_folder)
+    return load(folder, scalar=False, dtype=dtype)
 
 
-def scalar_from_pretrained(folder):
-    """The folder of a reward model -> ScalarHeadModel with its reward_mean and reward_std. UserError as above."""
+def scalar_from_pretrained(folder, dtype="float32"):
+    """The folder of a reward model -> ScalarHeadModel with its reward_mean and reward_std."""
     folder = model_folder(folder)
-    model, values = load(folder, scalar=True), read_json(folder / "config.json")
-    mean, std = values.get("reward_mean", 0.0), values.get("reward_std", 1.0)
-    if not all(type(x) in (int, float) and abs(x) < 1e30 for x in (mean, std)) or std <= 0:     # NaN is not < 1e30
-        raise UserError(f"{folder / 'config.json'}: reward_mean {shown(mean)}, reward_std {shown(std)}: no normalisation")
-    model.reward_mean, model.reward_std = float(mean), float(std)
+    model = load(folder, scalar=True, dtype=dtype)
+    model.reward_mean, model.reward_std = read_normalisation(folder / "config.json")
     return model
 
 
-def load(folder, scalar):
-    """Builds the model on the meta device, where it takes no memory, and gives it the tensors of the folder."""
-    config = read_config(folder / "config.json")
-    tensors = plain_names(read_tensors(folder))
-    if config.n_layer > len(tensors):               # else a number in config.json could keep us building for hours
-        raise UserError(f"{folder}: n_layer is {config.n_layer} in config.json, the weights are {len(tensors)} tensors")
-    try:
-        with torch.device("meta"):
-            model = GPTJ(config) if isinstance(config, GPTJConfig) else GPT2(config)
-            model = ScalarHeadModel(model) if scalar else model
-    except RuntimeError:
-        raise UserError(f"{folder / 'config.json'}: no tensor can be this large: {config}") from None
-    if scalar and isinstance(config, GPTJConfig):
-        model.transformer.lm_head = None            # 0.2 billion parameters a reward model has no use for
-    fill(model, tensors, folder)
+def load(folder, scalar, dtype="float32"):
+    """A model folder -> GPT2 or GPTJ, or with scalar=True a ScalarHeadModel around it."""
+    tensors = read_tensors(folder, official_name)               # {official name: (tensor, file)}
+    config = read_config(folder / "config.json", CONFIGS, max_layers=len(tensors))
+    with torch.device("meta"):                                  # shapes only, no memory yet
+        transformer = GPT2(config) if isinstance(config, GPT2Config) else GPTJ(config)
+        model = ScalarHeadModel(transformer) if scalar else transformer
+    if scalar:                                                  # scores do not depend on a head
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head.")}
+        transformer.lm_head = None                              # GPT-J's
+    transformer.dtype = dtype
+    copy_tensors(tensors, model, folder)
     return model
 
 
-def plain_names(tensors):
-    """{name: (tensor, file)} without the prefix "transformer.", which files have or not, and without causal masks."""
-    plain = {}
-    for name, (t, file) in tensors.items():
-        name = name.removeprefix("transformer.")
-        if name in plain:
-            raise UserError(f"{file}: tensor {name} is there twice, with the prefix 'transformer.' and without")
-        if CAUSAL_MASK.fullmatch(name):
-            continue
-        if t.dtype not in DTYPES.values() or t.numel() == 0:
-            raise UserError(f"{file}: tensor {name} has no numbers in it of the types {', '.join(DTYPES)}")
-        plain[name] = t, file
-    return plain
+def copy_tensors(tensors, model, folder):
+    """Gives each parameter of a model its tensor, as float32 and in memory of its own."""
+    parameters = model.state_dict()
+    shapes = {official_name(name): transpose_conv1d(name, parameter).shape
+              for name, parameter in parameters.items()}
+    if isinstance(model, GPT2) and "lm_head.weight" in tensors:
+        shapes["lm_head.weight"] = shapes["wte.weight"]         # the tied head, checked below
+    check_names_and_shapes(folder, tensors, shapes)
+    for name in parameters:
+        tensor, file = tensors[official_name(name)]
+        tensor = transpose_conv1d(name, tensor)
+        parameters[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+        check_finite(parameters[name], f"{file}: tensor {official_name(name)} has NaN or infinity "
+                                       "in it. Use an earlier export")
+    model.load_state_dict(parameters, assign=True)
+    if isinstance(model, GPT2):
+        check_tied_head(tensors, model.wte.weight)
 
 
-def read_config(file):
-    """config.json -> GPT2Config or GPTJConfig. UserError names the first thing that is not implemented here.
-
-    Without "n_tokens", which is ours, a GPT-J has as many tokens as GPT-2: its other rows are padding.
-    """
-    values = read_json(file)
-    classes = {"gpt2": GPT2Config, "gptj": GPTJConfig}
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in classes:
-        raise UserError(f"{file}: model_type is {shown(kind)}; known here are {' and '.join(classes)}")
-    config_class = classes[kind]
-    fields = config_class.__dataclass_fields__
-    config = config_class(**{name: values[name] for name in fields if name in values})
-    for name, field in fields.items():
-        value = getattr(config, name)
-        if type(value) not in (int, field.type) or not 0 < value < 2 ** 31:
-            raise UserError(f"{file}: {name} is {shown(value)}, not a {field.type.__name__} above 0")
-    for name, ours in {**IMPLEMENTED, "tie_word_embeddings": config_class is GPT2Config}.items():
-        value = values.get(name, ours)
-        if value != ours and not (name == "n_inner" and value == 4 * config.n_embd):
-            raise UserError(f"{file}: {name} is {shown(value)}; implemented here is only {ours!r}")
-    if config.n_embd % config.n_head:
-        raise UserError(f"{file}: n_embd {config.n_embd} cannot be divided among n_head {config.n_head}")
-    if config_class is GPTJConfig:
-        config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
-        hs = config.n_embd // config.n_head
-        if config.n_tokens > config.vocab_size or config.rotary_dim > hs or config.rotary_dim % 2:
-            raise UserError(f"{file}: n_tokens or rotary_dim do not fit the other sizes: {config}")
-    return config
-
-
-def fill(model, tensors, folder):
-    """Copies tensors {name: (tensor, file)} into a model on the meta device: each has its match, or UserError.
-
-    The parameters are fp32, contiguous and in memory of their own: training never writes to a file.
-    """
-    scalar, parameters = isinstance(model, ScalarHeadModel), model.state_dict()
-    wanted = {name.removeprefix("transformer."): name for name in parameters}
-    spare = ("lm_head.weight", "lm_head.bias") if scalar else ("lm_head.weight",)
-    heads = [tensors.pop(name) for name in spare if name in tensors and name not in wanted]
-    check_match(tensors, {name: on_disk(name, parameters[full].shape) for name, full in wanted.items()}, folder)
-    state = {}
-    for name, (t, file) in tensors.items():
-        t = t.t() if name.endswith(CONV1D) else t
-        state[wanted[name]] = torch.empty(t.shape, dtype=torch.float32).copy_(t)
-        if not torch.stack(state[wanted[name]].aminmax()).isfinite().all():         # aminmax lets NaN through
-            raise UserError(f"{file}: tensor {name} has NaN or infinity in it; an earlier export may be whole")
-    model.load_state_dict(state, assign=True)
-    for head, file in heads if not scalar else []:
-        if not torch.equal(head.float(), model.wte.weight):
-            raise UserError(f"{file}: lm_head.weight differs from wte.weight, and a head of its own is not implemented")
-
-
-def on_disk(name, shape):
-    return tuple(shape)[::-1] if name.endswith(CONV1D) else tuple(shape)
-
-
-def check_match(tensors, shapes, folder):
-    """UserError unless tensors {name: (tensor, file)} are those of shapes {name: shape}, all of them and no others."""
-    files = {file: file.stat().st_size for _, file in tensors.values()}
-    names = ", ".join(file.name for file in files)
-    problems = [f"tensor {name} is missing from {names}" for name in shapes if name not in tensors]
-    for name, (t, file) in tensors.items():
-        if name not in shapes:
-            problems.append(f"{file.name}: tensor {name} is no part of this model")
-        elif tuple(t.shape) != shapes[name]:
-            problems.append(f"{file.name}: tensor {name} is {tuple(t.shape)}, and {shapes[name]} by config.json")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        hint = "a reward model has score.weight, a language model has not" if "score.weight" in str(problems) else \
-               "export it again, or give it the config.json it was made with"
-        raise UserError(f"{folder}: {'; '.join(problems[:5])}{more} ({hint})")
-    if sum(t.numel() * t.itemsize for t, _ in tensors.values()) > sum(files.values()):
-        raise UserError(f"{folder}: the tensors claim more bytes than {names} has; fetch it again")
-
+# ---- saving --------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, extra_config={}):
-    """A GPT2, GPTJ or ScalarHeadModel -> config.json and model.safetensors, each whole or not at all.
+    """A GPT2, GPTJ or ScalarHeadModel -> config.json and model.safetensors.
 
-    extra_config is added to config.json. EOS is the last token of the vocabulary. There is no pad token, GPT-2 has
-    none; transformers' sequence classification wants one (model.config.pad_token_id) for more than one row at a time.
+    transformers loads the folder as well. extra_config is added to config.json. If a weight is NaN
+    or infinite, nothing is written. There is no pad token, because GPT-2 has none. transformers
+    needs one to score several rows with a reward model: set model.config.pad_token_id.
     """
-    scalar = isinstance(model, ScalarHeadModel)
-    config = model.config
-    kind, official = ("gptj", "GPTJ") if isinstance(config, GPTJConfig) else ("gpt2", "GPT2")
-    task = "ForSequenceClassification" if scalar else "ForCausalLM" if kind == "gptj" else "LMHeadModel"
-    eos = getattr(config, "n_tokens", min(config.vocab_size, GPT2Config.vocab_size)) - 1
-    values = {"model_type": kind, "architectures": [official + task], **vars(config), **IMPLEMENTED,
-              "tie_word_embeddings": kind == "gpt2", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-              "bos_token_id": eos, "eos_token_id": eos}
-    if scalar:
-        values |= {"num_labels": 1, "reward_mean": model.reward_mean, "reward_std": model.reward_std}
+    folder, scalar = Path(folder), isinstance(model, ScalarHeadModel)
     tensors = {}
-    for name, t in model.state_dict().items():
-        name = name.removeprefix("transformer.")
-        if not (scalar and name.startswith("lm_head.")):
-            official = name if name.startswith(("lm_head.", "score.")) else "transformer." + name
-            tensors[official] = t.t() if name.endswith(CONV1D) else t
-    folder = Path(folder)
+    for name, parameter in model.state_dict().items():
+        check_finite(parameter, f"{folder}: the last step left NaN or infinity in {name}; "
+                                "nothing is exported. A lower --lr may help")
+        name = official_name(name)
+        prefix = "" if name.startswith(("lm_head.", "score.")) else "transformer."
+        if not (scalar and name.startswith("lm_head.")):        # scores do not depend on a head
+            tensors[prefix + name] = transpose_conv1d(name, parameter)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", tensors)
-    write_whole(folder / "config.json", [(json.dumps(values | extra_config, indent=2) + "\n").encode()])
+    write_json(folder / "config.json", config_values(model, scalar) | extra_config)
+
+
+def config_values(model, scalar):
+    """The contents of config.json, under the names that transformers expects."""
+    config = model.config
+    kind = "gptj" if isinstance(config, GPTJConfig) else "gpt2"
+    head = "ForCausalLM" if kind == "gptj" else "LMHeadModel"
+    n_tokens = getattr(config, "n_tokens", min(config.vocab_size, GPT2Config.vocab_size))
+    values = {
+        "model_type": kind,
+        "architectures": [kind.upper() + ("ForSequenceClassification" if scalar else head)],
+        **vars(config), **IMPLEMENTED, "tie_word_embeddings": kind == "gpt2",
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,       # our code has no dropout
+        "bos_token_id": n_tokens - 1, "eos_token_id": n_tokens - 1,     # EOS is the last token
+    }
+    if scalar:
+        values |= {"num_labels": 1,
+                   "reward_mean": model.reward_mean, "reward_std": model.reward_std}
+    return values

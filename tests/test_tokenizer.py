@@ -124,7 +124,7 @@ def test_files_that_are_not_openais_are_refused(gpt2, tmp_path, monkeypatch, nam
     monkeypatch.setenv("MINIRLHF_GPT2_VOCAB", str(tmp_path))
     load_tokenizer("gpt2")
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"or", b"ro", 1))
-    with pytest.raises(UserError, match=f"{tmp_path / name} is not the file that OpenAI published"):
+    with pytest.raises(UserError, match=f"{tmp_path / name} is missing, or is not the file that OpenAI published"):
         load_tokenizer("gpt2")
 
 
@@ -142,13 +142,13 @@ def test_without_network_one_message_says_what_to_fetch_and_where_to_put_it(tmp_
 
 def test_a_folder_without_the_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIRLHF_GPT2_VOCAB", str(tmp_path))
-    with pytest.raises(UserError, match=f"{tmp_path}/vocab.bpe does not exist.*encoder.json"):
+    with pytest.raises(UserError, match=f"{tmp_path}/vocab.bpe is missing.*encoder.json"):
         load_tokenizer("gpt2")
 
 
 def test_a_model_that_knows_fewer_tokens_needs_its_own_vocabulary(gpt2, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 131}))
-    with pytest.raises(UserError, match="knows 131 tokens and the vocabulary has 50257"):
+    with pytest.raises(UserError, match="the model has 131 tokens, but the vocabulary has 50257"):
         load_tokenizer(tmp_path)
 
 

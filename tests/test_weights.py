@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from minirlhf.running.errors import UserError
+from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import generate
-from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.gpt2 import GPT2, GPT2Config, KVCache
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 
@@ -132,7 +133,7 @@ def test_left_padded_logits_are_those_of_transformers(pair):
 def test_cached_logits_are_those_of_transformers(pair):
     theirs, ours = pair
     ids, mask, positions = left_padded(3, 20)
-    cache, past, end = ours.new_cache(20), None, 0
+    cache, past, end = KVCache(ours.config.n_layer, 20), None, 0
     for T in (14, 1, 1, 4):
         hidden = ours(ids[:, end:end + T], mask[:, :end + T], cache)
         reply = theirs(ids[:, end:end + T], attention_mask=mask[:, :end + T].long(), use_cache=True,
@@ -146,7 +147,8 @@ def test_greedy_generation_gives_the_same_40_tokens(pair):
     ids, mask, _ = left_padded(3, 20)
     expected = theirs.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=40,
                                eos_token_id=None, pad_token_id=0)[:, 20:]
-    assert torch.equal(generate(ours, ids, mask, torch.zeros(3, 40), eos=-1, temperature=0).ids, expected)
+    ours_ids, _, _ = generate(ours, ids, mask, torch.zeros(3, 40), stop=(-1, 0), temperature=0)
+    assert torch.equal(ours_ids, expected)
 
 
 @pytest.mark.parametrize("shape", BOTH)
@@ -171,7 +173,7 @@ def test_transformers_loads_a_reward_model(shape, tmp_path):
     theirs, info = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids, mask = random_ids(1, 30), torch.ones(1, 30, dtype=torch.bool)
-    raw = ours.reward(ids, mask) * 1.5 + 0.25
+    raw = ours.normalised_scores(ids, mask) * 1.5 + 0.25
     torch.testing.assert_close(theirs(ids).logits[:, 0], raw, rtol=2e-5, atol=2e-5)
     theirs.config.pad_token_id, ids = 130, random_ids(3, 31).clamp(max=129)     # any id that does not occur
     torch.testing.assert_close(theirs(ids).logits[:, 0], ours(ids)[:, -1], rtol=2e-5, atol=2e-5)
@@ -258,6 +260,14 @@ def test_half_precision_models_are_saved_as_they_are(tmp_path):
     assert_equal(from_pretrained(tmp_path), model.float())
 
 
+def test_the_dtype_is_kept_for_the_forward_pass_and_the_weights_stay_float32(folder, tmp_path):
+    save_pretrained(ScalarHeadModel(small_model()), tmp_path / "rm")
+    assert from_pretrained(folder).dtype == "float32"
+    for model in (from_pretrained(folder, "bfloat16"), scalar_from_pretrained(tmp_path / "rm", "bfloat16")):
+        assert getattr(model, "transformer", model).dtype == "bfloat16"
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
 def test_loaded_parameters_are_ordinary_and_training_never_writes_to_the_file(folder):
     before, model = (folder / "model.safetensors").read_bytes(), from_pretrained(folder)
     assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in model.parameters())
@@ -274,6 +284,17 @@ def test_a_crash_while_saving_leaves_the_old_folder_as_it_was(folder, monkeypatc
     with pytest.raises(ZeroDivisionError):
         save_pretrained(small_model(seed=1), folder)
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("wrap", [lambda model: model, ScalarHeadModel])
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, number, wrap):
+    before, model = {file.name: file.read_bytes() for file in folder.iterdir()}, wrap(small_model(seed=1))
+    list(model.parameters())[-1].data.flatten()[3] = number
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(UserError, match=rf"^{target}: the last step left NaN or infinity in \S+; nothing is exported"):
+            save_pretrained(model, target)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and not (tmp_path / "new").exists()
 
 
 def test_extra_config_is_written_and_can_replace_the_eos(folder):
@@ -413,8 +434,8 @@ def reward_model(folder):
 WPE, FC, FILE = "transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "model.safetensors"
 CORRUPTIONS = [
     (truncate, FILE, "cut off"), (truncate_in_header, FILE, "cut off"), (empty_file, FILE, "cut off"),
-    (header_larger_than_file, FILE, "cut off"), (header_of_brackets, FILE, "damaged"),
-    (header_is_a_list, FILE, "damaged"), (trailing_bytes, FILE, "100 bytes"),
+    (header_larger_than_file, FILE, "cut off"), (header_of_brackets, FILE, "not a header of JSON"),
+    (header_is_a_list, FILE, "a header must be an object"), (trailing_bytes, FILE, "100 bytes"),
     (lie(WPE, shape=[65, 41]), FILE, WPE), (lie(WPE, shape=[2 ** 40, 2 ** 40]), FILE, WPE),
     (lie(WPE, shape=[-65, -40]), FILE, WPE), (lie(WPE, shape="65"), FILE, WPE), (lie(WPE, shape=[65.0, 40]), FILE, WPE),
     (lie(WPE, dtype="F16"), FILE, WPE), (lie(WPE, dtype=None), FILE, WPE), (lie(WPE, dtype="F8_E4M3"), FILE, WPE),
@@ -423,8 +444,8 @@ CORRUPTIONS = [
     (lie(WPE, data_offsets=[-10400, 0]), FILE, WPE), (overlap, FILE, "ln_f"),
     (lie(WPE, shape=""), FILE, WPE), (lie(WPE, shape={}), FILE, WPE), (lie(WPE, shape=[65, 40] + [1] * 70), FILE, WPE),
     (lie("transformer.ln_f.bias", shape=[2 ** 63, 0]), FILE, "ln_f"), (no_numbers_but_sizes_that_overflow, FILE, "tensor x"),
-    (key_twice, FILE, "wpe.weight. is there twice"), (utf_16, FILE, "damaged"), (a_folder, FILE, "is not a file"),
-    (wrong_shape, FILE, r"wpe.weight is \(64, 40\), and \(65, 40\)"), (conv1d_not_transposed, FILE, "h.1.mlp.c_fc"),
+    (key_twice, FILE, "wpe.weight. is there twice"), (utf_16, FILE, "not a header of JSON"), (a_folder, "no weights", FILE),
+    (wrong_shape, FILE, r"wpe.weight .*\(64, 40\), .*\(65, 40\)"), (conv1d_not_transposed, FILE, "h.1.mlp.c_fc"),
     (missing, "model", "wpe.weight is missing"), (extra, FILE, "h.3.ln_1.bias"), (nan, FILE, "wpe.weight"),
     (infinity, FILE, "wpe.weight"), (integers, FILE, "wpe.weight"), (untied_head, FILE, "lm_head.weight"),
     (integer_head, FILE, "lm_head.weight"), (nothing_in_it, FILE, "wpe.weight"),
@@ -542,7 +563,7 @@ def test_n_inner_may_say_what_is_so_anyway(folder):
                                   '{"n_embd": 40, "n_embd": 40}', "\ufeff{}", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_one_clear_error(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json: damaged"):
+    with pytest.raises(UserError, match="config.json: (not a file of JSON|a file must be an object)"):
         from_pretrained(folder)
 
 
@@ -555,14 +576,27 @@ def test_a_config_that_is_a_folder_is_one_clear_error(folder):
 
 def test_what_is_missing_is_named(folder):
     for name in ("nowhere", "x" * 5000, "a\0b"):
-        with pytest.raises(UserError, match="no such model folder; the official models are gpt2, "):
+        with pytest.raises(UserError, match="no such model folder.* The official models are gpt2, gpt2-medium, "):
             from_pretrained(name)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model: no weights: neither model.safetensors nor pytorch_model.bin"):
         from_pretrained(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match="no config.json in .*model, so it is not a model folder"):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [from_pretrained, scalar_from_pretrained, load_tokenizer])
+def test_a_folder_of_model_folders_asks_which_one_is_meant(tmp_path, monkeypatch, load):
+    """Before anything is downloaded: the tokenizer of a folder without a vocabulary would be GPT-2's."""
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(small_model(), "out/sft")
+    (tmp_path / "out/notes").mkdir()
+    with pytest.raises(UserError, match="^no config.json( or vocab.tiktoken)? in out; did you mean out/sft[?]$"):
+        load("out")
+    save_pretrained(small_model(), "out/rm")
+    with pytest.raises(UserError, match="did you mean out/rm or out/sft[?]$"):
+        load("out")
 
 
 @pytest.mark.parametrize("weight_map, says", [({"a": "gone.bin"}, "gone.bin"), ({"a": "../m"}, "../m"),
@@ -637,10 +671,10 @@ def test_124m_is_not_in_memory_twice(folder_124m):
 
 @pytest.mark.slow
 def test_124m_lies_allocate_nothing(folder_124m, tmp_path):
-    """A config and a pickle that claim 160 GB, in a file of a few bytes."""
-    save_pretrained(small_model(), tmp_path, {"vocab_size": 2 ** 30})
-    as_bin(tmp_path, lambda t: t | {"transformer.wte.weight": torch.zeros(1).expand(2 ** 30, 40)})
+    """A config and a pickle that claim 40 GB, in a file of a few bytes."""
+    save_pretrained(small_model(), tmp_path, {"vocab_size": 2 ** 28})
+    as_bin(tmp_path, lambda t: t | {"transformer.wte.weight": torch.zeros(1).expand(2 ** 28, 40)})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="claim more bytes"):
+    with pytest.raises(UserError, match="wte.weight is a Tensor, not an ordinary tensor"):
         from_pretrained(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

@@ -1,23 +1,24 @@
-"""Fetching the official files: resumed where a transfer broke, checked, and only then put in place."""
+"""Downloading the official files with torch.hub. A file appears only when it is complete and correct."""
 
 import hashlib
-import http.client
 import os
 import re
+import socket
+import sys
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
+import torch.hub
 
-from minirlhf.running.errors import UserError
+from minirlhf.running.errors import UserError, require
 
 try:
     import fcntl
-except ImportError:                                             # Windows has no such locks
+except ImportError:                                             # Windows does not have it: nothing is locked there
     fcntl = None
 
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")       # the variable by which people set a mirror
-OFFICIAL = {    # name: folder on the hub, with the branch; the weights file. GPT-J's float16 branch is half the size.
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")   # the variable with which people set a mirror
+OFFICIAL = {    # name: folder on the hub and its branch, file of the weights. GPT-J's float16 branch is half the size.
     "gpt2": ("openai-community/gpt2/resolve/main", "model.safetensors"),
     "gpt2-medium": ("openai-community/gpt2-medium/resolve/main", "model.safetensors"),
     "gpt2-large": ("openai-community/gpt2-large/resolve/main", "model.safetensors"),
@@ -27,24 +28,27 @@ OFFICIAL = {    # name: folder on the hub, with the branch; the weights file. GP
 
 
 def cache_folder():
-    """Where downloads stay: $MINIRLHF_CACHE, or ~/.cache/minirlhf."""
+    """Where downloads are kept: $MINIRLHF_CACHE, or ~/.cache/minirlhf."""
     return Path(os.environ.get("MINIRLHF_CACHE") or "~/.cache/minirlhf").expanduser()
 
 
-def is_official(name_or_folder):
-    """An official name always means the official model: a folder of that name beside you is ./gpt2, or a Path."""
-    return isinstance(name_or_folder, str) and name_or_folder in OFFICIAL
-
-
-def model_folder(name_or_folder):
-    """The folder that is meant, or UserError if there is none."""
-    if not os.path.isdir(name_or_folder):           # False for a name that no file can have, where Path.is_dir() raises
-        raise UserError(f"{name_or_folder}: no such model folder; the official models are {', '.join(OFFICIAL)}")
-    return Path(name_or_folder)
+def model_folder(name, wanted=("config.json",)):
+    """The folder of that name as a Path. UserError unless it is there, with at least one of the wanted files in it."""
+    # Not Path(name).is_dir(), which raises for a name that no file can have.
+    require(os.path.isdir(name), f"{name}: no such model folder. Train it first, or run the command in the repository. "
+                                 f"The official models are {', '.join(OFFICIAL)}")
+    folder = Path(name)
+    if not any((folder / file).exists() for file in wanted):
+        models = [str(file.parent) for file in sorted(folder.glob("*/config.json"))]
+        hint = f"; did you mean {' or '.join(models)}?" if models else ", so it is not a model folder"
+        raise UserError(f"no {' or '.join(wanted)} in {folder}{hint}")
+    return folder
 
 
 def fetch_official(name):
-    """The folder of an official model in the cache; what is not there yet is downloaded. UserError if it cannot be."""
+    """The folder of an official model in the cache. Downloads what is not there yet."""
+    if os.path.isdir(name):
+        print(f"note: {name} is the official model; your folder is ./{name}", file=sys.stderr)
     where, weights = OFFICIAL[name]
     folder = cache_folder() / name
     for file in ("config.json", weights):
@@ -54,73 +58,60 @@ def fetch_official(name):
 
 
 def download(url, file, sha256=None, hint=""):
-    """url -> file, which appears only when it is whole; until then the bytes are in file.part, from where the next try
-    goes on. Tries again as long as each try brings something. UserError says what to do, or gives the hint.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part, before = file.with_name(file.name + ".part"), -1
-    with open(part, "ab") as held:                              # torchrun starts several processes that want the file
-        if fcntl:
-            fcntl.flock(held, fcntl.LOCK_EX)
-        if file.exists():                                       # one of them has fetched it meanwhile
-            return part.unlink(missing_ok=True)
-        while length(part) > before:
-            before = length(part)
-            try:
-                size, promised = transfer(url, part)
-                if size in (None, length(part)):
-                    return put_in_place(part, file, sha256 or promised, url)
-                problem = f"{length(part)} of {size} bytes came"
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-                if getattr(error, "code", None) == 416:         # no beginning of this file: start anew next time
-                    os.truncate(part, 0)
-    hint = hint or f"fetch it by other means and put it at {file}"
-    raise UserError(f"{url} cannot be downloaded ({problem}): run this again to go on where it stopped, or {hint}")
+    """url -> file. It must have this sha256, or else what the server promises. The UserError says what to do, or gives
+    the hint."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.parent / ".lock", "ab")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}. MINIRLHF_CACHE can name another folder") from None
+    with lock:
+        if fcntl:                                   # torchrun starts several processes that want the same file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():                           # another process has downloaded it in the meantime
+            return
+        print(f"downloading {url}", file=sys.stderr)
+        socket.setdefaulttimeout(30)                # torch.hub sets none, and would wait forever on a dead connection
+        try:
+            transfer(url, file, sha256)
+        except Exception as error:                  # of the network, the disk, or the hash
+            hint = hint or f"download it by other means and put it at {file}"
+            raise UserError(f"{url} cannot be downloaded ({error}): run this again, or {hint}") from None
+        finally:
+            socket.setdefaulttimeout(None)
 
 
-def length(part):
-    return part.stat().st_size if part.exists() else 0
+def transfer(url, file, sha256):
+    """torch.hub checks the sha256, if one is known, but does not notice a connection that ends too early."""
+    size, sha256 = (None, sha256) if sha256 else promised(url)
+    part = file.with_name(file.name + ".part")
+    torch.hub.download_url_to_file(url, part, sha256)
+    arrived = part.stat().st_size
+    if size not in (None, arrived):
+        part.unlink()
+        raise OSError(f"{arrived} of {size} bytes arrived")
+    os.replace(part, file)
+
+
+def promised(url):
+    """(size, sha256) of a file as its server gives them, None for what it does not give. Reads only the headers."""
+    redirects = Redirects()
+    with urllib.request.build_opener(redirects).open(url) as reply:
+        is_sha256 = re.fullmatch("[0-9a-f]{64}", redirects.etag)        # small files have another kind of hash
+        return reply.length, redirects.etag if is_sha256 else None
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the headers of the one that describes the file.
+    """Follows redirects, and keeps the hash of the file.
 
-    Hugging Face answers for a large file with a redirect to where it is stored, and only the headers of that redirect
-    name the size and the sha256 of the file that was published (X-Linked-Size, X-Linked-Etag).
+    Hugging Face answers for a large file with a redirect to where it is stored. Only the headers of that redirect
+    give the sha256 of the published file (X-Linked-Etag).
     """
-    linked = {}
+    etag = ""
 
     def redirect_request(self, request, reply, code, message, headers, url):
-        if "X-Linked-Etag" in headers:
-            self.linked = headers
+        self.etag = headers.get("X-Linked-Etag", self.etag).strip('"')
         return super().redirect_request(request, reply, code, message, headers, url)
-
-
-def transfer(url, part):
-    """Appends to part what is missing of url; returns the size and sha256 the server promises (None: it does not)."""
-    have = length(part)
-    redirects = Redirects()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.build_opener(redirects).open(request, timeout=30) as reply:
-        have = have if reply.status == 206 else 0               # 200: the server starts from the beginning
-        rest = reply.headers["Content-Length"]
-        size = redirects.linked.get("X-Linked-Size") or (have + int(rest) if rest else None)
-        etag = redirects.linked.get("X-Linked-Etag", "").strip('"')
-        bar = tqdm(desc=part.stem, total=size and int(size), initial=have, unit="B", unit_scale=True)
-        with bar, open(part, "ab" if have else "wb") as f:
-            while chunk := reply.read(1 << 20):
-                f.write(chunk)
-                bar.update(len(chunk))
-    return size and int(size), etag if re.fullmatch("[0-9a-f]{64}", etag) else None
-
-
-def put_in_place(part, file, sha256, url):
-    """Renames part to file if its sha256 is the one expected (None: nobody said); deletes it and raises otherwise."""
-    if sha256 is not None and sha256_of(part) != sha256:
-        part.unlink()
-        raise UserError(f"what came from {url} does not have the sha256 {sha256}: it was thrown away, run this again")
-    os.replace(part, file)
 
 
 def sha256_of(file):

@@ -1,13 +1,14 @@
-"""Files of named tensors, read and written by hand: model.safetensors, in one piece or several, and pytorch_model.bin.
+"""Reading, checking and writing the files of a model by hand: config.json and its weights.
+
+The weights are model.safetensors or pytorch_model.bin, in one file or several.
 
 A safetensors file is 8 bytes with the length of its header (little-endian), the header, and the numbers. The header is
-JSON: {name: {"dtype": "F32", "shape": [...], "data_offsets": [start, end]}}, with offsets counted from its end.
+JSON: {name: {"dtype": "F32", "shape": [...], "data_offsets": [start, end]}}. Offsets count from the end of the header.
 
-What is read here may have been written by anyone. Every offset and size is checked against the length of the file
-before it is used, nothing in a file is ever executed, and a file in which something is off gives no tensors at all.
+A file may come from anyone. So every offset and size is checked against the length of the file before it is used, and
+nothing in a file is ever executed. A file with anything wrong in it is refused as a whole.
 """
 
-import collections
 import contextlib
 import itertools
 import json
@@ -15,20 +16,28 @@ import math
 import mmap
 import os
 import pickle
+import statistics
 import zipfile
 from pathlib import Path
 
 import torch
 
-from minirlhf.running.errors import UserError, shown
+from minirlhf.running.errors import UserError, require, shown
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}   # those that weights may have
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}       # the types that weights can have
+# Bytes of one number. Files can also hold types that are not weights.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# What config.json can ask for, each with the only value that our code implements. It is also the default.
+IMPLEMENTED = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
+               "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False}
+TOO_LARGE = 2 ** 29         # with sizes below this no matrix of a model has 2 ** 63 bytes, which PyTorch cannot count
 
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 def strict_json(data):
-    """Bytes -> the value they are in JSON and UTF-8. ValueError says what is wrong, a key that is there twice included:
-    json.loads would silently keep the last."""
+    """Bytes -> their value as UTF-8 JSON. ValueError says what is wrong, also for a key that occurs twice, of which
+    json.loads would silently use the last one."""
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=no_key_twice)
     except RecursionError:
@@ -38,143 +47,236 @@ def strict_json(data):
 def no_key_twice(pairs):
     values = dict(pairs)
     if len(values) < len(pairs):
-        (name, _), = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'"{name}" is there twice')
+        raise ValueError(f'"{statistics.mode(name for name, _ in pairs)}" is there twice')
     return values
 
 
-def read_json(file, data=None):
-    """A file that holds one JSON object (or the bytes of one, from that file) -> dict."""
+def json_object(data, where, kind="line"):
+    """Bytes that hold one JSON object -> dict. where, kind: what an error names, the file or line and what it is."""
     try:
-        values, problem = strict_json(file.read_bytes() if data is None else data), "a list or a single value"
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: a model folder has config.json and model.safetensors") from None
+        value = strict_json(data)
+    except ValueError as error:
+        raise UserError(f"{where}: not a {kind} of JSON in UTF-8 ({error})") from None
+    require(isinstance(value, dict),
+            f"{where}: a {kind} must be an object like {{\"name\": ...}}, not {data[:40]!r}")
+    return value
+
+
+def read_json(file):
+    """A file with one JSON object in it -> dict."""
+    try:
+        return json_object(file.read_bytes(), file, "file")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        values, problem = None, error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: damaged, no JSON object where one belongs ({problem}); fetch or export it again")
-    return values
 
 
-def read_tensors(folder):
-    """All tensors of a model folder: {name: (tensor, file)}, views of the files, not yet copied to memory."""
-    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_pickle}
-    for name, read in readers.items():
-        index = folder / f"{name}.index.json"
-        if not (folder / name).exists() and not index.exists():
-            continue
-        tensors = {}
-        for file in [folder / name] if (folder / name).exists() else shards(index):
-            for tensor_name, tensor in read(file).items():
-                if tensor_name in tensors:
-                    raise UserError(f"{file}: tensor {tensor_name} is in {tensors[tensor_name][1]} too")
-                tensors[tensor_name] = tensor, file
-        return tensors
-    raise UserError(f"{folder}: no weights: neither {' nor '.join(readers)}, nor an .index.json of theirs")
+# ---- reading tensors -------------------------------------------------------------------------------------------------
+
+def read_tensors(folder, rename):
+    """All tensors of a model folder: {name: (tensor, file)}. They are views of the files, not yet copied to memory.
+
+    rename(the name in a file) gives the name to use, or None for a tensor to skip.
+    """
+    tensors = {}
+    for file, read in weight_files(folder):
+        for name_in_file, tensor in read(file).items():
+            name = rename(name_in_file)
+            require(name not in tensors, f"{file}: tensor {name} is there twice, here or in another file of the model")
+            if name is not None:
+                tensors[name] = tensor, file
+    return tensors
 
 
-def shards(index):
-    """The files of a model in several pieces, from its index: {"weight_map": {tensor: file}}."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise UserError(f"{index}: has no weight_map; fetch it again")
-    names = sorted(set(map(str, names.values())))
+def weight_files(folder):
+    """[(file, the function that reads it)] of a model folder. Large models are split into several files."""
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+        if (folder / name).is_file():
+            return [(folder / name, read)]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [(file, read) for file in indexed_files(index)]
+    raise UserError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, in one file or several")
+
+
+def indexed_files(index):
+    """The files of a split model, from its index: {"weight_map": {tensor: file}}."""
+    weight_map = read_json(index).get("weight_map")
+    require(isinstance(weight_map, dict), f"{index}: has no weight_map. Download it again")
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise UserError(f"{index}: names the file {name}, which is not in the folder; fetch it too")
+        require(Path(name).name == name and (index.parent / name).is_file(),
+                f"{index}: names the file {name}, which is not in the folder. Download it too")
     return [index.parent / name for name in names]
 
 
 def read_safetensors(file):
-    """{name: tensor} of one .safetensors file. The tensors must tile it: no gap, no overlap, nothing after the last."""
-    if not file.is_file():
-        raise UserError(f"{file}: is not a file")
+    """{name: tensor} of one .safetensors file. The tensors must fill it: no gap, no overlap, nothing at the end."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size <= 8 or length > size - 8:
-            raise UserError(f"{file}: cut off or no safetensors: a header of {length} in {size} bytes; fetch again")
-        header = read_json(file, f.read(length))
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)        # "copy": nothing is ever written to the file
+        require(size > 8 and length <= size - 8,
+                f"{file}: cut off, or not safetensors: a header of {length} bytes in {size}. Download it again")
+        header = json_object(f.read(length), file, "header")
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)        # changes to the tensors never reach the file
     header.pop("__metadata__", None)
-    size, expected, tensors = size - 8 - length, 0, {}
+    nothing = torch.empty(0, dtype=torch.bool, device="meta")           # to be skipped or refused by the caller
+    body, tensors, expected = 8 + length, dict.fromkeys(header, nothing), 0
     for start, end, name, dtype, shape in sorted(layout(file, name, entry) for name, entry in header.items()):
-        if start != expected:
-            raise UserError(f"{file}: tensor {name} begins at {start}, the one before ends at {expected}; fetch again")
-        if end > size:
-            raise UserError(f"{file}: cut off: tensor {name} ends at byte {end}, the file at {size}; fetch it again")
+        require(start == expected and body + end <= size,
+                f"{file}: cut off or damaged: tensor {name} has the bytes {start} to {end}, but the one before it ends "
+                f"at {expected} and the file at {size - body}. Download it again")
         expected = end
         if dtype in DTYPES and start < end:
-            flat = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=8 + length + start)
+            flat = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=body + start)
             tensors[name] = flat.view(shape)
-        else:
-            tensors[name] = torch.empty(0, dtype=torch.bool, device="meta")         # for the caller to skip or refuse
-    if expected != size:
-        raise UserError(f"{file}: the last {size - expected} bytes belong to no tensor; fetch it again")
+    require(body + expected == size,
+            f"{file}: the last {size - body - expected} bytes belong to no tensor. Download it again")
     return tensors
 
 
 def layout(file, name, entry):
-    """One entry of the header -> (start, end, name, dtype, shape), once they are known to agree with each other."""
-    try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        agree = type(shape) is list and len(shape) <= 64                        # as many as torch can handle
-        agree = agree and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
-        agree = agree and end - start == math.prod(shape) * SIZES[dtype]
-    except (KeyError, TypeError, ValueError):
-        agree = False
-    if not agree:
-        raise UserError(f"{file}: tensor {name}: its dtype, shape and offsets do not agree: {shown(entry)}")
-    return start, end, name, dtype, shape
+    """An entry of the header -> (start, end, name, dtype, shape), which must agree with each other."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if (
+                dtype in SIZES and len(shape) <= 64             # as many dimensions as PyTorch can have
+                and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, start, end])
+                and end - start == math.prod(shape) * SIZES[dtype]):
+            return start, end, name, dtype, shape
+    raise UserError(f"{file}: tensor {name}: dtype, shape and offsets do not agree: {shown(entry)}")
 
 
 def read_pickle(file):
-    """{name: tensor} of one pytorch_model.bin. weights_only: a pickle can carry code, and none of it is run."""
+    """{name: tensor} of one pytorch_model.bin. A pickle can contain code. With weights_only none of it is executed."""
     try:
-        zipped = zipfile.is_zipfile(file)           # as torch writes since 1.6; only these can be mapped into memory
+        zipped = zipfile.is_zipfile(file)           # PyTorch's format since 1.6, and the only one that mmap can read
         if zipped and sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) > file.stat().st_size:
-            raise UserError(f"{file}: is compressed, which torch.save never does; not read")
+            raise zipfile.BadZipFile                # compressed: torch.save never does this, and it could be a bomb
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(f"{file}: damaged, or more in it than tensors, which can be code; nothing was read") from None
-    except UserError:
-        raise
-    except Exception as error:                      # a damaged file fails in many ways inside torch
-        raise UserError(f"{file}: cut off or damaged ({type(error).__name__}); fetch it again") from None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{file}: holds a {type(tensors).__name__}, not a dict of tensors")
-    for name, t in tensors.items():
-        plain = isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu"
-        if not plain or type(name) is not str:
-            raise UserError(f"{file}: {name} is a {type(t).__name__} and not an ordinary tensor")
+    except Exception as error:                      # a damaged file fails in many ways inside torch.load
+        raise UserError(f"{file}: cut off or damaged ({type(error).__name__}). Download it again") from None
+    require(isinstance(tensors, dict), f"{file}: holds a {type(tensors).__name__}, not a dict of tensors")
+    for name, tensor in tensors.items():
+        require(type(name) is str and is_ordinary(tensor),
+                f"{file}: {name} is a {type(tensor).__name__}, not an ordinary tensor with a name")
     return tensors
 
 
+def is_ordinary(x):
+    """A dense tensor on the CPU with all its numbers in the file, not one number expanded to a huge shape."""
+    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+            and x.numel() * x.itemsize <= x.untyped_storage().nbytes())
+
+
+# ---- checking: config.json asks only for what our code implements, and the tensors fit it ----------------------------
+
+def read_config(file, config_classes, max_layers):
+    """config.json -> an instance of the class in config_classes, {"gpt2": class, ...}, that its "model_type" names.
+
+    max_layers is the number of tensors: without it, an absurd n_layer could keep the caller busy for hours.
+    """
+    values = read_json(file)
+    kind = values.get("model_type")
+    require(kind in list(config_classes),
+            f"{file}: model_type is {shown(kind)}, but it must be {' or '.join(config_classes)}")
+    fields = config_classes[kind].__dataclass_fields__
+    config = config_classes[kind](**{name: values[name] for name in fields if name in values})
+    for name, field in fields.items():
+        value = getattr(config, name)
+        require(type(value) in (int, field.type) and 0 < value < TOO_LARGE,
+                f"{file}: {name} is {shown(value)}, but it must be of type {field.type.__name__}, above 0 and below "
+                f"{TOO_LARGE}")
+    require(config.n_layer <= max_layers,
+            f"{file}: n_layer is {config.n_layer}, but the weights are only {max_layers} tensors")
+    require(config.n_embd % config.n_head == 0,
+            f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+    if kind == "gptj":
+        check_gptj(file, config, values)
+    for name, ours in {**IMPLEMENTED, "tie_word_embeddings": kind == "gpt2"}.items():
+        allowed = [ours, 4 * config.n_embd] if name == "n_inner" else [ours]
+        value = values.get(name, ours)
+        require(value in allowed, f"{file}: {name} is {shown(value)}, but only {ours!r} is implemented here")
+    return config
+
+
+def check_gptj(file, config, values):
+    """n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding."""
+    config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
+    require(config.n_tokens <= config.vocab_size,
+            f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
+    require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
+            f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
+
+
+def read_normalisation(file):
+    """config.json of a reward model -> its reward_mean and reward_std, or 0 and 1 if it does not say."""
+    values = read_json(file)
+    mean, std = values.get("reward_mean", 0.0), values.get("reward_std", 1.0)
+    are_numbers = all(type(x) in (int, float) and abs(x) < 1e30 for x in (mean, std))       # NaN < 1e30 is False
+    require(are_numbers and std > 0, f"{file}: reward_mean is {shown(mean)} and reward_std is {shown(std)}, but they "
+                                     "must be numbers, and reward_std above 0")
+    return float(mean), float(std)
+
+
+def check_names_and_shapes(folder, tensors, shapes):
+    """tensors {name: (tensor, file)} must be exactly those of shapes {name: shape}."""
+    problems = [f"tensor {name} is missing from the weights" for name in shapes if name not in tensors]
+    for name, (tensor, file) in tensors.items():
+        if name not in shapes:
+            problems.append(f"{file.name}: tensor {name} is not part of this model")
+        elif tensor.dtype not in DTYPES.values() or tensor.numel() == 0:
+            problems.append(f"{file.name}: tensor {name} holds no numbers of the types {', '.join(DTYPES)}")
+        elif tensor.shape != shapes[name]:
+            problems.append(f"{file.name}: tensor {name} has the shape {tuple(tensor.shape)}, but by config.json it "
+                            f"should be {tuple(shapes[name])}")
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    hint = "Do config.json and the weights belong together?"
+    if ("score.weight" in tensors) != ("score.weight" in shapes):
+        hint = ("A language model is needed here, and this is a reward model" if "score.weight" in tensors else
+                "A reward model is needed here, and this is a language model")
+    require(not problems, f"{folder}: {'; '.join(problems[:5])}{more}. {hint}")
+
+
+def check_finite(tensor, message):
+    require(torch.stack(tensor.aminmax()).isfinite().all(), message)        # the minimum is NaN if any number is
+
+
+def check_tied_head(tensors, embedding):
+    """A file may hold the tied head under a name of its own. It must equal the token embedding."""
+    head, file = tensors.get("lm_head.weight", (embedding, None))
+    require(torch.equal(head.float(), embedding),
+            f"{file}: lm_head.weight differs from wte.weight, but an untied head is not implemented here")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
 def write_safetensors(file, tensors):
-    """{name: tensor} -> one file, whole or not at all, in the dtypes the tensors have."""
+    """Writes {name: tensor} to one file, each tensor in its own dtype."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         start, end = end, end + t.numel() * t.itemsize
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)             # so that the numbers begin at a multiple of 8
+    header += b" " * (-len(header) % 8)                         # so that the numbers begin at a multiple of 8
     body = (t.detach().cpu().contiguous().view(torch.uint8).numpy() for t in tensors.values())
     write_whole(file, itertools.chain([len(header).to_bytes(8, "little"), header], body))
 
 
+def write_json(file, values):
+    write_whole(file, [(json.dumps(values, indent=2) + "\n").encode()])
+
+
 def write_whole(file, parts):
-    """Pieces of bytes -> file, whole or not at all."""
+    """Writes pieces of bytes to a file, completely or not at all."""
     with whole_file(file) as f:
         f.writelines(parts)
 
 
 @contextlib.contextmanager
 def whole_file(file, previous=None):
-    """A file to write bytes to that gets its name when all of it is on the disk: a crash, or a disk that is full, leaves
-    the old one as it was. `previous` is another name that the old one then goes by. UserError if it cannot be written.
+    """A file to write bytes to, which takes its name only when all of it is on the disk. If the program crashes or the
+    disk is full, the old file stays as it was. With `previous` the old file is kept under that name.
     """
     temporary = file.with_name(file.name + ".tmp")
     try:
@@ -185,11 +287,10 @@ def whole_file(file, previous=None):
         if previous and file.exists():
             os.replace(file, previous)
         os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:                    # torch.save makes a RuntimeError of a disk that is full
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        first = error
-        while not isinstance(first, OSError) and first.__context__:
-            first = first.__context__
-        reason = getattr(first, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be written: {reason}; what was there before is whole") from None
+        # torch.save hides a full disk behind a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be written: {reason}. What was there before is unchanged") from None
