@@ -5,8 +5,9 @@ import torch
 
 from minirlhf.running import cpu
 from mutation import mutant
+from small_world import tiny_gpt2
 
-on_wide_vectors = pytest.mark.skipif(not cpu.WIDE, reason="this processor has no AVX-512: F.linear is used as it is")
+on_wide_vectors = pytest.mark.skipif(not cpu.AVX512, reason="this processor has no AVX-512: F.linear is used as it is")
 
 
 def randn(*shape, seed=0):
@@ -22,7 +23,7 @@ def check_linear(function, bias, shape=(3, 5, 24), O=17):
             for t in pair:
                 if t is not None:
                     t.requires_grad_(name != frozen)
-        y, expected, dy = function(x, weight, b), torch.nn.functional.linear(*exact), randn(*shape[:-1], O, seed=3)
+        y, expected, dy = function(x, weight, b), cpu.pytorch_linear(*exact), randn(*shape[:-1], O, seed=3)
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
         y.backward(dy)
         expected.backward(dy.double())
@@ -42,7 +43,7 @@ def test_linear_and_its_gradients_are_those_in_float64(bias, shape):
 @on_wide_vectors
 def test_float32_goes_to_onednn_and_nothing_else_does(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu, "product", lambda *tensors: calls.append(tensors) or torch.nn.functional.linear(*tensors))
+    monkeypatch.setattr(cpu, "product", lambda *tensors: calls.append(tensors) or cpu.pytorch_linear(*tensors))
     x, weight = randn(2, 4), randn(3, 4)
     cpu.linear(x, weight)
     assert len(calls) == 1
@@ -56,7 +57,7 @@ def test_float32_goes_to_onednn_and_nothing_else_does(monkeypatch):
 @on_wide_vectors
 @pytest.mark.parametrize("old, new", [
     ("rows.sum(dim=0)", "rows.mean(dim=0)"),
-    ("product(dy, weight.t())", "product(dy, weight.t()) * 1.001"),
+    ("product(dy, weight.t(), None)", "product(dy, weight.t(), None) * 1.001"),
     ("if ctx.needs_input_grad[1] else None", "if ctx.needs_input_grad[0] else None"),
 ])
 def test_other_gradients_are_noticed(monkeypatch, old, new):
@@ -68,7 +69,7 @@ def test_other_gradients_are_noticed(monkeypatch, old, new):
 @pytest.mark.parametrize("x, weight", [(randn(3, 5), randn(4, 6)), (randn(3, 5).double(), randn(4, 5))])
 def test_what_does_not_fit_is_pytorchs_own_error(x, weight):
     with pytest.raises(RuntimeError):
-        torch.nn.functional.linear(x, weight)
+        cpu.pytorch_linear(x, weight)
     with pytest.raises(RuntimeError):
         cpu.linear(x, weight)
 
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_pytorchs_own_error(x, weight):
 def test_one_row_without_a_batch_and_no_rows_at_all(shape):
     x = randn(*shape).requires_grad_(True)
     y = cpu.linear(x, randn(4, 5))
-    assert torch.equal(y, torch.nn.functional.linear(x, randn(4, 5)))
+    assert torch.equal(y, cpu.pytorch_linear(x, randn(4, 5)))
     y.sum().backward()
     assert x.grad.shape == x.shape
 
@@ -90,10 +91,15 @@ def test_a_second_derivative_is_refused_and_not_wrong():
         first.sum().backward()
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
-def test_linear32_has_the_bits_of_float32_whatever_autocast_says(dtype, expected):
-    x, weight = randn(3, 5).to(dtype), randn(4, 5, seed=1).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = cpu.linear32(x, weight)
-    assert y.dtype == expected
-    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-6, atol=1e-6)
+@on_wide_vectors
+def test_fast_cpu_reaches_every_linear_layer_and_the_output_head(monkeypatch):
+    """nn.Linear and the head, which is F.linear on the token embedding: both must find the replaced function."""
+    model, calls = tiny_gpt2(), []
+    monkeypatch.setattr(torch.nn.functional, "linear", cpu.pytorch_linear)     # put back at the end
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model.logits(model(ids))
+    cpu.fast_cpu()
+    monkeypatch.setattr(cpu, "product", lambda *tensors: calls.append(tensors) or cpu.pytorch_linear(*tensors))
+    ours = model.logits(model(ids))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 4 * model.config.n_layer + 1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minirlhf.running.health import complaints
+from minirlhf.running.health import WINDOW, accuracy_report, complaints
 from small_world import run_ppo, small_world
 
 N = 25                                                          # iterations of the healthy run
@@ -13,8 +13,8 @@ N = 25                                                          # iterations of 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = small_world(tmp_path_factory.mktemp("world"))
-    (folder / "reward.py").write_text('def share_of_a(prompts, responses):\n'
-                                      '    return [text.count("a") / (len(text) + 1) for text in responses]\n'
+    (folder / "reward.py").write_text('def early_letters(prompts, responses):\n'
+                                      '    return [sum(c in "abcde" for c in text) / (len(text) + 1) for text in responses]\n'
                                       'def same(prompts, responses):\n'
                                       '    return [1.0] * len(responses)\n')
     return folder
@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def healthy(world):
     """The metrics of a real run, in which the true preference is what is rewarded."""
-    spec = f"{world}/reward.py:share_of_a"
+    spec = f"{world}/reward.py:early_letters"
     return run_ppo(world, "--reward", spec, "--gold", spec, "--iterations", N, "--batch_size", 32, "--lr", 2e-3)
 
 
@@ -46,16 +46,22 @@ def test_a_healthy_run_is_not_complained_about_at_any_iteration(healthy):
 def test_a_run_without_gold_is_judged_by_the_rest(healthy):
     history = [{name: x for name, x in row.items() if name != "objective/gold"} for row in healthy]
     assert signs(history) == []
-    assert signs(changed(history, "val/eos_rate", lambda i, x: 1 - i / N)) == ["EOS falls"]
+    assert signs(changed(history, "rollout/eos_rate", lambda i, x: 1 - i / N)) == ["EOS falls"]
 
 
 SICK = {    # sign: the metric, and what becomes of it
     "negative KL": ("objective/kl", lambda i, x: -1.5),
-    "equal scores": ("val/score_std", lambda i, x: 0.0),
-    "EOS falls": ("val/eos_rate", lambda i, x: 1 - 0.02 * i),
+    "no KL": ("objective/kl", lambda i, x: 0.0),
+    "KL climbs": ("objective/kl", lambda i, x: 2.0 * i),
+    "entropy": ("objective/entropy", lambda i, x: x if i < N - WINDOW else 0.02 * x),
+    "alike": ("rollout/distinct_2", lambda i, x: 0.9 if i < N - WINDOW else 0.2),
+    "short": ("rollout/length", lambda i, x: 2.0 if i > N - WINDOW else x),
+    "value model": ("value/explained_variance", lambda i, x: -0.1),
+    "equal scores": ("rollout/score_std", lambda i, x: 0.0),
+    "EOS falls": ("rollout/eos_rate", lambda i, x: 1 - 0.02 * i),
     "over-optimisation": ("objective/gold", lambda i, x: 0.9 - 0.01 * i),
-    "value loss": ("loss/value_avg", lambda i, x: 0.1 if i < N - 10 else 2.0),
-    "clipping": ("policy/clipfrac_avg", lambda i, x: 0.5),
+    "value loss": ("loss/value", lambda i, x: 0.1 if i < N - WINDOW else 2.0),
+    "clipping": ("policy/clipfrac", lambda i, x: 0.5),
 }
 
 
@@ -71,26 +77,82 @@ def test_each_complaint_fires_when_it_should_and_alone(healthy, sign):
 
 @pytest.mark.parametrize("name, function", [
     ("objective/kl", lambda i, x: -0.8),                        # k1 is noisy: a little below 0 is no news
-    ("val/score_std", lambda i, x: 1e-3),
-    ("val/eos_rate", lambda i, x: 0.9 + 0.05 * (-1) ** i),      # goes up and down
+    ("rollout/score_std", lambda i, x: 1e-3),
+    ("rollout/eos_rate", lambda i, x: 0.9 + 0.05 * (-1) ** i),      # goes up and down
+    ("objective/kl", lambda i, x: 0.0 if i < 3 else x),
+    ("objective/kl", lambda i, x: 2.0 * i if i < 12 else 24.0),             # far away, but it no longer climbs
+    ("objective/entropy", lambda i, x: 0.3 * x),
+    ("rollout/distinct_2", lambda i, x: 0.9 - 0.02 * i),
+    ("rollout/length", lambda i, x: 4.0),
+    ("value/explained_variance", lambda i, x: 0.1 if i == N - 8 else -0.1),
     ("objective/gold", lambda i, x: 0.9),
-    ("loss/value_avg", lambda i, x: 0.1 if i < N - 10 else 0.5),
-    ("policy/clipfrac_avg", lambda i, x: 0.3),
+    ("loss/value", lambda i, x: 0.1 if i < N - WINDOW else 0.5),
+    ("policy/clipfrac", lambda i, x: 0.3),
 ])
 def test_what_is_still_normal_is_not_complained_about(healthy, name, function):
     assert signs(changed(healthy, name, function)) == []
 
 
-def test_trends_need_twenty_iterations(healthy):
-    history = changed(healthy, "val/eos_rate", lambda i, x: 1 - 0.04 * i)
-    assert signs(history[:19]) == [] and signs(history[:20]) == ["EOS falls"]
+def test_trends_need_two_windows_of_iterations(healthy):
+    n = 2 * WINDOW
+    history = changed(healthy, "rollout/eos_rate", lambda i, x: 1 - 0.04 * i)
+    assert signs(history[:n - 1]) == [] and signs(history[:n]) == ["EOS falls"]
+
+
+@pytest.mark.parametrize("spread, fires", [(0.2, True), (0.7, False), (1.0, False), (1.8, False), (4.0, True)])
+def test_the_scale_of_the_scores_is_judged_at_the_first_rollout_only(healthy, spread, fires):
+    history = changed(healthy, "rollout/score_std", lambda i, x: spread)
+    assert signs(history[:1]) == ["score scale"] * fires and signs(history) == []
 
 
 def test_a_diverged_metric_does_not_hide_the_others(healthy):
-    history = changed(healthy, "loss/value_avg", lambda i, x: math.nan)
+    history = changed(healthy, "loss/value", lambda i, x: math.nan)
     assert signs(changed(history, "objective/kl", lambda i, x: -9.0)) == ["negative KL"]
+
+
+def test_shorter_responses_with_the_same_entropy_per_token_are_no_collapse(healthy):
+    history = changed(healthy, "rollout/length", lambda i, x: 4.0 if i > N - WINDOW else 40.0)
+    assert signs(changed(history, "objective/entropy", lambda i, x: 8.0 if i > N - WINDOW else 80.0)) == []
 
 
 def test_the_script_prints_a_warning_once(world, capsys):
     run_ppo(world, "--reward", f"{world}/reward.py:same", "--missing_eos", 0, "--iterations", 4)
-    assert capsys.readouterr().out.count("warning: every response of the rollout got the same score") == 1
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert sum("the same score" in line for line in warnings) == 1 and "the same score" in warnings[0]
+    assert warnings[0].startswith("[0]") and len(set(warnings)) == len(warnings)
+
+
+def test_a_policy_that_never_moves_is_warned_about(world, capsys):
+    run_ppo(world, "--lr", 0, "--iterations", 4)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line and "KL is exactly 0" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("[2]")
+
+
+# ---- the reward model's accuracy -------------------------------------------------------------------------------------
+
+class Measured:
+    """A run of which accuracy_report asks the last metrics."""
+
+    def __init__(self, accuracy, gold=math.nan):
+        self.metrics = {"rm_accuracy_heldout": accuracy, "rm_accuracy_gold": gold}
+
+    def last(self, name):
+        return self.metrics[name]
+
+
+@pytest.mark.parametrize("accuracy, prompts, longer, says", [
+    (0.5, 1000, 0.5, "chance"), (0.4, 1000, 0.5, "chance"), (0.6, 20, 0.5, "chance"),          # 20 prompts say little
+    (0.7, 1000, 0.7, "length"), (0.7, 1000, 0.3, "length"), (0.7, 40, 0.6, "length"),
+    (0.7, 1000, 0.6, None), (0.6, 1000, 0.5, None),
+])
+def test_an_accuracy_no_better_than_chance_or_than_length_is_warned_about(capsys, accuracy, prompts, longer, says):
+    report = accuracy_report(Measured(accuracy), [None] * prompts, longer)
+    said = capsys.readouterr().out
+    assert said.count("warning") == (says is not None) and (says is None or says in said and f"{accuracy:.3f}" in said)
+    low, high = report["rm_accuracy_heldout_ci"]
+    assert low < report["rm_accuracy_heldout"] == accuracy < high and "rm_accuracy_gold" not in report
+    assert report["longer_is_preferred"] == longer and report["shorter_is_preferred"] == pytest.approx(1 - longer)
+
+
+def test_the_accuracy_by_the_true_preference_is_reported_where_it_is_known(capsys):
+    assert accuracy_report(Measured(0.8, 0.75), [None] * 100, 0.5)["rm_accuracy_gold"] == 0.75

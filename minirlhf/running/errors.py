@@ -5,10 +5,10 @@ import sys
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: shown as one line, without a traceback. Exit code 2.
+    """Something the person at the keyboard can fix: shown as one line, without a traceback. Exit code 2.
 
-    What a message quotes may come from any file: line ends and control characters in it are shown as \\n or \\x1b, and of
-    a very long message the middle is left out.
+    What a message quotes may come from any file. Line ends and control characters are shown as \\n or \\x1b, and the
+    middle of a very long message is left out.
     """
 
     def __init__(self, message):
@@ -17,16 +17,21 @@ class UserError(Exception):
 
 
 def shown(value):
-    """How a message quotes a value; one that is nested too deeply to be written is told by its type."""
+    """How a message quotes a value. One that is nested too deeply is described by its type."""
     try:
         return repr(value)[:60]
     except RecursionError:
         return f"a {type(value).__name__}"
 
 
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
 @contextlib.contextmanager
 def during(what):
-    """Puts `what`, say "iteration 7", before the message of a UserError that is raised inside."""
+    """Puts `what`, for example "task 7", before the message of a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
@@ -44,6 +49,6 @@ def run_main(main):
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; a training script goes on from its last checkpoint with --resume"
+        said = str(interrupt) or "interrupted"
         print(f"\n{said}", file=sys.stderr)
         sys.exit(130)

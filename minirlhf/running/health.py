@@ -1,67 +1,125 @@
-"""What goes wrong with PPO, in words: what ends a run at once, and the signs that one is sick, with their usual causes."""
+"""What goes wrong with PPO, in words: what ends a run at once, and warnings with their usual causes."""
 
 import math
+from collections import defaultdict
+from statistics import fmean
 
 from minirlhf.running.errors import UserError
+from minirlhf.running.runs import say
 
-RECENT = 10         # iterations compared with as many before them
-
-
-def mean(history, name, rows):
-    values = [row[name] for row in history[rows] if name in row]
-    return sum(values) / len(values) if values else float("nan")
+# Printed while PPO trains. metrics.jsonl has all of them.
+SHOWN = ("objective/scores", "objective/gold", "objective/kl", "objective/entropy", "rollout/length",
+         "rollout/eos_rate")
+WINDOW = 5          # iterations that a trend compares with as many before them
 
 
 def complaints(history):
-    """Metrics of all iterations so far, oldest first -> a list of (sign, sentence) that hold at the last one."""
-    now, found = history[-1], []
-    if now["objective/kl"] < -1:
-        found.append(("negative KL", f"the mean sequence KL is {now['objective/kl']:.2f} nats. A KL is not negative: are padding "
-                      "or a forced length counted, or do policy and reference differ in mask, temperature or precision?"))
-    if now["val/score_std"] == 0:
-        found.append(("equal scores", "every response of the rollout got the same score, so there is nothing to learn: has "
-                      "the policy collapsed to one answer, or does the reward function ignore the response?"))
-    if len(history) < 2 * RECENT:
-        return found
-    before, recent = slice(-2 * RECENT, -RECENT), slice(-RECENT, None)
+    """Metrics of all iterations so far, oldest first -> [(sign, sentence)]: what looks wrong at the last one.
 
-    def rise(name):
-        return mean(history, name, recent) - mean(history, name, before)
+    Comparisons with nan are False, so a metric that is not logged complains of nothing.
+    """
+    first, now, recent = history[0], history[-1], history[-WINDOW:]
+    trend = len(history) >= 2 * WINDOW
+    before = history[-2 * WINDOW:-WINDOW] if trend else []
+    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)
+    for name in now:
+        level[name] = fmean(row.get(name, math.nan) for row in recent)
+        rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
+    kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
+    first_entropy = first["objective/entropy"] / first["rollout/length"] or math.nan            # nats per token
+    entropy_left = level["objective/entropy"] / length / first_entropy
+    checks = [
+        ("negative KL", kl < -1,
+         f"the mean sequence KL is {kl:.2f} nats, but a KL is not negative. Do policy and reference differ in mask, "
+         "temperature or precision? Is padding counted?"),
+        ("no KL", len(history) > 2 and kl == 0,
+         "the KL is exactly 0 after several updates: the policy does not move, or the reference moves with it."),
+        ("KL climbs", kl > 20 and kl > 0.75 * length and rise["objective/kl"] > 1,
+         f"the KL has reached {kl:.0f} nats and still climbs: the policy is far from the SFT model, where the reward "
+         "model was never trained. A higher --beta, a lower --lr or fewer --iterations help."),
+        ("score scale", len(history) == 1 and (0 < spread < 0.5 or spread > 2),
+         f"the first scores have a standard deviation of {spread:.2f}, where normalised ones have about 1. Was the "
+         "reward model normalised on samples of this model? Is it read at the last token?"),
+        ("equal scores", now["rollout/score_std"] == 0,
+         "every response of the rollout got the same score, so there is nothing to learn. Has the policy collapsed to "
+         "one answer, or does the reward function ignore the response?"),
+        ("scores alike", trend and 0 < level["rollout/score_std"] < 0.3 * spread,
+         "the scores of a rollout have become nearly equal: the policy writes what the reward model likes and little "
+         "else. Read the samples. More comparisons or a higher --beta help."),
+        ("entropy", trend and entropy_left < 0.1,
+         "the entropy has fallen below a tenth of what it was: the policy hardly varies its answers. A higher --beta "
+         "or a lower --lr helps."),
+        ("alike", level["rollout/distinct_2"] < 0.3 * first["rollout/distinct_2"],
+         "the responses have become alike or repeat themselves: less than a third of the different token pairs of the "
+         "first rollout is left. Read the samples. More comparisons or a higher --beta help."),
+        ("short", trend and length < 3,
+         f"the responses have shrunk to {length:.1f} tokens: the reward model may like empty answers, or the score "
+         "does not reach the tokens it belongs to."),
+        ("EOS falls", rise["rollout/eos_rate"] < -0.05,
+         f"responses that end by themselves fell to {level['rollout/eos_rate']:.0%}. Is --missing_eos low enough, and "
+         "--max_response long enough?"),
+        ("over-optimisation", rise["objective/scores"] > 0.05 and rise["objective/gold"] < -0.02,
+         "the score rises while the true preference falls: the policy exploits the reward model. More comparisons, a "
+         "higher --beta or fewer --iterations help."),
+        ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"]),
+         "the value loss grew tenfold. Lower --value_lr, or look for scores of another scale."),
+        ("value model", trend and all(row.get("value/explained_variance", 1) <= 0 for row in before + recent),
+         f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are noise. Is it trained? "
+         "A higher --value_lr or --batch_size helps."),
+        ("clipping", trend and level["policy/clipfrac"] > 0.4,
+         "more than 40 % of the ratios are clipped. Lower --lr or --epochs."),
+    ]
+    return [(sign, sentence) for sign, holds, sentence in checks if holds]
 
-    if rise("val/eos_rate") < -0.05:
-        found.append(("EOS falls", f"responses that end fell to {mean(history, 'val/eos_rate', recent):.0%}: is the missing-EOS "
-                      "score low enough, and --max_response long enough?"))
-    if rise("objective/scores") > 0.1 and rise("objective/gold") < -0.02:
-        found.append(("over-optimisation", "the score rises while the true preference falls: the policy exploits the reward "
-                      "model. More comparisons, a higher --beta or fewer --iterations help."))
-    if mean(history, "loss/value_avg", recent) > 10 * mean(history, "loss/value_avg", before):
-        found.append(("value loss", "the value loss grew tenfold: lower --value_lr, or look for scores of another scale."))
-    if mean(history, "policy/clipfrac_avg", recent) > 0.4:
-        found.append(("clipping", "more than 40 % of the ratios are clipped: lower --lr or --epochs."))
-    return found
+
+def check_first_ratio(sums, n_tokens, dtype):
+    """Before the first step the policy is the one that sampled, so every ratio is 1.
+
+    Any other ratio means that rollout and update disagree about mask, positions, temperature or precision, and that PPO
+    would silently optimise something else. sums: over the n_tokens of the first minibatch.
+    """
+    difference = math.sqrt(2 * sums["policy/approxkl"] / n_tokens)          # root mean square of the log-ratio
+    clipfrac = float(sums["policy/clipfrac"] / n_tokens)
+    if difference > (1e-3 if dtype == "float32" else 0.05) or clipfrac > 0:
+        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction "
+                        f"{clipfrac:.2g}, not 0: rollout and update differ in tokens, positions, masks or temperature")
 
 
-def finite(scores, rollout):
-    """The scores (B,); UserError names the first response that has none."""
-    for score, prompt, text in zip(scores.tolist(), rollout.prompts, rollout.texts):
-        if not math.isfinite(score):
-            raise UserError(f"the score is {score} for the response {text!r} to {prompt!r}")
-    return scores
+def print_samples(rollout, iteration):
+    """The best and the worst response of a rollout, by score."""
+    kl = rollout.kl.masked_fill(~rollout.mask, 0).sum(dim=1)                                    # (B,)
+    for name, i in (("best ", int(rollout.scores.argmax())), ("worst", int(rollout.scores.argmin()))):
+        gold = f"  gold {rollout.gold[i]:.2f}" if rollout.gold is not None else ""
+        say(f"[{iteration}] {name} score {rollout.scores[i]:+.2f}{gold}  kl {kl[i]:.2f}\n"
+            f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
 
 
-def check_finite(what, number, rollout, rows):
-    """Nothing is skipped: a loss or gradient that is not a number ends the run before it reaches a weight."""
-    if not math.isfinite(number):
-        i = int(rows[0])
-        raise UserError(f"the {what} is {number}; among its responses is {rollout.texts[i]!r} to {rollout.prompts[i]!r}; "
-                        "a lower --lr or --value_lr may help")
+def wilson(right, n, z=1.959964):
+    """Wilson's 95 % interval of a rate of `right` in n: (low, high), (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, shrink = right / n, 1 + z * z / n
+    middle = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def check_first_ratio(sums, n_tokens, cfg):
-    """Before the first step the policy is the one that sampled: any ratio but 1 means that rollout and update disagree
-    about mask, positions, temperature or precision, and that PPO would silently optimise something else."""
-    difference = math.sqrt(2 * sums["policy/approxkl_avg"] / n_tokens)      # root mean square of the log-ratio
-    clipfrac = sums["policy/clipfrac_avg"] / n_tokens
-    if difference > (1e-3 if cfg.dtype == "float32" else 0.05) or clipfrac > 0:
-        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction {clipfrac:.2g}, not "
-                        "0: rollout and update see different tokens, positions, masks or temperatures")
+def accuracy_report(run, heldout, longer_is_preferred):
+    """What report.json says about a reward model's accuracy; warns if it is no better than chance or than length.
+
+    longer_is_preferred: the share of held-out pairs in which the longer answer is preferred.
+    """
+    accuracy = run.last("rm_accuracy_heldout")
+    # The pairs of one prompt share their answers, so the interval counts prompts and not pairs.
+    low, high = wilson(accuracy * len(heldout), len(heldout))
+    length = max(longer_is_preferred, 1 - longer_is_preferred)
+    if low <= 0.5:
+        say(f"warning: a held-out accuracy of {accuracy:.3f} [{low:.3f}, {high:.3f}] is not better than chance. PPO on "
+            "this reward model will learn noise: collect more comparisons")
+    elif low <= length:
+        say(f"warning: a held-out accuracy of {accuracy:.3f} [{low:.3f}, {high:.3f}] is not better than length alone "
+            f"({length:.3f}): the reward model may have learned only that")
+    report = {"rm_accuracy_heldout": accuracy, "rm_accuracy_heldout_ci": [round(low, 4), round(high, 4)],
+              "longer_is_preferred": longer_is_preferred, "shorter_is_preferred": 1 - longer_is_preferred}
+    gold = run.last("rm_accuracy_gold")
+    return report if math.isnan(gold) else report | {"rm_accuracy_gold": gold}
