@@ -1,281 +1,226 @@
-"""Demonstrations, comparisons and prompts: JSONL, one object a line, read strictly.
+"""Demonstrations, comparisons and prompts: reading them, encoding them, holding some out.
+
+The files are JSONL, one object a line. Extra fields are ignored.
 
     demonstrations   {"prompt", "response"}
-    comparisons      {"prompt", "chosen", "rejected"}                       a pair, or
-                     {"prompt", "responses": [K], "ranks": [2, 1, 3, 3]}    1 is best, equal is a tie, or
-                     {"prompt", "responses": [K], "best": 2}                counted from 0; nothing is said of the others
-                     optional "finished": [true, ...]: an unfinished response gets no EOS when it is read back
+    comparisons      {"prompt", "chosen", "rejected"}                      a pair
+                     {"prompt", "responses": [K], "ranks": [2, 1, 3, 3]}   1 is best, ties allowed
+                     {"prompt", "responses": [K], "best": 2}               only the best, from 0
     prompts          {"prompt"}
 
-Extra fields are kept out of the way and ignored. Every error is a UserError that names file and line.
-`python -m minirlhf.data FILE ...` validates and describes files, and counts the prompts that two of them share.
+A comparison has one of three forms. With "best", nothing is known about the order of the others.
+It may also have "finished": [true, ...]. An unfinished response, one that was cut off, has no EOS.
+
+`python -m minirlhf.data FILE ...` checks and describes files, and counts the prompts they share.
 """
 
-import re
-import statistics
-from itertools import combinations
+import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, run_main, shown
-from minirlhf.files.tensors import strict_json
-from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.files.formats import kind_of_row
+from minirlhf.files.jsonl import (check_one_verdict, finished_field, glue_warning, ranks_field,
+                                  read_jsonl, responses_field, text_field)
+from minirlhf.running.errors import UserError, require, run_main
 
 
-LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")     # tiktoken 0.14 crashes at 999,999 of them with something behind
+TINY = Path(__file__).resolve().parent.parent / "data/tiny"
+HELDOUT = ("rows never trained on, for the assessment. 'auto': NAME_test.jsonl beside the data "
+           "NAME.jsonl, else a tenth of its prompts. Empty: none")
 
 
 class Row(NamedTuple):
-    """One line of a file: demonstrations have one response, comparisons K, prompts none."""
+    """One line of a file. Demonstrations have one response, comparisons K, prompts none."""
     where: str                      # "file:line", for error messages
     prompt: str
     responses: tuple = ()           # K texts
     ranks: tuple = ()               # K ints, 1 is best, equal is a tie
     finished: tuple = ()            # K bools
 
+    def fields(self):
+        """The row as its format has it, a dict."""
+        if not self.responses:
+            return {"prompt": self.prompt}
+        if len(self.responses) == 1:
+            return {"prompt": self.prompt, "response": self.responses[0]}
+        return {"prompt": self.prompt, "responses": self.responses, "ranks": self.ranks,
+                "finished": self.finished}
+
 
 class Example(NamedTuple):
     """A row as token ids."""
     row: Row
     prompt: list                    # token ids
-    responses: list                 # K lists of token ids, each with its EOS if it is finished
+    responses: list                 # K lists of token ids; finished ones end in EOS
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading: one function for a line of each format ---------------------------------------------
 
-def read_jsonl(path):
-    """Yields (where, object) for every line; UserError if the file or a line is not what it should be."""
-    try:
-        lines = open(path, "rb")
-    except (OSError, ValueError) as error:                      # ValueError: a name with NUL in it
-        raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+def prompt_only(value, where):
+    return Row(where, text_field(value, "prompt", where, allow_empty=False))
 
 
-def json_object(line, where):
-    """One line of a file, bytes -> dict."""
-    try:
-        value = strict_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a line must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
-    return value
+def demonstration(value, where):
+    prompt, response = (text_field(value, name, where, allow_empty=False)
+                        for name in ("prompt", "response"))
+    return Row(where, prompt, (response,), ranks=(1,), finished=(True,))
 
 
-def text(value, name, where):
-    """A string field that UTF-8 can hold and the tokenizer can cut."""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a string, not {shown(value)}")
-    if LONG_SPACE.search(value):
-        raise UserError(f"{where}: {name} has 100,000 white-space characters in a row, on which the tokenizer would give up")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is not a character") from None
-    return value
+def comparison(value, where):
+    """Any of the three forms -> Row. A response may be empty, since a model can sample that."""
+    prompt = text_field(value, "prompt", where, allow_empty=False)
+    check_one_verdict(value, where)
+    if "chosen" in value or "rejected" in value:
+        responses = tuple(text_field(value, name, where) for name in ("chosen", "rejected"))
+        ranks = (1, 2)
+    else:
+        responses = responses_field(value, where)
+        ranks = ranks_field(value, len(responses), where)
+    return Row(where, prompt, responses, ranks, finished_field(value, len(responses), where))
 
 
-def field(value, name, where):
-    if name not in value:
-        raise UserError(f"{where}: no \"{name}\" (found: {', '.join(value) or 'nothing'})")
-    return value[name]
-
-
-def prompt_of(value, where):
-    prompt = text(field(value, "prompt", where), "prompt", where)
-    if not prompt:
-        raise UserError(f"{where}: the prompt is empty")
-    return prompt
-
-
-def rows_of(path, row):
-    rows = [row(value, where) for where, value in read_jsonl(path)]
-    if not rows:
-        raise UserError(f"{path}: the file is empty")
+def read_rows(path, to_row):
+    rows = [to_row(value, where) for where, value in read_jsonl(path)]
+    require(rows, f"{path}: the file is empty")
     return rows
 
 
 def read_prompts(path):
-    return rows_of(path, lambda value, where: Row(where, prompt_of(value, where)))
+    return read_rows(path, prompt_only)
 
 
 def read_demonstrations(path):
-    def row(value, where):
-        response = text(field(value, "response", where), "response", where)
-        if not response:
-            raise UserError(f"{where}: the response is empty; a demonstration must show something")
-        return Row(where, prompt_of(value, where), (response,), (1,), (True,))
-    return rows_of(path, row)
+    return read_rows(path, demonstration)
 
 
 def read_comparisons(path):
-    return rows_of(path, comparison)
+    return read_rows(path, comparison)
 
-
-def comparison(value, where):
-    """One comparison in any of its three forms -> Row with ranks."""
-    prompt = prompt_of(value, where)
-    forms = [form for form in (("chosen", "rejected"), ("ranks",), ("best",)) if any(name in value for name in form)]
-    if len(forms) > 1:
-        raise UserError(f"{where}: says twice who is better, with {' and '.join(form[0] for form in forms)}; keep one of them")
-    if "chosen" in value or "rejected" in value:
-        responses, ranks = [field(value, "chosen", where), field(value, "rejected", where)], [1, 2]
-    else:
-        responses = field(value, "responses", where)
-        if not isinstance(responses, list) or len(responses) < 2:
-            raise UserError(f"{where}: responses must be a list of at least two")
-        ranks = ranks_of(value, len(responses), where)
-    responses = tuple(text(response, "response", where) for response in responses)
-    finished = value.get("finished", [True] * len(responses))
-    if not is_list_of(bool, finished, len(responses)):
-        raise UserError(f"{where}: finished must be a list of {len(responses)} true or false")
-    return Row(where, prompt, responses, tuple(ranks), tuple(finished))
-
-
-def ranks_of(value, K, where):
-    if "best" in value:
-        best = value["best"]
-        if type(best) is not int or not 0 <= best < K:
-            raise UserError(f"{where}: best must be a number from 0 to {K - 1}, not {shown(best)}")
-        return [1 if k == best else 2 for k in range(K)]
-    ranks = field(value, "ranks", where)
-    if not is_list_of(int, ranks, K) or min(ranks) != 1 or max(ranks) > K:
-        raise UserError(f"{where}: ranks must be a list of {K} whole numbers from 1 (the best) to {K}, not {shown(ranks)}")
-    return ranks
-
-
-def is_list_of(kind, value, length):
-    return isinstance(value, list) and len(value) == length and all(type(item) is kind for item in value)
-
-
-# ---- token ids -------------------------------------------------------------------------------------------------------
-
-def encode(tokenizer, prompt, response, finished=True):
-    """Prompt ids and response ids; the response ends in exactly one EOS if it is finished.
-
-    Tokenised apart, so that a prompt's ids do not depend on its response; the response's leading space is part of it.
-    encode_ordinary: text that says "<|endoftext|>" is seven tokens of text, never an EOS.
-    """
-    eos = [tokenizer.eot_token] if finished else []
-    return tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(response) + eos
-
-
-def decode(tokenizer, ids):
-    """The text of a response; its EOS is no part of it."""
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot_token else ids)
-
-
-def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserve=0, drop_long=False):
-    """Rows -> Examples. What does not fit is an error that names the line, or is dropped and counted if drop_long.
-
-    positions: how many the model has; reserve: how many of them are kept for a response to be sampled.
-    max_prompt, max_response: limits in tokens, 0 for none but the model's.
-    """
-    examples, too_long = [], []
-    for row in rows:
-        prompt = tokenizer.encode_ordinary(row.prompt)
-        responses = [encode(tokenizer, row.prompt, *each)[1] for each in zip(row.responses, row.finished)]
-        longest = max(map(len, responses), default=0)
-        for what, length, limit in (("prompt", len(prompt), max_prompt or positions),
-                                    ("response", longest, max_response or positions),
-                                    ("prompt and response", len(prompt) + longest + reserve, positions)):
-            if length > limit:
-                too_long.append(f"{row.where}: {what} of {length} tokens, more than {limit}")
-                break
-        else:
-            examples.append(Example(row, prompt, responses))
-    if too_long and not drop_long:
-        raise UserError(f"{too_long[0]} (and {len(too_long) - 1} more rows); shorten them, raise the limit, "
-                        "or give --drop_long")
-    if too_long:
-        print(f"dropped {len(too_long)} of {len(rows)} rows as too long, the first: {too_long[0]}")
-    if not examples:
-        raise UserError(f"{rows[0].where}: no row is left after dropping the long ones")
-    return examples
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-# B sequences, T = the longest of them. Masks come from lengths; the pad id, 0, is never looked at.
-
-def right_pad(sequences, device="cpu"):
-    """Lists of ids -> ids (B, T) int64 and mask (B, T) bool."""
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    T = int(lengths.max())
-    ids = torch.tensor([list(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
-    return ids, torch.arange(T, device=device) < lengths[:, None]
-
-
-def left_pad(sequences, device="cpu"):
-    """The same with the pads before the tokens, so that what is sampled next stands in one column."""
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    T = int(lengths.max())
-    ids = torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
-    return ids, torch.arange(T, device=device) >= T - lengths[:, None]
-
-
-def response_mask(mask, prompt_lengths):
-    """mask (B, T) of right-padded prompt + response -> True at the response's tokens only, the EOS included."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return mask & (columns >= torch.tensor(prompt_lengths, device=mask.device)[:, None])
-
-
-# ---- python -m minirlhf.data FILE ------------------------------------------------------------------------------------
 
 def read_any(path):
-    """Reads a file by the schema that its first line shows -> (schema, rows)."""
+    """Reads a file in the format that its first line shows -> (format's name, rows)."""
     _, first = next(read_jsonl(path), ("", {}))
-    if "response" in first:
+    if "response" in first or kind_of_row(first):       # reading the latter says how to convert it
         return "demonstrations", read_demonstrations(path)
     if {"responses", "chosen", "rejected"} & set(first):
         return "comparisons", read_comparisons(path)
     return "prompts", read_prompts(path)
 
 
-def describe(path, tokenizer):
-    """Prints what a reader wants to know of a file before training on it; returns its prompts, a set."""
-    schema, rows = read_any(path)
-    examples, prompts = encode_rows(rows, tokenizer, positions=10**9), {row.prompt for row in rows}
-    print(f"{path}: {len(rows):,} {schema}, {len(prompts):,} different prompts")
-    sizes = {"prompt": [len(example.prompt) for example in examples],
-             "response": [len(ids) for example in examples for ids in example.responses]}
-    for name, lengths in sizes.items():
-        if lengths:
-            cuts = statistics.quantiles(lengths, n=100, method="inclusive") if len(lengths) > 1 else lengths * 99
-            shown = ", ".join(f"{percent} % up to {cuts[percent - 1]:.0f}" for percent in (10, 50, 90, 95, 99))
-            print(f"{name:>10} tokens: {shown}, longest {max(lengths)}")
-    print(f"{'':>10} {len(rows) - len({row[1:] for row in rows})} rows repeat an earlier one")
-    if schema == "comparisons":
-        ties = sum(len(set(row.ranks)) == 1 for row in rows)
-        same = sum(len(set(row.responses)) < len(row.responses) for row in rows)
-        empty = sum("" in map(str.strip, row.responses) for row in rows)
-        print(f"{'':>10} {ties} rows are all ties, {same} have identical answers, {empty} an empty answer")
-    for name, ids in [("prompt", examples[0].prompt)] + [("response", ids) for ids in examples[0].responses]:
-        print(f"{name:>10} {pieces(ids, tokenizer)}")
-    return prompts
+# ---- token ids -----------------------------------------------------------------------------------
+
+def encode(tokenizer, prompt, response, finished=True):
+    """Prompt ids and response ids. A finished response ends in exactly one EOS.
+
+    The two are tokenized separately, so that a prompt's ids do not depend on its response. The
+    response's leading space is part of the response. encode_ordinary reads "<|endoftext|>" in a
+    text as seven tokens of text, so no text can contain an EOS.
+    """
+    eos = [tokenizer.eot_token] if finished else []
+    return tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(response) + eos
 
 
-def pieces(ids, tokenizer, most=60):
-    """Token ids as text with a bar between them; bytes that are no whole character are shown as \\x.."""
-    shown = [tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace") for token in ids[:most]]
-    return repr("|".join(shown)).replace("\\\\x", "\\x") + (f" and {len(ids) - most} more" if len(ids) > most else "")
+def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserve=0,
+                drop_long=False):
+    """Rows -> Examples. A row that does not fit is an error, or dropped and counted if drop_long.
+
+    positions: how many tokens the model can read; reserve: how many of them are kept free for a
+    response to be sampled; max_prompt, max_response: further limits in tokens, 0 for none.
+    """
+    for flag, limit in (("--max_prompt", max_prompt), ("--max_response", max_response)):
+        require(limit <= positions,
+                f"{flag} {limit}: this model has {positions} positions. Lower it")
+    limits = max_prompt or positions, max_response or positions, positions
+    examples, too_long = [], []
+    for row in rows:
+        prompt = tokenizer.encode_ordinary(row.prompt)
+        responses = [encode(tokenizer, row.prompt, *each)[1]
+                     for each in zip(row.responses, row.finished)]
+        example = Example(row, prompt, responses)
+        problem = over_limit(example, limits, reserve)
+        if problem:
+            too_long.append(problem)
+        else:
+            examples.append(example)
+    if too_long and not drop_long:
+        raise UserError(f"{too_long[0]}. {len(too_long):,} of {len(rows):,} rows are too long: "
+                        "shorten them, raise the limit, or drop them with --drop_long")
+    require(examples, f"{rows[0].where}: no row is left after dropping the long ones")
+    if too_long:
+        print(f"dropped {len(too_long):,} of {len(rows):,} rows as too long, "
+              f"the first: {too_long[0]}")
+    return examples
 
 
-def main():
-    parser = Parser(prog="python -m minirlhf.data", description="Validates JSONL files and describes "
-                    "them; of several it counts the prompts that they share.")
-    parser.add_argument("file", nargs="+")
-    parser.add_argument("--tokenizer", default="data/tiny", help="a model's name or folder [data/tiny]")
-    args = parser.parse_args()
-    tokenizer = load_tokenizer(args.tokenizer)
-    prompts = {file: describe(file, tokenizer) for file in args.file}
-    for first, second in combinations(prompts, 2):
-        print(f"{len(prompts[first] & prompts[second]):>6,} prompts are in both {first} and {second}")
+def over_limit(example, limits, reserve):
+    """Says which length of an example is above its limit; None if the example fits."""
+    prompt, response = len(example.prompt), max(map(len, example.responses), default=0)
+    names = "prompt", "response", "prompt and response"
+    for name, length, limit in zip(names, (prompt, response, prompt + response + reserve), limits):
+        if length > limit:
+            return f"{example.row.where}: {name} of {length} tokens, more than {limit}"
+    return None
+
+
+# ---- a script's data -----------------------------------------------------------------------------
+
+def load_examples(cfg, read, tokenizer, positions, reserve=0):
+    """The rows of --data to train on, and those held out, as Examples. Resolves cfg.heldout."""
+    rows, heldout = split(cfg, read(cfg.data), read)
+    if warning := glue_warning(rows):
+        print(f"warning: {warning}")
+    limits = dict(positions=positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
+                  reserve=reserve, drop_long=cfg.drop_long)
+    examples = encode_rows(rows, tokenizer, **limits)
+    return examples, encode_rows(heldout, tokenizer, **limits) if heldout else []
+
+
+def split(cfg, rows, read):
+    """(rows to train on, held-out rows), as --heldout says.
+
+    Which prompts "auto" holds out depends only on their text. So the reward model and PPO hold out
+    the same ones, and no prompt that the reward model has seen is assessed.
+    """
+    if cfg.heldout != "auto":
+        return rows, read(cfg.heldout) if cfg.heldout else []
+    test_file = Path(cfg.data).with_name(f"{Path(cfg.data).stem}_test.jsonl")
+    if test_file.is_file():
+        print(f"held-out rows: {test_file}")
+        cfg.heldout = str(test_file)
+        return rows, read(test_file)
+    prompts = {row.prompt for row in rows}
+    chosen = held_out_prompts(prompts)
+    if chosen == prompts:
+        print(f"{cfg.data}: too few different prompts to hold any out")
+        cfg.heldout = ""
+        return rows, []
+    cfg.heldout = str(Path(cfg.out) / "heldout.jsonl")
+    few = ". So few say little: --heldout FILE names more" if len(chosen) < 10 else ""
+    print(f"{len(chosen):,} of {len(prompts):,} prompts are held out, kept in {cfg.heldout}{few}")
+    return ([row for row in rows if row.prompt not in chosen],
+            [row for row in rows if row.prompt in chosen])
+
+
+def held_out_prompts(prompts, one_in=10):
+    """About one prompt in ten, at least one. Which ones they are depends only on their text."""
+    digests = {prompt: int(hashlib.sha256(prompt.encode()).hexdigest(), 16) for prompt in prompts}
+    chosen = {prompt for prompt in prompts if digests[prompt] % one_in == 0}
+    return chosen or {min(prompts, key=digests.get)}
+
+
+def stop_of(text, tokenizer):
+    """--stop -> (token, position): this token ends a response from that position on. "" is EOS."""
+    if not text:
+        return tokenizer.eot_token, 0
+    try:
+        token, position = (int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--stop {text}: must be TOKEN,POSITION like 13,16 (empty: EOS)") from None
+    require(0 <= token < tokenizer.n_vocab and position >= 0,
+            f"--stop {text}: tokens go from 0 to {tokenizer.n_vocab - 1} here")
+    return token, position
 
 
 if __name__ == "__main__":
+    from minirlhf.tools.describe import main
     run_main(main)

@@ -1,8 +1,8 @@
-"""What PPO is rewarded with: a reward model, or any Python function; functions can also be a true preference to watch.
+"""Python functions as rewards, or as a true preference that is only measured; checks of rewards.
 
-    function(prompts: list[str], responses: list[str]) -> list[float]       (or a one-dimensional array or tensor)
+    function(prompts: list[str], responses: list[str]) -> list[float]   (or a 1-d array or tensor)
 
-A path given as FILE.py:function is the only code that any command of this project executes from a path.
+A path given as FILE.py:function is the only code that any command here executes from a path.
 """
 
 import importlib.util
@@ -13,89 +13,111 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf.running.compute import eos_of, generator, spread
-from minirlhf.running.errors import UserError, shown
-from minirlhf.data import decode
-from minirlhf.generate import respond
-from minirlhf.weights import scalar_from_pretrained
+from minirlhf.data import stop_of
+from minirlhf.files.tensors import read_json
+from minirlhf.generate import decode, respond
+from minirlhf.running.compute import NORMALISE, generator
+from minirlhf.running.errors import UserError, require, shown
 
 LARGEST = torch.finfo(torch.float32).max
+GOLD = ("a true preference to watch, never trained on: FILE.py:function, 'none', or 'auto', the "
+        "embedded world's for its own data")
 TINY_GOLD = Path(__file__).parent.parent / "data/tiny/gold.py"
 
 
 def load_function(spec):
-    """"path/to/file.py:name" -> that function. UserError if the file or the name is not there."""
+    """"path/to/file.py:name" -> that function. UserError if the file or the name is missing."""
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise UserError(f"{spec}: not FILE.py:function with a file that exists")
+    require(path.endswith(".py") and os.path.isfile(path),
+            f"{spec}: not FILE.py:function with a file that exists")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{spec}: {path} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {path} has no function {name!r}")
+        kind = type(error).__name__
+        raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
+    require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 
 
 def load_gold(spec, data_file):
-    """The true preference, which is only ever measured: a function's spec, 'none', or 'auto', which is the embedded
-    world's own gold.py for its own data and nothing for any other. Returns the function, or None."""
+    """The true preference, which is measured and never optimised: a function, or None.
+
+    spec: FILE.py:function, "none", or "auto", the embedded world's own gold.py for its own data.
+    """
     if spec == "auto":
-        return load_function(f"{TINY_GOLD}:gold") if Path(data_file).resolve().parent == TINY_GOLD.parent else None
+        embedded = Path(data_file).resolve().parent == TINY_GOLD.parent
+        return load_function(f"{TINY_GOLD}:gold") if embedded else None
     return None if spec == "none" else load_function(spec)
 
 
 def call_reward(function, prompts, responses, name="the reward function"):
-    """Calls a reward function and checks what it returns -> (B,) float32. UserError names the response at fault.
+    """Calls a function and checks what it returns -> (B,) float32. UserError names the response.
 
-    The function gets lists of its own, so that it may sort or change them.
+    The function gets copies of the lists, so that it may sort or change them.
     """
     try:
         scores = plain(function(list(prompts), list(responses)))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
-                        f"{len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}") from error
-    if not isinstance(scores, (list, tuple)) or len(scores) != len(prompts):
-        raise UserError(f"{name} must return a list of {len(prompts)} numbers, not {shown(scores)}")
+        raise UserError(
+            f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
+            f"{len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
+        ) from error
+    require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
+            f"{name} must return a list of {len(prompts)} numbers, not {shown(scores)}")
     scores = [plain(score) for score in scores]
     for prompt, response, score in zip(prompts, responses, scores):
-        if type(score) not in (int, float) or not abs(score) <= LARGEST:        # "not <=" catches nan too
-            raise UserError(f"{name} gave {shown(score)} for the response {response!r} to {prompt!r}")
+        if type(score) not in (int, float) or not abs(score) <= LARGEST:    # "not <=" catches nan
+            raise UserError(
+                f"{name} gave {shown(score)} for the response {response!r} to {prompt!r}")
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def plain(value):
-    """An array or tensor, or one number of them, as lists and numbers of Python; anything else as it is."""
+    """An array, a tensor or one number of them as Python lists and numbers; the rest as it is."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
 
 
-def make_scorer(cfg, policy, examples, tokenizer, device):
-    """--reward as a function Rollout -> (B,) scores with mean 0 and deviation 1 over samples of the SFT model; and the
-    reward model's network, or None if the reward is a function."""
-    if ".py" not in cfg.reward:
-        reward = scalar_from_pretrained(cfg.reward).to(device).requires_grad_(False)
-        if reward.config.vocab_size != policy.config.vocab_size:
-            raise UserError(f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
-                            f"{policy.config.vocab_size}: they must share one vocabulary")
-        longest = max(len(example.prompt) for example in examples) + cfg.max_response
-        if longest > reward.config.n_positions:
-            raise UserError(f"--reward {cfg.reward} has {reward.config.n_positions} positions, the longest prompt and response "
-                            f"{longest}: lower --max_prompt or --max_response")
-        return (lambda r: spread(reward.reward, cfg.micro_batch or len(r.ids), r.ids, r.attend)), reward.transformer
-    function = load_function(cfg.reward)
-    print(f"the reward is {cfg.reward}: its code runs here")
-    chosen = [examples[i % len(examples)] for i in range(256)]      # A: 256 samples
-    answers = respond(policy, [e.prompt for e in chosen], cfg.max_response, eos_of(cfg, tokenizer), generator(cfg.seed, 3),
-                      cfg.temperature, cfg.stop_after)
-    texts = [decode(tokenizer, ids) for ids, _ in answers]
-    raw = call_reward(function, [e.row.prompt for e in chosen], texts)
-    mean, std = float(raw.mean()), float(raw.std()) or 1.0
+class FunctionReward:
+    """A function as PPO's reward, with mean 0 and standard deviation 1 over SFT samples."""
 
-    def score(r):
-        def of_rows(rows):
-            return call_reward(function, [r.prompts[i] for i in rows], [r.texts[i] for i in rows]).to(device)
-        return (spread(of_rows, len(r.texts), torch.arange(len(r.texts))) - mean) / std
-    return score, None
+    def __init__(self, spec):
+        self.function, self.mean, self.std = load_function(spec), 0.0, 1.0
+        print(f"the reward is {spec}: its code runs here")
+
+    def __call__(self, prompts, texts):
+        """B prompts and B responses -> (B,) float32 on the CPU."""
+        return (call_reward(self.function, prompts, texts) - self.mean) / self.std
+
+    def normalise(self, sft, examples, tokenizer, cfg):
+        """Sets mean and standard deviation from 256 samples of the SFT model (Ziegler 2019)."""
+        examples = [examples[i % len(examples)] for i in range(256)]
+        answers = respond(sft, [example.prompt for example in examples], cfg.max_response,
+                          stop_of(cfg.stop, tokenizer), generator(cfg.seed, NORMALISE),
+                          cfg.temperature)
+        texts = [decode(tokenizer, ids) for ids, _ in answers]
+        raw = call_reward(self.function, [example.row.prompt for example in examples], texts)
+        self.mean, self.std = float(raw.mean()), float(raw.std()) or 1.0
+
+
+def check_fits(reward, policy, examples, cfg):
+    """UserError unless the reward model can read every prompt with every response.
+
+    Also warns if its training run found it no better than chance or than length.
+    """
+    require(reward.config.vocab_size == policy.config.vocab_size,
+            f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
+            f"{policy.config.vocab_size}: they must share one vocabulary")
+    longest = max(len(example.prompt) for example in examples) + cfg.max_response
+    require(longest <= reward.config.n_positions,
+            f"--reward {cfg.reward} has {reward.config.n_positions} positions, the longest prompt "
+            f"and response {longest}: lower --max_prompt or --max_response")
+    file = Path(cfg.reward) / "report.json"
+    report = read_json(file) if file.is_file() else {}
+    low, _ = report.get("rm_accuracy_heldout_ci", (1, 1))
+    longer = report.get("longer_is_preferred", 0.5)
+    if low <= max(longer, 1 - longer):
+        print(f"warning: by its report, {cfg.reward} is not clearly better than chance or length "
+              "alone. PPO will optimise noise")

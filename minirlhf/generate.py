@@ -1,106 +1,112 @@
-"""Sampling responses, a batch at a time with a key-value cache, and the log-probabilities of given ones.
+"""Sampling with a key-value cache, and log-probabilities of given responses.
 
-Shapes: B batch    P prompt length    R response length    T = P + R    V vocabulary
+Shapes: B batch    P prompt length    R response length    T = P + R    V vocabulary    C n_embd
 
-Only temperature, no top-k and no top-p: PPO needs the log-probability of what was sampled, and a sampler that cuts the
-tail draws from another distribution than the one the loss differentiates.
+Sampling uses temperature only, no top-k and no top-p. PPO needs the log-probability of what was
+sampled, and a sampler that cuts off the tail draws from another distribution than the one the loss
+differentiates.
 """
-
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from minirlhf.data import left_pad, response_mask, right_pad
+from minirlhf.gpt2 import KVCache
 from minirlhf.ppo import token_logprobs
+from minirlhf.running.compute import left_pad, response_mask, right_pad
 
 
-class Responses(NamedTuple):
-    """What generate() returns; everything is right-padded to R columns."""
-    ids: torch.Tensor           # (B, R) int64, any valid id under the mask's False
-    mask: torch.Tensor          # (B, R) bool, True at sampled tokens, the EOS included
-    finished: torch.Tensor      # (B,) bool, True where an EOS was sampled
-    logprobs: torch.Tensor      # (B, R) float32, nats, of the sampled tokens at the sampling temperature
-
+# ---- sampling ------------------------------------------------------------------------------------
 
 def sample_token(logits, uniform):
-    """Inverse cumulative distribution: the token in whose slice of [0, 1) the uniform number falls.
+    """Inverse cumulative distribution: logits (B, V), uniform (B, 1) in [0, 1) -> tokens (B, 1).
 
-    logits (B, V), uniform (B, 1) in [0, 1) -> tokens (B, 1) int64 and their log-probabilities (B, 1) in nats.
-    The uniform number decides alone, so a row's tokens depend neither on the other rows nor on their number.
+    A token depends only on its row's logits and random number, not on the rest of the batch.
     """
-    probabilities = torch.softmax(logits.float(), dim=-1)                           # (B, V)
-    cumulative = probabilities.cumsum(dim=-1)                                       # (B, V)
-    # Rounding can leave the last sum a hair below 1, or the product on it: hence the scaling and the clamp.
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)                       # (B, V)
+    # Rounding can leave the last sum slightly below 1. Scaling and clamp keep the token valid.
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)                                   # (B, 1)
-    return token, probabilities.gather(1, token).log()
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
-@torch.inference_mode()
-def generate(model, prompts, prompt_mask, uniforms, eos, temperature=1.0, earliest=0):
-    """Samples one response per prompt until its EOS or until R tokens.
+@torch.no_grad()
+def generate(model, prompts, prompt_mask, uniforms, stop, temperature=1.0):
+    """Samples one response per prompt, until its stop token or until the limit.
 
-    prompts (B, P) int64 and prompt_mask (B, P) bool, left-padded; uniforms (B, R) float in [0, 1): one number per row
-    and token, which makes this a function without hidden state and fixes R, the most tokens a response may have;
-    temperature > 0, or 0 for the likeliest token; eos ends a response from column `earliest` on (the 2019 tasks end at
-    the first "." from 16 on). Returns Responses on the same device.
+    prompts (B, P) int64 and prompt_mask (B, P) bool, left-padded. uniforms (B, limit) in [0, 1):
+    one random number per row and token, so this function has no hidden state. stop: the token that
+    ends a response, and the position from which on it does. temperature 0: the likeliest token.
+
+    Returns, R being the longest response and shorter ones right-padded:
+        ids (B, R) int64        mask (B, R) bool, True at sampled tokens, the stop token included
+        finished (B,) bool, True where the stop token was sampled
     """
-    (B, P), R = prompts.shape, uniforms.shape[1]
-    ids = torch.zeros(B, R, dtype=torch.long, device=prompts.device)
-    logprobs = torch.zeros(B, R, device=prompts.device)
-    mask = torch.zeros(B, R, dtype=torch.bool, device=prompts.device)
-    finished = torch.zeros(B, dtype=torch.bool, device=prompts.device)
-    rows = torch.arange(B, device=prompts.device)               # rows still being written, the only ones in the cache
-    cache, inputs, seen = model.new_cache(P + R), prompts, prompt_mask
-    for t in range(R):
-        hidden = model(inputs, seen, cache)[:, -1]                                  # (rows, C)
-        logits = model.logits(hidden).float()                                       # (rows, V)
-        if temperature > 0:
-            token, logprob = sample_token(logits / temperature, uniforms[rows, t, None])
-        else:
-            logprob, token = torch.log_softmax(logits, dim=-1).max(dim=-1, keepdim=True)
-        ids[rows, t], logprobs[rows, t], mask[rows, t] = token[:, 0], logprob[:, 0], True
-        ended = (token[:, 0] == eos) & (t >= earliest)
+    (B, P), limit, (stop_token, earliest) = prompts.shape, uniforms.shape[1], stop
+    ids, mask = prompts.new_zeros(B, limit), prompt_mask.new_zeros(B, limit)
+    finished = prompt_mask.new_zeros(B)
+    rows = torch.arange(B, device=prompts.device)       # those still being written, as in the cache
+    cache, inputs, seen = KVCache(model.config.n_layer, P + limit), prompts, prompt_mask
+    for t in range(limit):
+        logits = model.logits(model(inputs, seen, cache)[:, -1])                    # (rows, V)
+        # At temperature 0 the gaps between logits become so large that the best token is certain.
+        token = sample_token(logits / max(temperature, 1e-9), uniforms[rows, t, None])  # (rows, 1)
+        ids[rows, t], mask[rows, t] = token[:, 0], True
+        ended = (token[:, 0] == stop_token) & (t >= earliest)
         finished[rows] = ended
         going = (~ended).nonzero()[:, 0]
         if len(going) == 0:
             break
-        if len(going) < len(rows):                              # finished rows leave the batch
+        if len(going) < len(rows):                      # finished rows leave the batch
             rows, token, seen = rows[going], token[going], seen[going]
             cache.keep(going)
         inputs, seen = token, torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
-    return Responses(ids, mask, finished, logprobs)
+    return ids[:, :t + 1], mask[:, :t + 1], finished
 
 
-def respond(model, prompts, R, eos, rng, temperature=1.0, earliest=0, batch_size=128, progress=None):
-    """Samples one response for each of many prompts (lists of ids), those of similar length together.
+def respond(model, prompts, limit, stop, rng, temperature=1.0, batch_size=128, progress=None):
+    """Samples one response for each of many prompts (lists of ids), similar lengths together.
 
-    R: most tokens of a response; rng: the CPU generator of the uniform numbers; progress: the name of a progress bar;
-    eos, temperature, earliest: as in generate().
-    Returns, in the order of the prompts, a list of (response ids as a list, finished), the EOS among the ids.
+    limit: most tokens of a response. rng: the CPU generator of the random numbers. progress: the
+    name of a progress bar. stop, temperature: as in generate(). Returns, in the order of the
+    prompts, a list of (response ids as a list, finished); the EOS is among the ids.
     """
     device = next(model.parameters()).device
-    uniforms = torch.rand(len(prompts), R, generator=rng)
+    uniforms = torch.rand(len(prompts), limit, generator=rng)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, unit="batch"):
+    for start in tqdm(range(0, len(order), batch_size), progress,
+                      disable=None if progress else True):       # None: only on a terminal
         chosen = order[start:start + batch_size]
         ids, mask = left_pad([prompts[i] for i in chosen], device)
-        responses = generate(model, ids, mask, uniforms[chosen].to(device), eos, temperature, earliest)
-        lengths = responses.mask.sum(dim=1).tolist()
-        for i, tokens, length, finished in zip(chosen, responses.ids.tolist(), lengths, responses.finished.tolist()):
-            answers[i] = tokens[:length], finished
+        sampled = generate(model, ids, mask, uniforms[chosen].to(device), stop, temperature)
+        for i, tokens, own, finished in zip(chosen, *(x.tolist() for x in sampled)):
+            answers[i] = tokens[:sum(own)], finished
     return answers
 
 
-def response_logprobs(model, prompts, responses, device, temperature=1.0):
-    """Log-probabilities of given responses; logits are made only where a response token is predicted.
+def decode(tokenizer, ids):
+    """The text of a response. Its EOS is not part of it."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot_token else ids)
 
-    prompts, responses: B lists of ids -> (B, T - 1) float32 in nats, 0 outside the mask, and the mask (B, T - 1).
+
+# ---- given responses -----------------------------------------------------------------------------
+
+def response_logits(model, ids, mask, P):
+    """Logits that predict the response's tokens, and only those: ids, mask (B, T) -> (B, R, V).
+
+    For left-padded prompts of P columns: the hidden state at P - 1 predicts the token at P.
     """
-    ids, mask = right_pad([p + r for p, r in zip(prompts, responses)], device)                      # (B, T)
-    predicted = response_mask(mask, [len(p) for p in prompts])[:, 1:]                               # (B, T-1)
-    hidden = model(ids)[:, :-1][predicted]                                                          # (N, C)
-    logprobs = token_logprobs(model.logits(hidden), ids[:, 1:][predicted], temperature)             # (N,)
-    return torch.zeros(predicted.shape, device=device).masked_scatter(predicted, logprobs), predicted
+    return model.logits(model(ids, mask)[:, P - 1:-1])
+
+
+def response_logprobs(model, prompts, responses, device, temperature=1.0):
+    """Log-probabilities of given responses: B lists of prompt ids, B lists of response ids.
+
+    Returns (B, T - 1) in nats, 0 where the mask is False, and the mask (B, T - 1). Right-padded.
+    Logits exist only where a response token is predicted.
+    """
+    ids, mask = right_pad([p + r for p, r in zip(prompts, responses)], device)      # (B, T)
+    predicted = response_mask(mask, [len(p) for p in prompts])[:, 1:]               # (B, T-1)
+    hidden = model(ids)[:, :-1][predicted]                                          # (N, C)
+    logprobs = token_logprobs(model.logits(hidden), ids[:, 1:][predicted], temperature)     # (N,)
+    rows = logprobs.new_zeros(predicted.shape).masked_scatter(predicted, logprobs)  # (B, T-1)
+    return rows, predicted

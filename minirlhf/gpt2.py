@@ -1,25 +1,25 @@
-"""GPT-2, written out: the architecture of Radford et al. 2019 with the tensor names of the official checkpoint.
+"""GPT-2, written out: the architecture of Radford 2019 with the official checkpoint's tensor names.
 
-The alphabet of shapes, the same in every file:
-    B batch    T time (tokens)    C n_embd    nh heads    hs head size (C / nh)    V vocabulary    S past + T
+Letters for shapes:
+    B batch    T time (tokens)    C n_embd    nh heads    hs head size (C / nh)    V vocabulary
+    S past + T, the positions that the last T tokens can look back on
 
-There is no dropout. SFT, reward model and PPO all compare log-probabilities of the same tokens at different times, and
-dropout makes that comparison noise (arXiv 2403.17031 turns it off in SFT as well).
+There is no dropout. SFT, reward model and PPO all compare log-probabilities of the same tokens at
+different times, and dropout turns that comparison into noise (see DETAILS.md).
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.running.cpu import Linear, linear32
-
 
 @dataclass
 class GPT2Config:
-    """The shape of a model; the defaults are GPT-2 124M. Field names are those of the official config.json."""
+    """Field names are those of the official config.json; the defaults are GPT-2 124M."""
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
@@ -30,17 +30,17 @@ class GPT2Config:
 
 
 class KVCache:
-    """Keys and values of the positions a model has seen, so that the next token costs one position and not all.
+    """Keys and values of the positions seen so far: a new token costs one position, not all.
 
     Room for S positions is taken at the first call; `length` of them are filled.
     """
 
     def __init__(self, n_layer, S):
         self.S, self.length = S, 0
-        self.layers = [None] * n_layer                          # each (keys, values), both (B, nh, S, hs)
+        self.layers = [None] * n_layer                  # each (keys, values), both (B, nh, S, hs)
 
     def extend(self, layer, k, v):
-        """Appends k, v (B, nh, T, hs) of one layer; returns all keys and values so far, (B, nh, past + T, hs)."""
+        """Appends k, v (B, nh, T, hs) of one layer; returns all so far, (B, nh, past + T, hs)."""
         B, nh, T, hs = k.shape
         if self.layers[layer] is None:
             self.layers[layer] = k.new_zeros(B, nh, self.S, hs), v.new_zeros(B, nh, self.S, hs)
@@ -50,61 +50,67 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows):
-        """Drops all rows of the batch but `rows` (a LongTensor): finished responses cost nothing more."""
+        """Drops all rows but `rows` (a LongTensor): finished responses cost nothing more."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
 def position_ids(mask):
-    """(B, S) bool -> (B, S) int64: how many real tokens stand before each one, so that pads take no position."""
+    """(B, S) bool -> (B, S) int64: how many real tokens precede each, so pads take no position."""
     return mask.long().cumsum(dim=1) - mask.long()
 
 
-def attention_mask(mask, T, S, device):
-    """Which of S positions each of the last T may look at: (T, S) bool, or (B, 1, T, S) when pads are to be hidden.
+def attention_mask(mask, T):
+    """Which of S positions each of the last T may look at: mask (B, S) bool -> (B, 1, T, S) bool.
 
-    A pad still sees itself: a row of attention with nothing in it would be a softmax over nothing, NaN.
+    Real tokens at or before its own position. A pad still sees itself: an attention row that sees
+    nothing would be a softmax over nothing, which is NaN.
     """
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    if mask is None:
-        return causal
-    itself = causal.triu(S - T)
-    return causal & (mask[:, None, None, :] | itself)           # (B, 1, T, S)
+    S = mask.shape[1]
+    causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
+    return causal & (mask[:, None, None, :] | causal.triu(S - T))       # triu: the diagonal, itself
 
 
-def attention(q, k, v, attend):
-    """softmax(q k^T / sqrt(hs)) v: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs); causal if attend is None."""
-    if q.shape[2] == 1 and attend is not None:
-        # One new token, by hand: PyTorch's kernel is made for many, and takes up to seven times as long on a CPU.
-        weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])                                     # (B, nh, 1, S)
-        return weights.masked_fill(~attend, -math.inf).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None)
+def attention(q, k, v, visible):
+    """softmax(q k^T / sqrt(hs)) v: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
+
+    visible: the result of attention_mask.
+    """
+    if q.shape[2] > 1 and k.shape[2] > 256:     # the fused kernel does not store (T, S) weights
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])     # (B, nh, T, S)
+    weights = weights.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    return weights @ v
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, attend, cache, layer):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)                # 3 x (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+    def forward(self, x, visible, cache, layer):
+        q, k, v = (split_heads(t, self.n_head)                  # 3 x (B, nh, T, hs)
+                   for t in self.c_attn(x).chunk(3, dim=2))     # 3 x (B, T, C)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                    # (B, nh, S, hs)
-        y = attention(q, k, v, attend)                          # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attention(q, k, v, visible)                         # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))  # (B, T, C)
+
+
+def split_heads(x, n_head):
+    """(B, T, C) -> (B, nh, T, hs)."""
+    return x.unflatten(2, (n_head, -1)).transpose(1, 2)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        # GPT-2 was trained with the tanh approximation; the exact erf form is off by up to 4.7e-4 per activation.
+        # GPT-2 was trained with the tanh form. The exact erf form differs by up to 4.7e-4.
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -116,12 +122,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, attend, cache, layer):
-        x = x + self.attn(self.ln_1(x), attend, cache, layer)
+    def forward(self, x, visible, cache, layer):
+        x = x + self.attn(self.ln_1(x), visible, cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT2(nn.Module):
+    # "bfloat16" means autocast in the blocks. Weights, logits and losses stay in float32.
+    dtype = "float32"
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -132,45 +141,52 @@ class GPT2(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
+        std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
-        if isinstance(module, (Attention, MLP)):    # "scale the weights of residual layers by 1/sqrt(N)", N = 2 n_layer
-            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            nn.init.normal_(module.c_proj.weight, std=std)
+        if isinstance(module, (Attention, MLP)):
+            # "scale the weights of residual layers by 1/sqrt(N)" (Radford 2019): N = 2 n_layer
+            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, ids, mask=None, cache=None):
-        """Token ids to hidden states after the final layer norm.
+        """Token ids to hidden states after the final layer norm: (B, T) int64 -> (B, T, C) float32.
 
-        ids (B, T) int64; mask (B, past + T) bool, True at real tokens; returns (B, T, C).
-        Without a mask every token counts. That is also right for right-padded batches: attention is causal, no real
-        token sees a pad to its right, and the hidden states of pads are for the caller to ignore.
-        With a cache, ids are the T tokens after those the cache holds. ValueError beyond n_positions.
+        mask (B, past + T) bool, True at real tokens. Without a mask every token counts. That is
+        also right for right-padded batches: attention is causal, so no real token sees a pad to
+        its right, and the caller ignores the hidden states of pads. With a cache, ids are the T
+        tokens after those the cache holds. Raises ValueError beyond n_positions.
         """
-        T, past = ids.shape[1], cache.length if cache is not None else 0
-        S = past + T
-        if S > self.config.n_positions:
-            raise ValueError(f"{S} tokens do not fit this model's {self.config.n_positions} positions")
-        if mask is None:
-            positions = torch.arange(past, S, device=ids.device)                                # (T,)
-        else:
-            positions = position_ids(mask)[:, past:]                                            # (B, T)
-        attend = None if mask is None and past == 0 else attention_mask(mask, T, S, ids.device)
-        x = self.wte(ids) + self.wpe(positions)                                                 # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, attend, cache, layer)
+        visible, positions = look_back(self.config, ids, mask, cache)
+        x = self.wte(ids) + self.wpe(positions)                 # (B, T, C)
+        with autocast(self.dtype, ids.device):
+            for layer, block in enumerate(self.h):
+                x = block(x, visible, cache, layer)
         if cache is not None:
-            cache.length = S
+            cache.length += ids.shape[1]
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits over the vocabulary (..., V), float32; the head is the token embedding, tied.
+        """Hidden states (..., C) to logits (..., V), float32. The head is the token embedding.
 
-        Under autocast too: official GPT-2's logits lie near -100, where bfloat16 can only tell steps of 0.5 apart.
+        Float32 also when the blocks run in bfloat16: the logits of official GPT-2 lie near -100,
+        where bfloat16 moves in steps of 0.5.
         """
-        return linear32(hidden, self.wte.weight)
+        return F.linear(hidden, self.wte.weight)
 
-    def new_cache(self, S):
-        """An empty cache with room for S positions."""
-        return KVCache(self.config.n_layer, S)
+
+def look_back(config, ids, mask, cache):
+    """What T new tokens look back on: attention mask (B, 1, T, S), and positions (B, T)."""
+    (B, T), past = ids.shape, cache.length if cache is not None else 0
+    if past + T > config.n_positions:
+        raise ValueError(
+            f"{past + T} tokens do not fit this model's {config.n_positions} positions")
+    if mask is None:
+        mask = torch.ones(B, past + T, dtype=torch.bool, device=ids.device)
+    return attention_mask(mask, T), position_ids(mask)[:, past:]
+
+
+def autocast(dtype, device):
+    """A context in which matrix products run in bfloat16, if that is the dtype."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

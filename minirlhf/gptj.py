@@ -1,10 +1,11 @@
-"""GPT-J 6B (Wang and Komatsuzaki 2021) behind the interface of GPT2; read gpt2.py first, or never read this.
+"""GPT-J 6B (Wang and Komatsuzaki 2021) with the same interface as GPT2. Read gpt2.py first.
 
 What is different from GPT-2:
-  1. No learned positions: queries and keys are turned by an angle that grows with their position (arXiv 2104.09864).
-  2. Attention and MLP stand side by side on one layer norm: x + attn(ln(x)) + mlp(ln(x)).
+  1. No learned positions: queries and keys are rotated by an angle that grows with their position
+     (Su 2021, arXiv 2104.09864).
+  2. Attention and MLP run side by side on one layer norm: x + attn(ln(x)) + mlp(ln(x)).
   3. The head is a matrix of its own, with a bias, and it has more rows than there are tokens.
-Tensor names are those of the official checkpoint. The alphabet of shapes is that of gpt2.py, and:
+Tensor names are those of the official checkpoint. Shapes as in gpt2.py, and:
     r rotary_dim
 """
 
@@ -14,16 +15,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.running.cpu import Linear, linear32
-from minirlhf.gpt2 import KVCache, attention, attention_mask, position_ids
+from minirlhf.gpt2 import attention, autocast, look_back, split_heads
 
 
 @dataclass
 class GPTJConfig:
-    """The defaults are GPT-J 6B; field names are those of the official config.json, but for n_tokens.
+    """The defaults are GPT-J 6B. Field names are the official config.json's, except n_tokens.
 
-    n_tokens: how many of the vocab_size rows are tokens. GPT-J speaks GPT-2's 50,257 and was padded to 50,400 rows,
-    for its TPUs; a row that is no token must never be sampled, nor be in the sum of a softmax.
+    n_tokens: how many of the vocab_size rows are tokens. GPT-J has GPT-2's 50,257 tokens and was
+    padded to 50,400 rows. The other rows must never be sampled nor enter the sum of a softmax.
     """
     vocab_size: int = 50400
     n_positions: int = 2048
@@ -36,21 +36,23 @@ class GPTJConfig:
 
 
 def rotary_angles(positions, r):
-    """positions (..., T) int64 -> cos and sin (..., T, r/2) float32: pair i turns by position / 10000^(2i/r)."""
-    frequencies = 1 / 10000 ** (torch.arange(0, r, 2, device=positions.device) / r)    # (r/2,)
+    """positions (..., T) int64 -> cos and sin (..., T, r/2): pair i turns by pos / 10000^(2i/r)."""
+    frequencies = 1 / 10000 ** (torch.arange(0, r, 2, device=positions.device) / r)     # (r/2,)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turns each neighbouring pair (2i, 2i + 1) of the first r dimensions of x (B, nh, T, hs) by its angle.
+    """Turns each neighbouring pair (2i, 2i + 1) of the first r dimensions of x (B, nh, T, hs).
 
-    "Interleaved": many newer models pair i with i + r/2 instead, and weights of one kind are nonsense in the other.
+    This is the interleaved form. Many newer models pair i with i + r/2 instead, and weights made
+    for one form give nonsense in the other.
     """
     r = 2 * cos.shape[-1]
-    even, odd = x[..., 0:r:2], x[..., 1:r:2]                                        # (B, nh, T, r/2)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)  # (B, nh, T, r/2, 2)
-    return torch.cat([turned.flatten(-2).type_as(x), x[..., r:]], dim=-1)           # (B, nh, T, hs)
+    even, odd = x[..., 0:r:2], x[..., 1:r:2]                                # (B, nh, T, r/2)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    turned = turned.flatten(-2).type_as(x)                                  # (B, nh, T, r)
+    return torch.cat([turned, x[..., r:]], dim=-1)                          # (B, nh, T, hs)
 
 
 class Attention(nn.Module):
@@ -58,27 +60,26 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        self.q_proj = Linear(C, C, bias=False)
-        self.k_proj = Linear(C, C, bias=False)
-        self.v_proj = Linear(C, C, bias=False)
-        self.out_proj = Linear(C, C, bias=False)
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x, turn, attend, cache, layer):
-        B, T, C = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)                    # 3 x (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        q, k = rotate(q, *turn), rotate(k, *turn)
+    def forward(self, x, angles, visible, cache, layer):
+        q, k, v = (split_heads(projection(x), self.n_head)                  # 3 x (B, nh, T, hs)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)                                        # (B, nh, S, hs)
-        y = attention(q, k, v, attend)                                              # (B, nh, T, hs)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache.extend(layer, k, v)                                # (B, nh, S, hs)
+        y = attention(q, k, v, visible)                                     # (B, nh, T, hs)
+        return self.out_proj(y.transpose(1, 2).reshape(x.shape))            # (B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc_in = Linear(config.n_embd, 4 * config.n_embd)
-        self.fc_out = Linear(4 * config.n_embd, config.n_embd)
+        self.fc_in = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.fc_out = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.fc_out(F.gelu(self.fc_in(x), approximate="tanh"))
@@ -91,19 +92,21 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, turn, attend, cache, layer):
+    def forward(self, x, angles, visible, cache, layer):
         normed = self.ln_1(x)
-        return x + self.attn(normed, turn, attend, cache, layer) + self.mlp(normed)
+        return x + self.attn(normed, angles, visible, cache, layer) + self.mlp(normed)
 
 
 class GPTJ(nn.Module):
+    dtype = "float32"
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         self.apply(self._init)
 
     def _init(self, module):
@@ -113,29 +116,18 @@ class GPTJ(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids, mask=None, cache=None):
-        """Token ids to hidden states after the final layer norm: arguments, result and errors as GPT2.forward."""
-        T, past = ids.shape[1], cache.length if cache is not None else 0
-        S = past + T
-        if S > self.config.n_positions:
-            raise ValueError(f"{S} tokens do not fit this model's {self.config.n_positions} positions")
-        if mask is None:
-            positions = torch.arange(past, S, device=ids.device)                    # (T,)
-        else:
-            positions = position_ids(mask)[:, None, past:]                          # (B, 1, T)
-        turn = rotary_angles(positions, self.config.rotary_dim)                     # 2 x (T, r/2) or (B, 1, T, r/2)
-        attend = None if mask is None and past == 0 else attention_mask(mask, T, S, ids.device)
-        x = self.wte(ids)                                                           # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, turn, attend, cache, layer)
+        """Arguments, result and errors as in GPT2.forward."""
+        visible, positions = look_back(self.config, ids, mask, cache)
+        angles = rotary_angles(positions[:, None], self.config.rotary_dim)  # 2 x (B, 1, T, r/2)
+        x = self.wte(ids)                                                   # (B, T, C)
+        with autocast(self.dtype, ids.device):
+            for layer, block in enumerate(self.h):
+                x = block(x, angles, visible, cache, layer)
         if cache is not None:
-            cache.length = S
+            cache.length += ids.shape[1]
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits (..., n_tokens), float32: the rows that are no token are not even computed."""
+        """Hidden states (..., C) to logits (..., n_tokens), float32, without the padding rows."""
         n = self.config.n_tokens
-        return linear32(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])
-
-    def new_cache(self, S):
-        """An empty cache with room for S positions."""
-        return KVCache(self.config.n_layer, S)
+        return F.linear(hidden, self.lm_head.weight[:n], self.lm_head.bias[:n])

@@ -1,123 +1,113 @@
-"""The mathematics of PPO for language models: pure functions of tensors, no model inside.
+"""The mathematics of PPO for language models: functions of tensors, no model inside.
 
-Shapes: B batch    R response length    V vocabulary. Every (B, R) tensor is aligned with the response's tokens and comes
-with a mask (B, R) bool, True at sampled tokens (the EOS included). What stands under False never reaches a result.
-The numbers are the steps of train_ppo.py; 1 is in generate.py. Units: log-probabilities, KL and entropy in nats.
+Shapes: B batch    R response length    V vocabulary
+Every (B, R) tensor is aligned with the response's tokens and comes with a mask (B, R) bool, True at
+sampled tokens, the EOS included. Values where the mask is False never reach a result.
+The numbers are the steps of train_ppo.py. Log-probabilities, KL and entropy are in nats.
 
-Sources: Ziegler et al. 2019 and its code openai/lm-human-preferences ("A"); Stiennon et al. 2020; Schulman et al. 2015
-(GAE, arXiv 1506.02438) and 2017 (PPO, arXiv 1707.06347); summarize_from_feedback_details ("C", arXiv 2403.17031).
+Sources: Ziegler 2019 (arXiv 1909.08593) and its code, openai/lm-human-preferences; Stiennon 2020;
+Schulman 2015 (GAE, arXiv 1506.02438) and 2017 (PPO, arXiv 1707.06347); Huang 2024 (arXiv
+2403.17031).
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from minirlhf.running.compute import all_sum
 
 
-# ---- statistics over tokens ------------------------------------------------------------------------------------------
+# ---- statistics over tokens ----------------------------------------------------------------------
 
 def masked_sum(x, mask):
-    """Sum of x where mask is True. masked_fill and not x * mask: nan * 0 is nan."""
+    """Sum of x where mask is True. masked_fill rather than x * mask, because nan * 0 is nan."""
     return x.masked_fill(~mask, 0).sum()
 
 
 def masked_mean(x, mask):
-    """Mean of x over all True positions together (not a mean of row means)."""
-    return masked_sum(x, mask) / mask.sum()
+    """Mean of x over all True positions together, not a mean of row means.
 
-
-def whiten(x, mask, shift_mean=True):
-    """x to variance 1 over the True positions, and to mean 0 if shift_mean; False positions become 0.
-
-    Population variance and eps 1e-8, as in A.
+    Several processes each hold some rows of a rollout. all_sum adds up over all of them, and does
+    nothing when there is only one.
     """
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean).masked_fill(~mask, 0)
+    return all_sum(masked_sum(x, mask)) / all_sum(mask.sum())
 
 
-# ---- 2. Score: what a response without an EOS gets -------------------------------------------------------------------
+def sequence_mean(x, mask):
+    """Per-token x summed over each response, then averaged over the responses."""
+    return all_sum(masked_sum(x, mask)) / all_sum(mask.any(dim=1).sum())
 
-def penalise_unfinished(scores, finished, missing_eos):
-    """scores (B,) with a fixed low score where finished (B,) bool is False.
 
-    A gave -1 to answers without a period; when scores have variance 1 that is better than what a sixth of all finished
-    responses get, so the default here is lower.
+def masked_variance(x, mask):
+    """Population variance of x over all True positions together."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x, mask):
+    """x shifted and scaled to mean 0 and variance 1 over the True positions, and 0 elsewhere.
+
+    Advantages then have the same scale in every rollout, so --lr need not follow the scores.
+    Population variance and eps 1e-8 (Ziegler 2019).
     """
-    return torch.where(finished, scores, missing_eos)
+    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    return ((x - masked_mean(x, mask)) * scale).masked_fill(~mask, 0)
 
 
-# ---- 3. Log-probabilities --------------------------------------------------------------------------------------------
+# ---- 3. Log-probabilities ------------------------------------------------------------------------
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(z)[token], whose gradient is one_hot(token) - softmax(z): z (N, V), tokens (N,) -> (N,).
-
-    Written out, for left to itself PyTorch makes one more tensor of the size of the logits on the way back.
-    """
-
-    @staticmethod
-    def forward(ctx, z, tokens):
-        logprobs = torch.log_softmax(z, dim=1)                  # (N, V)
-        ctx.save_for_backward(logprobs, tokens)
-        return logprobs.gather(1, tokens[:, None])[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        logprobs, tokens = ctx.saved_tensors
-        dz = logprobs.exp().mul_(-gradient[:, None])            # (N, V)
-        return dz.scatter_add_(1, tokens[:, None], gradient[:, None]), None
+def log_softmax(logits, temperature):
+    """Log-probabilities over the vocabulary, in float32 or better whatever the logits are in."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """Log-probability of each token: logits (..., V), tokens (...) int64 -> (...) float32, in nats.
+    """Log-probability of each token: logits (..., V), tokens (...) int64 -> (...), in nats.
 
-    The one function for SFT, rollout, reference and update. The temperature must be the sampling temperature wherever
-    the tokens were sampled: PPO's ratio compares the distribution that acted, not the one at temperature 1.
+    The one function for SFT, rollout, reference and update. Where the tokens were sampled the
+    temperature must be the sampling temperature: PPO's ratio compares the distribution that acted,
+    not the one at temperature 1.
     """
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    return TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten()).view(tokens.shape)
+    return log_softmax(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def token_entropy(logits, temperature=1.0):
-    """Entropy of the next-token distribution, (..., V) -> (...) float32, in nats."""
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    """Entropy of the next-token distribution: (..., V) -> (...), in nats."""
+    logprobs = log_softmax(logits, temperature)
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
-# ---- 4. Reward per token ---------------------------------------------------------------------------------------------
-
-def kl_k1(logprobs, ref_logprobs):
-    """log p - log ref of the sampled tokens: an unbiased estimate of KL(p || ref) that may be negative."""
-    return logprobs - ref_logprobs
-
+# ---- 4. Reward per token -------------------------------------------------------------------------
 
 def kl_k3(logprobs, ref_logprobs):
-    """(ref/p - 1) - log(ref/p): unbiased too, never negative, less noisy (Schulman, "Approximating KL divergence").
+    """(ref/p - 1) - log(ref/p), per token: unbiased, never negative, less noisy (Schulman 2020).
 
-    Only for the log: the reward uses k1. With the ratio the other way round it estimates another divergence.
+    Only for the log: the reward uses k1, the log-ratio itself, which may be negative at a token.
+    As a loss its gradient is that of KL(ref || p). With the ratio inverted it estimates another
+    divergence.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
 
 def token_rewards(kl, scores, mask, beta):
-    """-beta * KL at every token, plus the score at the last one: kl (B, R), scores (B,) -> (B, R)."""
+    """-beta * KL at every token, plus the score at the last: kl (B, R), scores (B,) -> (B, R)."""
     rewards = (-beta * kl).masked_fill(~mask, 0)
-    last = mask.sum(dim=1, keepdim=True) - 1                    # (B, 1)
+    last = mask.sum(dim=1, keepdim=True) - 1                            # (B, 1)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
-# ---- 5. Values and advantages ----------------------------------------------------------------------------------------
+# ---- 5. Values and advantages --------------------------------------------------------------------
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation, all (B, R) -> advantages, returns (B, R), 0 under the mask.
+    """Generalized advantage estimation: all (B, R) -> advantages, returns (B, R), 0 off the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lambda A_{t+1};  returns = A + V, before whitening.
-    The episode ends with the response: the value after the last token is 0. gamma 1 and lambda 0.95 as in A.
+    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}
+    returns = A + V, before whitening. The episode ends with the response, so the value after the
+    last token is 0. lam 0 trusts the value model after one token: little noise, but biased. lam 1
+    uses the whole return: unbiased, but noisy. Defaults as in Ziegler 2019.
     """
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])   # (B,)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])       # (B,)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = next_advantage = delta + gamma * lam * next_advantage
@@ -125,47 +115,65 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-# 6. Whiten the advantages: whiten(), above.
+# Step 6, whitening the advantages, is whiten() above.
 
 
-# ---- 7. Losses, per token: the caller sums over the mask and divides by the tokens of the minibatch -------------------
+# ---- 7. Losses per token: the caller sums over the mask and divides by the minibatch's tokens ----
 
-def policy_losses(logprobs, old_logprobs, advantages, clip):
-    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), PPO equation 7: (B, R) -> (B, R)."""
-    ratio = torch.exp(logprobs - old_logprobs)
+def policy_losses(new_logprobs, logprobs, advantages, clip):
+    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), PPO equation 7: (B, R) -> (B, R).
+
+    The minimum means that a token gains nothing more once its ratio has left the clip range in the
+    direction of its advantage. A ratio that moved the wrong way still has a gradient back.
+    """
+    ratio = torch.exp(new_logprobs - logprobs)
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-def value_losses(values, old_values, returns, clip):
-    """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within clip of the rollout's value: (B, R) -> (B, R)."""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+def value_losses(new_values, values, returns, clip):
+    """0.5 max((V - return)^2, (V_clipped - return)^2), all (B, R); V_clipped: within clip of old V.
+
+    The larger of the two, so that a value gains nothing by moving further than clip.
+    """
+    clipped_values = values + (new_values - values).clamp(-clip, clip)
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped_values - returns) ** 2)
 
 
-# ---- 8. Watch and steer ----------------------------------------------------------------------------------------------
+# ---- 8. Log, and adjust beta ---------------------------------------------------------------------
 
-def approx_kl(logprobs, old_logprobs):
-    """0.5 (log p - log p_old)^2: how far an update has moved, per token, nats (A)."""
-    return 0.5 * (logprobs - old_logprobs) ** 2
+def distinct_2(ids, mask):
+    """Different pairs of neighbouring tokens / all pairs: low if all are alike. Both (B, R)."""
+    pairs = torch.stack([ids[:, :-1], ids[:, 1:]], dim=-1)[mask[:, 1:]]                 # (N, 2)
+    return len(torch.unique(pairs, dim=0)) / max(len(pairs), 1)
 
 
-def clipped(logprobs, old_logprobs, clip):
-    """True where the ratio lies outside [1 - clip, 1 + clip]."""
-    return (torch.exp(logprobs - old_logprobs) - 1).abs() > clip
+def policy_stats(new_logprobs, logprobs, clip):
+    """What to log about each token of an update, all (B, R).
+
+    approxkl 0.5 (log p_new - log p)^2: how far the update has moved, in nats (Ziegler 2019);
+    clipfrac 1 where the ratio is outside [1 - clip, 1 + clip]; the ratio itself.
+    """
+    log_ratio = new_logprobs - logprobs
+    ratio = log_ratio.exp()
+    return {"policy/approxkl": 0.5 * log_ratio ** 2,
+            "policy/clipfrac": ((ratio - 1).abs() > clip).float(),
+            "policy/ratio": ratio}
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over the True positions: 1 is a perfect critic, 0 is none (A)."""
-    error = returns - values
-    residual = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
-    return 1 - residual / (masked_mean((returns - masked_mean(returns, mask)) ** 2, mask) + 1e-8)
+    """1 - Var(return - V) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
+
+    Constant returns leave nothing to explain: 0.
+    """
+    total = masked_variance(returns, mask)
+    return torch.where(total > 1e-8, 1 - masked_variance(returns - values, mask) / total, 0)
 
 
-def adaptive_beta(beta, kl, target, n, horizon):
-    """The KL controller of A: beta (1 + clip(kl / target - 1, +-0.2) n / horizon).
+def adaptive_beta(beta, kl, target, n, horizon=10_000):
+    """The KL controller of Ziegler 2019: beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon).
 
-    kl and target in nats per *sequence*, n = sequences in this batch, horizon in sequences (10,000 in A).
-    Fed with a KL per token it would believe itself below target for ever, and let beta fall to nothing.
+    kl and target in nats per *sequence*, n = sequences in this batch, horizon in sequences. A KL
+    per token would always look below target, and beta would shrink to nothing.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * n / horizon)

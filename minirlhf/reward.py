@@ -1,8 +1,8 @@
-"""A reward model and a value model are one thing: a language model with one number per position instead of a vocabulary.
+"""Reward model and value model: a language model that gives one number per position.
 
 Shapes: B batch    T time    C n_embd    N prompts    K answers per prompt
 
-The reward model reads the number at the last token, the value model reads it everywhere.
+The reward model is read at the last token, the value model at every token.
 """
 
 import math
@@ -11,91 +11,85 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.running.cpu import linear32
-
 
 class ScalarHeadModel(nn.Module):
     """GPT-2 and a linear layer to one scalar per position. No bias: the normalisation absorbs it.
 
-    reward_mean and reward_std are of the raw scores of samples from the SFT model; they travel in config.json. With
-    them a unit of reward, and so beta, means the same for every reward model (A: gain and bias; C: mean).
+    reward_mean and reward_std are those of the raw scores of samples from the SFT model. They are
+    kept in config.json. With them one unit of reward, and so beta, means the same for every reward
+    model (Ziegler 2019: gain and bias; Huang 2024: mean only).
     """
 
     def __init__(self, transformer):
         super().__init__()
         self.transformer = transformer
-        C = transformer.config.n_embd
+        self.config = transformer.config
+        C = self.config.n_embd
         self.score = nn.Linear(C, 1, bias=False)
-        # N(0, 1/sqrt(d + 1)) is the initialisation of A and B: the score starts with variance near 1.
+        # Scores start with variance near 1 (Ziegler 2019, Huang 2023).
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(C + 1))
         self.reward_mean, self.reward_std = 0.0, 1.0
 
-    @property
-    def config(self):
-        return self.transformer.config
-
     def forward(self, ids, mask=None):
-        """ids (B, T) int64, mask (B, T) bool as in GPT2.forward -> (B, T) float32, one scalar per position."""
-        return self.scores(self.transformer(ids, mask))
+        """ids (B, T) int64, mask (B, T) bool as in GPT2.forward -> (B, T) float32."""
+        return self.score(self.transformer(ids, mask)).squeeze(-1)
 
-    def scores(self, hidden):
-        """Hidden states (B, T, C) -> (B, T) float32, also under autocast: in bfloat16 scores near 3 come in steps of 0.016."""
-        return linear32(hidden, self.score.weight).squeeze(-1)
-
-    def reward(self, ids, mask):
-        """The normalised score of each sequence, (B,): the scalar at its last real token, wherever the pads are."""
+    def normalised_scores(self, ids, mask):
+        """The normalised score of each sequence, (B,): the scalar at its last real token."""
         return (at_last_token(self(ids, mask), mask) - self.reward_mean) / self.reward_std
 
 
 def at_last_token(x, mask):
-    """x (B, T) at the last True column of mask (B, T) -> (B,)."""
-    T = mask.shape[1]
-    last = T - 1 - mask.flip(1).long().argmax(dim=1, keepdim=True)                  # (B, 1)
+    """x (B, T) at the last True column of mask (B, T) -> (B,), wherever the pads are."""
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1, keepdim=True)      # (B, 1)
     return x.gather(1, last).squeeze(1)
 
 
-# ---- losses on comparisons -------------------------------------------------------------------------------------------
-# rewards (N, K) are raw scores. ranks (N, K) int64: 1 is best, equal is a tie (which says nothing), 0 is no answer.
-# Every prompt must prefer something. Each loss is the mean over prompts, and all of them are equal for K = 2.
+# ---- losses on comparisons -----------------------------------------------------------------------
+# scores (N, K) are raw, not normalised. ranks (N, K) int64: 1 is best, ties form no pair, 0 marks
+# padding. Every prompt must prefer something. Each loss is a mean over prompts. For K = 2 all of
+# them are equal.
 
 def preferred(ranks):
     """(N, K) -> (N, K, K) bool: [n, i, j] is True where answer i is better than answer j."""
-    first, second = ranks[:, :, None], ranks[:, None, :]
-    return (first > 0) & (first < second)
+    return (ranks[:, :, None] > 0) & (ranks[:, :, None] < ranks[:, None, :])
 
 
-def pair_loss(rewards, ranks):
-    """-log sigmoid(r_i - r_j), the mean over all pairs of a prompt (InstructGPT equation 1; a single pair: Stiennon)."""
+def pair_loss(scores, ranks):
+    """-log sigmoid(r_i - r_j), averaged over the pairs of a prompt (Ouyang 2022, equation 1)."""
     better = preferred(ranks)
-    losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])               # (N, K, K)
+    losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])               # (N, K, K)
     return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))).mean()
 
 
-def choice_losses(rewards, ranks):
-    """-log of the chance that each answer is chosen out of itself and all that are worse: (N, K), 0 where none is."""
+def choice_losses(scores, ranks):
+    """-log probability that each answer is chosen over all worse ones: (N, K), 0 if none is."""
     better = preferred(ranks)
-    candidates = better | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)          # (N, K, K)
-    rivals = rewards[:, None, :].masked_fill(~candidates, -math.inf).logsumexp(dim=2)               # (N, K)
-    return (rivals - rewards).masked_fill(~better.any(dim=2), 0)
+    itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+    rivals = scores[:, None, :].masked_fill(~(better | itself), -math.inf)         # (N, K, K)
+    return (rivals.logsumexp(dim=2) - scores).masked_fill(~better.any(dim=2), 0)
 
 
-def best_loss(rewards, ranks):
-    """Softmax cross-entropy of the best answer among all (A: best of 4); several best ones are averaged."""
+def best_loss(scores, ranks):
+    """Softmax cross-entropy of the best answer, or the mean of several (Ziegler 2019)."""
     best = ranks == 1
-    return (choice_losses(rewards, ranks).masked_fill(~best, 0).sum(dim=1) / best.sum(dim=1)).mean()
+    losses = choice_losses(scores, ranks).masked_fill(~best, 0)
+    return (losses.sum(dim=1) / best.sum(dim=1)).mean()
 
 
-def plackett_luce_loss(rewards, ranks):
-    """-log likelihood of the whole ranking: the best is chosen, then the best of the rest, and so on (Luce, Plackett)."""
-    return choice_losses(rewards, ranks).sum(dim=1).mean()
+def plackett_luce_loss(scores, ranks):
+    """-log likelihood of the ranking: choose the best, then the best of the rest, and so on."""
+    return choice_losses(scores, ranks).sum(dim=1).mean()
 
 
 LOSSES = {"pairs": pair_loss, "best": best_loss, "plackett_luce": plackett_luce_loss}
 
 
-def pair_accuracy(rewards, ranks):
-    """Per prompt: how many pairs the rewards order as the ranks do (equal rewards count half), and how many there are."""
+# ---- accuracy ------------------------------------------------------------------------------------
+
+def pair_accuracy(scores, ranks):
+    """Per prompt: pairs ordered by the scores as by the ranks (equal counts half), all pairs."""
     better = preferred(ranks)
-    difference = rewards[:, :, None] - rewards[:, None, :]                          # (N, K, K)
+    difference = scores[:, :, None] - scores[:, None, :]                          # (N, K, K)
     right = (difference > 0).float() + 0.5 * (difference == 0).float()
     return right.masked_fill(~better, 0).sum(dim=(1, 2)), better.sum(dim=(1, 2))

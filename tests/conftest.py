@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than seconds: the 124M shape, whole training runs")
+    config.addinivalue_line("markers", "real_assessment: train_ppo.py ends with its assessment, which other tests leave out")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 

@@ -1,14 +1,18 @@
 """Models and data that a test can afford: GPT-2 with 2 layers, and a world whose texts are made of ten letters."""
 
-import contextlib
+import dataclasses
 import json
+import math
 
 import torch
 
 import train_ppo
+from minirlhf import generate as sampling
 from minirlhf.data import Row, encode_rows
+from minirlhf.functions import FunctionReward
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
+from minirlhf.running import health
 from minirlhf.files.tokenizer import encoding_from_ranks, save_tokenizer
 from minirlhf.weights import save_pretrained
 
@@ -89,6 +93,37 @@ def ragged_mask(lengths, R):
     return torch.arange(R) < torch.tensor(lengths)[:, None]
 
 
+def generate_with_logprobs(generate, model, prompts, prompt_mask, uniforms, *args):
+    """A call of generate(), and with which log-probability it drew each token: (ids, mask, finished, logprobs (B, R)).
+
+    They come from the sampler's own logits. Its random numbers, all different, say which row and token they belong to.
+    """
+    drawn, sample_token = {}, sampling.sample_token
+
+    def watched(logits, uniform):
+        token = sample_token(logits, uniform)
+        logprobs = logits.log_softmax(dim=-1).gather(-1, token)
+        drawn.update(zip(uniform.flatten().tolist(), logprobs.flatten().tolist()))
+        return token
+    sampling.sample_token = watched
+    try:
+        ids, mask, finished = generate(model, prompts, prompt_mask, uniforms, *args)
+    finally:
+        sampling.sample_token = sample_token
+    logprobs = [[drawn.get(u, math.nan) for u in row] for row in uniforms[:, :mask.shape[1]].tolist()]
+    return ids, mask, finished, torch.tensor(logprobs)
+
+
+class GivenScores(FunctionReward):
+    """A reward that gives these scores (B,), whatever the responses are."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, prompts, texts):
+        return self.scores
+
+
 # ---- the same in memory ----------------------------------------------------------------------------------------------
 
 def config(**changes):
@@ -98,26 +133,46 @@ def config(**changes):
 class Networks:
     """The four networks in memory, none of them at a special point, and a rollout of theirs."""
 
-    def __init__(self, cfg, B=12, score=None):
+    def __init__(self, cfg, B=12, reward=None):
+        cfg = dataclasses.replace(cfg, batch_size=B)
         self.cfg, self.policy, self.reference = cfg, letters_gpt2(0), letters_gpt2(0).requires_grad_(False)
         with torch.no_grad():
             for p in self.policy.parameters():                  # a KL that is not 0
                 p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         self.value = ScalarHeadModel(letters_gpt2(2))
-        self.scorer = ScalarHeadModel(letters_gpt2(1)).requires_grad_(False)
-        self.score = score or (lambda r: self.scorer.reward(r.ids, r.attend))
-        self.rollout = train_ppo.roll_out(self.policy, examples(B), TOKENIZER, cfg, 0, CPU)
-        self.metrics = train_ppo.make_experience(self.rollout, self.policy, self.reference, self.value, self.score, cfg,
-                                                 cfg.beta)
+        self.reward = reward or ScalarHeadModel(letters_gpt2(1)).requires_grad_(False)
+        self.rollout = roll_out(self, examples(B), cfg)
 
     def update(self, lr=0.1):
         """One call of update() with plain gradient descent; returns its metrics."""
+        cfg = dataclasses.replace(self.cfg, lr=lr, value_lr=lr)
         optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (self.policy, self.value)]
-        return train_ppo.update(self.rollout, self.policy, self.value, optimizers, self.cfg, 0,
-                                contextlib.nullcontext())
+        return train_ppo.update(self.rollout, self.policy, self.value, *optimizers, cfg, 0)
 
     def weights(self):
         return torch.cat([p.detach().flatten() for model in (self.policy, self.value) for p in model.parameters()])
+
+
+def skip_first_ratio_check(patch):
+    """For tests that move a rollout away from the policy, which the run-time check would rightly refuse."""
+    patch.setattr(health, "check_first_ratio", lambda *_: None)
+
+
+def move_away(rollout, distance=0.3):
+    """Random changes of a rollout's log-probabilities and values, so that some ratios and values are clipped."""
+    for seed, name in enumerate(("logprobs", "values")):
+        x = getattr(rollout, name)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+        setattr(rollout, name, x + distance * noise)
+
+
+def roll_out(networks, batch, cfg, iteration=0, beta=None):
+    """Steps 1 to 6: a rollout with all its fields."""
+    n, rollout = networks, train_ppo.roll_out(networks.policy, batch, TOKENIZER, (EOS, 0), cfg, iteration, CPU)
+    beta = cfg.beta if beta is None else beta
+    train_ppo.make_experience(rollout, n.policy, n.reference, n.reward, cfg, beta)
+    train_ppo.estimate_advantages(rollout, n.value, cfg)
+    return rollout
 
 
 def examples(B):

@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from minirlhf.running.errors import UserError
-from minirlhf.data import (describe, encode, encode_rows, left_pad, read_any, read_comparisons, read_demonstrations,
-                           read_prompts, response_mask, right_pad)
+from minirlhf.data import Row, encode, encode_rows, read_any, read_comparisons, read_demonstrations, read_prompts
+from minirlhf.running.compute import left_pad, response_mask, right_pad
+from minirlhf.files.jsonl import glue_warning, glued
 from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.running.errors import UserError
+from minirlhf.tools.describe import describe, pieces
 
 TOKENIZER = load_tokenizer("data/tiny")
 EOS = TOKENIZER.eot_token
@@ -26,7 +29,8 @@ def test_the_three_forms_of_a_comparison(tmp_path):
     rows = read_comparisons(write(tmp_path,
                                   {"prompt": "p", "chosen": " a", "rejected": " b", "source": "ignored"},
                                   {"prompt": "p", "responses": [" a", " b", "", " d"], "ranks": [2, 1, 3, 3]},
-                                  {"prompt": "p", "responses": [" a", " b", " c"], "best": 2, "finished": [True, False, True]}))
+                                  {"prompt": "p", "responses": [" a", " b", " c"], "best": 2,
+                                   "finished": [True, False, True]}))
     assert [row.responses for row in rows] == [(" a", " b"), (" a", " b", "", " d"), (" a", " b", " c")]
     assert [row.ranks for row in rows] == [(1, 2), (2, 1, 3, 3), (2, 2, 1)]
     assert [row.finished for row in rows] == [(True,) * 2, (True,) * 4, (True, False, True)]
@@ -58,8 +62,11 @@ PAIR = {"prompt": "p", "responses": [" a", " b"]}
     (read_comparisons, {"prompt": "p", "chosen": " a"}, 'no "rejected"'),
     (read_comparisons, {"prompt": "p", "responses": [" a"], "best": 0}, "at least two"),
     (read_comparisons, PAIR, 'no "ranks"'),
-    (read_comparisons, PAIR | {"ranks": [1, 2], "best": 1}, "says twice who is better, with ranks and best"),
-    (read_comparisons, PAIR | {"ranks": [1, 2], "chosen": " a", "rejected": " b"}, "with chosen and ranks"),
+    (read_comparisons, PAIR | {"ranks": [1, 2], "rejected": " b"}, 'no "chosen"'),
+    (read_comparisons, PAIR | {"best": 0, "prompt": ""}, "prompt is empty"),
+    (read_comparisons, {"prompt": "p", "chosen": " a", "rejected": 3}, "rejected must be a string"),
+    (read_comparisons, PAIR | {"ranks": [1, 2], "best": 1}, "more than once which response is better (ranks, best)"),
+    (read_comparisons, PAIR | {"ranks": [1, 2], "chosen": " a", "rejected": " b"}, "(chosen, ranks); keep one of them"),
     (read_comparisons, PAIR | {"ranks": [1]}, "list of 2"),
     (read_comparisons, PAIR | {"ranks": [0, 1]}, "from 1"),
     (read_comparisons, PAIR | {"ranks": [1, True]}, "whole numbers"),
@@ -129,7 +136,7 @@ def test_what_does_not_fit_is_an_error_with_both_numbers_or_dropped_and_counted(
     rows = read_demonstrations(write(tmp_path, GOOD, long, GOOD))
     n = len(TOKENIZER.encode_ordinary(long["prompt"]))
     for limits in (dict(positions=20), dict(positions=100, max_prompt=20), dict(positions=n + 1)):
-        with pytest.raises(UserError, match=rf"rows.jsonl:2: prompt.* of {n}|rows.jsonl:2: prompt and response of {n + 2}"):
+        with pytest.raises(UserError, match=rf"rows.jsonl:2: (prompt.* of {n}|prompt and response of {n + 2})"):
             encode_rows(rows, TOKENIZER, **limits)
         assert len(encode_rows(rows, TOKENIZER, **limits, drop_long=True)) == 2
         assert "dropped 1 of 3 rows" in capsys.readouterr().out
@@ -145,7 +152,7 @@ def test_batches_pad_on_the_side_they_say_and_mask_by_length():
     ids, mask = left_pad([[1, 2, 3], [0]])                      # a real token 0 is no pad
     assert ids.tolist() == [[1, 2, 3], [0, 0, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]
     _, mask = right_pad([[1, 2, 3, 4], [5, 6]])
-    assert torch.equal(response_mask(mask, [3, 1]), torch.tensor([[False, False, False, True], [False, True, False, False]]))
+    assert response_mask(mask, [3, 1]).tolist() == [[False, False, False, True], [False, True, False, False]]
 
 
 def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
@@ -157,3 +164,55 @@ def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
     assert "1 rows are all ties, 1 have identical answers" in shown and "<|endoftext|>" in shown
     assert read_any("data/tiny/prompts.jsonl")[0] == "prompts"
     assert read_any("data/tiny/demonstrations.jsonl")[0] == "demonstrations"
+
+
+def with_responses(prompt, *responses):
+    return Row("rows.jsonl:3", prompt, responses, (1,) * len(responses), (True,) * len(responses))
+
+
+@pytest.mark.parametrize("prompt, responses, expected", [
+    ("a drum", ["Once"], 1), ("a drum.", ["Once"], 1), ("a drum.", [" Once", "Once"], 1), ("2 + 2 =", ["4"], 1),
+    ("a drum.", [" Once"], 0), ("a drum.", ["\nOnce"], 0), ("a drum\n", ["Once"], 0), ("a drum ", ["Once", "A"], 0),
+    ("so they", [", once"], 0), ("a drum.", ["\"Once"], 0), ("a drum.", [""], 0), ("a drum.", [], 0),
+])
+def test_rows_are_glued_where_nothing_separates_prompt_and_response(prompt, responses, expected):
+    assert glued([with_responses(prompt, *responses)]) == expected
+
+
+def test_the_warning_counts_glued_rows_and_names_the_first():
+    good, bad = with_responses("a drum.", " Once"), with_responses("a drum.", "Once")._replace(where="rows.jsonl:7")
+    sentence = glue_warning([good, bad, bad])
+    assert sentence.startswith("2 of 3 rows have no space") and "rows.jsonl:7" in sentence and "\n" not in sentence
+    assert glue_warning([good, good]) is None
+    assert glue_warning([good, bad, with_responses("a dr", "um"), with_responses("a drum. ", "Once")]) is None
+
+
+def test_the_embedded_world_has_no_glued_rows():
+    for name in ("demonstrations", "comparisons"):
+        assert glued(read_any(f"data/tiny/{name}.jsonl")[1]) == 0
+
+
+def test_describe_warns_of_glued_rows(tmp_path, capsys):
+    describe(write(tmp_path, GOOD, {"prompt": "p", "response": "r"}), TOKENIZER)
+    assert "1 of 2 rows have no space between prompt and response (the first: " in capsys.readouterr().out
+    describe(write(tmp_path, GOOD, {"prompt": "p ", "response": "r"}, {"prompt": "p", "response": "r"}), TOKENIZER)
+    assert " 1 rows have no space between prompt and response\n" in capsys.readouterr().out
+    describe(write(tmp_path, {"prompt": "p"}), TOKENIZER)
+    assert "no space" not in capsys.readouterr().out
+
+
+def test_pieces_show_at_most_sixty_tokens():
+    ids = TOKENIZER.encode_ordinary("z" * 70)
+    assert pieces(ids, TOKENIZER) == f"'{'|'.join('z' * 60)}' and 10 more"
+
+
+def test_the_command_describes_a_file_and_an_error_is_one_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, "-m", "minirlhf.data", *args], capture_output=True, text=True)
+
+    found = run(str(write(tmp_path, GOOD, GOOD)))
+    assert found.returncode == 0 and "2 demonstrations, 1 different prompts" in found.stdout and not found.stderr
+    assert "longest 2" in found.stdout                                  # the response and its EOS
+    found = run(str(write(tmp_path, GOOD, {"prompt": "p"})))
+    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert "rows.jsonl:2" in found.stderr

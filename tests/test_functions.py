@@ -1,11 +1,14 @@
 """Functions of users: what a reward function may return, and one clear line for everything else."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 import torch
 
 from minirlhf.running.errors import UserError
-from minirlhf.functions import call_reward, load_function
+from minirlhf.functions import call_reward, check_fits, load_function
 
 PROMPTS, RESPONSES = ["p", "q", "r"], [" a", " b", " c"]
 
@@ -80,3 +83,25 @@ def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tm
 def test_a_spec_that_names_no_file_is_one_clear_error(spec):
     with pytest.raises(UserError, match="not FILE.py:function with a file that exists"):
         load_function(spec)
+
+
+@pytest.mark.parametrize("report, warns", [
+    ({"rm_accuracy_heldout_ci": [0.48, 0.6]}, True), ({"rm_accuracy_heldout_ci": [0.55, 0.7], "longer_is_preferred": 0.4}, True),
+    ({"rm_accuracy_heldout_ci": [0.75, 0.9], "longer_is_preferred": 0.4}, False), ({}, False), (None, False),
+])
+def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_named(tmp_path, capsys, report, warns):
+    if report is not None:
+        (tmp_path / "report.json").write_text(json.dumps(report))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=7, n_positions=20))
+    cfg = types.SimpleNamespace(reward=str(tmp_path), model="m", max_response=5)
+    check_fits(model, model, [types.SimpleNamespace(prompt=[1, 2])], cfg)
+    assert ("not clearly better than chance" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize("tokens, positions, says", [(8, 20, "they must share one vocabulary"), (7, 6, "6 positions, .* 7")])
+def test_a_reward_model_that_does_not_fit_the_policy_is_named(tmp_path, tokens, positions, says):
+    policy, reward = (types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=v, n_positions=n))
+                      for v, n in ((7, 20), (tokens, positions)))
+    cfg = types.SimpleNamespace(reward=str(tmp_path), model="m", max_response=5)
+    with pytest.raises(UserError, match=says):
+        check_fits(reward, policy, [types.SimpleNamespace(prompt=[1, 2])], cfg)

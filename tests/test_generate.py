@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from minirlhf import generate as module
-from minirlhf.data import left_pad
-from minirlhf.generate import generate, respond, response_logprobs, sample_token
+from minirlhf.generate import decode, generate, respond, response_logits, response_logprobs, sample_token
+from minirlhf.running.compute import left_pad
 from mutation import mutant
-from small_world import tiny_gpt2
+from small_world import TOKENIZER, generate_with_logprobs, tiny_gpt2
 
 EOS, R = 8, 9
 PROMPTS = [[1, 2, 3, 4, 5, 6], [7], [10, 9], [3, 3, 3, 3], [0, 5, 0], [2, 9, 4, 1, 0], [6], [4, 4]]
@@ -26,7 +25,8 @@ def naive(model, prompt, uniforms, temperature, earliest=0):
     for u in uniforms.tolist():
         logits = model.logits(model(torch.tensor([prompt + ids])))[0, -1].tolist()
         if temperature == 0:
-            token, weights = logits.index(max(logits)), [math.exp(x) for x in logits]
+            token = logits.index(max(logits))
+            weights = [float(x == logits[token]) for x in logits]
         else:
             weights = [math.exp(x / temperature) for x in logits]
             token, below = 0, weights[0]
@@ -39,14 +39,15 @@ def naive(model, prompt, uniforms, temperature, earliest=0):
     return ids, logprobs
 
 
-def rows_of(responses):
-    """Responses -> a list of (ids, log-probabilities, finished), without what stands under the mask."""
-    return [(ids[mask].tolist(), logprobs[mask], bool(finished)) for ids, mask, finished, logprobs in zip(*responses)]
+def rows_of(generate, *args):
+    """A call of generate() -> a list of (ids, log-probabilities, finished), without what stands under the mask."""
+    return [(ids[mask].tolist(), logprobs[mask], bool(finished))
+            for ids, mask, finished, logprobs in zip(*generate_with_logprobs(generate, *args))]
 
 
 def check_against_naive(generate, temperature=1.0, earliest=0):
     model, uniforms = tiny_gpt2(), uniform_numbers()
-    rows = rows_of(generate(model, *left_pad(PROMPTS), uniforms, EOS, temperature, earliest))
+    rows = rows_of(generate, model, *left_pad(PROMPTS), uniforms, (EOS, earliest), temperature)
     lengths = set()
     for prompt, row_uniforms, (ids, logprobs, finished) in zip(PROMPTS, uniforms, rows):
         expected, expected_logprobs = naive(model, prompt, row_uniforms, temperature, earliest)
@@ -70,8 +71,10 @@ def test_a_stop_token_before_the_earliest_column_ends_nothing(earliest):
     ("cache.keep(going)", "cache.keep(torch.arange(len(going)))"),
     ("seen.new_ones(len(rows), 1)", "seen.new_zeros(len(rows), 1)"),
     ("uniforms[rows, t, None]", "uniforms[:len(rows), t, None]"),
-    ("finished[rows] = ", "finished[rows] = True; _ = "),
-    ("model(inputs, seen, cache)", "model(inputs, torch.ones_like(seen), cache)"),                      # trap 2
+    ("finished[rows] = ended", "finished[rows] = True"),
+    ("logits / max(temperature, 1e-9)", "logits / max(temperature, 2)"),
+    ("ids[:, :t + 1], mask[:, :t + 1]", "ids[:, :t], mask[:, :t]"),
+    ("model(inputs, seen, cache)", "model(inputs, torch.ones_like(seen), cache)"),         # trap 2
 ])
 def test_other_loops_are_noticed(old, new):
     changed = mutant(generate, old, new)
@@ -81,9 +84,9 @@ def test_other_loops_are_noticed(old, new):
 
 def test_a_row_depends_neither_on_the_other_rows_nor_on_their_order():
     model, uniforms = tiny_gpt2(), uniform_numbers()
-    together = rows_of(generate(model, *left_pad(PROMPTS), uniforms, EOS))
+    together = rows_of(generate, model, *left_pad(PROMPTS), uniforms, (EOS, 0))
     for chosen in ([0], [6], [5, 2, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
-        some = rows_of(generate(model, *left_pad([PROMPTS[i] for i in chosen]), uniforms[chosen], EOS))
+        some = rows_of(generate, model, *left_pad([PROMPTS[i] for i in chosen]), uniforms[chosen], (EOS, 0))
         for i, (ids, logprobs, finished) in zip(chosen, some):
             assert (ids, finished) == (together[i][0], together[i][2])
             torch.testing.assert_close(logprobs, together[i][1], rtol=1e-5, atol=1e-5)
@@ -93,30 +96,44 @@ def test_what_stands_under_the_prompt_mask_does_not_matter():
     model, uniforms = tiny_gpt2(), uniform_numbers()
     ids, mask = left_pad(PROMPTS)
     for filler in (EOS, 7):
-        for a, b in zip(generate(model, ids, mask, uniforms, EOS), generate(model, ids.masked_fill(~mask, filler), mask,
-                                                                            uniforms, EOS)):
-            assert torch.equal(a, b)
+        filled = ids.masked_fill(~mask, filler)
+        clean, other = (generate(model, x, mask, uniforms, (EOS, 0)) for x in (ids, filled))
+        assert all(torch.equal(a, b) for a, b in zip(clean, other))
 
 
 @pytest.mark.parametrize("eos", [EOS, 0])                               # 0 is what stands under the mask, too
 def test_a_finished_response_has_one_eos_at_its_end_and_an_unfinished_one_none(eos):
-    responses = generate(tiny_gpt2(), *left_pad(PROMPTS * 20), uniform_numbers(160), eos)
-    lengths = responses.mask.sum(dim=1)
-    assert torch.equal(responses.mask, torch.arange(R) < lengths[:, None])
-    ends = ((responses.ids == eos) & responses.mask).sum(dim=1)
-    assert torch.equal(ends == 1, responses.finished) and torch.equal(ends == 0, ~responses.finished)
-    last = responses.ids.gather(1, lengths[:, None] - 1)[:, 0]
-    assert torch.equal(last == eos, responses.finished) and (lengths[~responses.finished] == R).all()
-    assert 20 < responses.finished.sum() < 140
+    ids, mask, finished = generate(tiny_gpt2(), *left_pad(PROMPTS * 20), uniform_numbers(160), (eos, 0))
+    lengths = mask.sum(dim=1)
+    assert torch.equal(mask, torch.arange(R) < lengths[:, None])
+    ends = ((ids == eos) & mask).sum(dim=1)
+    assert torch.equal(ends == 1, finished) and torch.equal(ends == 0, ~finished)
+    last = ids.gather(1, lengths[:, None] - 1)[:, 0]
+    assert torch.equal(last == eos, finished) and (lengths[~finished] == R).all()
+    assert 20 < finished.sum() < 140
+
+
+def only_eos():
+    """A model that writes nothing but EOS."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.ln_f.bias.copy_(30 * model.wte.weight[EOS])
+    return model
 
 
 def test_the_loop_stops_when_every_row_is_finished():
-    model, calls = tiny_gpt2(), []
-    with torch.no_grad():
-        model.ln_f.bias.copy_(30 * model.wte.weight[EOS])               # nothing but EOS
+    model, calls = only_eos(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    responses = generate(model, *left_pad(PROMPTS), uniform_numbers(), EOS)
-    assert responses.finished.all() and len(calls) == 1
+    ids, mask, finished = generate(model, *left_pad(PROMPTS), uniform_numbers(), (EOS, 0))
+    assert finished.all() and len(calls) == 1 and ids.shape == mask.shape == (len(PROMPTS), 1)
+
+
+def test_a_batch_is_cut_to_its_longest_response():
+    for prompt, uniforms in zip(PROMPTS, uniform_numbers()):
+        ids, mask, _ = generate(tiny_gpt2(), *left_pad([prompt]), uniforms[None], (EOS, 0))
+        assert mask.all() and ids.shape == mask.shape
+    ids, mask, finished = generate(only_eos(), *left_pad(PROMPTS), uniform_numbers(), (EOS, 4))
+    assert ids.shape == (len(PROMPTS), 5) and mask.all() and finished.all()
 
 
 # ---- frequencies -----------------------------------------------------------------------------------------------------
@@ -127,13 +144,11 @@ def chi_square(counts, probabilities):
 
 
 def check_frequencies(sample_token, N=20_000):
-    """Chi-square with 6 degrees of freedom stays under 22.5 with probability 0.999; and the log-probability that comes
-    back is the one of the token that came."""
+    """Chi-square with 6 degrees of freedom stays under 22.5 with probability 0.999."""
     logits = torch.tensor([0.3, -1.2, 2.0, 0.0, -3.0, 1.1, 0.2])
     probabilities = logits.double().softmax(0)
-    tokens, logprobs = sample_token(logits.expand(N, 7), torch.rand(N, 1, generator=torch.Generator().manual_seed(0)))
+    tokens = sample_token(logits.expand(N, 7), torch.rand(N, 1, generator=torch.Generator().manual_seed(0)))
     assert chi_square(torch.bincount(tokens[:, 0], minlength=7), probabilities) < 22.5
-    torch.testing.assert_close(logprobs[:, 0].exp(), probabilities[tokens[:, 0]].float())
 
 
 def test_sampled_frequencies_are_the_distribution():
@@ -141,7 +156,7 @@ def test_sampled_frequencies_are_the_distribution():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("torch.softmax(logits.float(), dim=-1)", "torch.softmax(logits.float() / 0.9, dim=-1)"),
+    ("torch.softmax(logits", "torch.softmax(logits / 0.9"),
     ("uniform * cumulative[:, -1:]", "(0.97 * uniform) * cumulative[:, -1:]"),                          # cuts the tail
     ("token.clamp(max=", "(token + 1).clamp(max="),
 ])
@@ -154,8 +169,7 @@ def test_other_samplers_are_noticed(old, new):
 def test_the_ends_of_the_interval_give_tokens_that_are_possible(uniform):
     logits = torch.full((1, 50_257), -math.inf)
     logits[0, 100:40_000] = torch.randn(39_900, generator=torch.Generator().manual_seed(0))
-    token, logprob = sample_token(logits, torch.tensor([[uniform]]))
-    assert 100 <= token < 40_000 and logprob.isfinite()
+    assert 100 <= sample_token(logits, torch.tensor([[uniform]])) < 40_000
 
 
 def test_whole_responses_come_as_often_as_their_probability_says():
@@ -175,7 +189,8 @@ def test_whole_responses_come_as_often_as_their_probability_says():
 
     N = 10_000
     uniforms = torch.rand(N, 3, generator=torch.Generator().manual_seed(0))
-    found = [tuple(ids) for ids, _, _ in rows_of(generate(model, *left_pad([[0, 1]] * N), uniforms, eos))]
+    ids, mask, _ = generate(model, *left_pad([[0, 1]] * N), uniforms, (eos, 0))
+    found = [tuple(row[own].tolist()) for row, own in zip(ids, mask)]
     counts = torch.tensor([found.count(ids) for ids in expected])
     assert counts.sum() == N and len(expected) == 15
     assert chi_square(counts, torch.tensor(list(expected.values()))) < 36.1             # 14 degrees of freedom, 0.999
@@ -187,9 +202,15 @@ def test_whole_responses_come_as_often_as_their_probability_says():
 def test_respond_answers_in_the_order_of_the_prompts_whatever_the_batch(batch_size):
     model, rng = tiny_gpt2(), torch.Generator().manual_seed(5)
     uniforms = torch.rand(len(PROMPTS), R, generator=torch.Generator().manual_seed(5))
-    answers = respond(model, PROMPTS, R, EOS, rng, batch_size=batch_size)
+    answers = respond(model, PROMPTS, R, (EOS, 0), rng, batch_size=batch_size)
     for prompt, row_uniforms, (ids, finished) in zip(PROMPTS, uniforms, answers):
         assert ids == naive(model, prompt, row_uniforms, 1.0)[0] and finished == (ids[-1] == EOS)
+
+
+def test_the_text_of_a_response_does_not_contain_its_eos():
+    eos = TOKENIZER.eot_token
+    for ids, text in (([97, 98, eos], "ab"), ([97, 98], "ab"), ([eos], ""), ([], "")):
+        assert decode(TOKENIZER, ids) == text
 
 
 def check_response_logprobs(response_logprobs, temperature):
@@ -220,9 +241,31 @@ def test_other_log_probabilities_are_noticed(old, new):
         check_response_logprobs(changed, 0.7)
 
 
+def check_response_logits(response_logits):
+    """Left-padded prompts, right-padded responses: the logits that predict each token, from the unpadded sequence."""
+    model, responses = tiny_gpt2(), [[1, 2, EOS], [3], [4, 5, 6, 7, 1, 9], [EOS]]
+    prompts, prompt_mask = left_pad(PROMPTS[:4])
+    (P, lengths), exact = (prompts.shape[1], torch.tensor([len(r) for r in responses])), copy.deepcopy(model).double()
+    mask = torch.cat([prompt_mask, torch.arange(6) < lengths[:, None]], dim=1)
+    ids = torch.cat([prompts, torch.tensor([r + [0] * (6 - len(r)) for r in responses])], dim=1)
+    logits = response_logits(model, ids, mask, P)
+    assert logits.shape == (4, 6, model.config.vocab_size)
+    for row, prompt, response in zip(logits, PROMPTS, responses):
+        alone = exact.logits(exact(torch.tensor([prompt + response])))[0, len(prompt) - 1:-1]
+        torch.testing.assert_close(row[:len(response)].double(), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_response_logits_are_those_that_predict_the_response():
+    check_response_logits(response_logits)
+    for old, new in (("P - 1:-1", "P:"), ("model(ids, mask)", "model(ids)")):
+        changed = mutant(response_logits, old, new)
+        with pytest.raises(AssertionError):
+            check_response_logits(changed)
+
+
 def test_sampling_and_scoring_agree_on_what_was_sampled():
     model = tiny_gpt2()
-    rows = rows_of(module.generate(model, *left_pad(PROMPTS), uniform_numbers(), EOS, 0.7))
+    rows = rows_of(generate, model, *left_pad(PROMPTS), uniform_numbers(), (EOS, 0), 0.7)
     logprobs, mask = response_logprobs(model, PROMPTS, [ids for ids, _, _ in rows], "cpu", 0.7)
     for row, row_mask, (_, sampled, _) in zip(logprobs, mask, rows):
         torch.testing.assert_close(row[row_mask], sampled, rtol=1e-5, atol=1e-5)

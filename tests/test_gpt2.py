@@ -1,9 +1,9 @@
-"""The model by itself: what must hold whatever its weights are. tests/test_weights.py compares it with transformers."""
+"""The model alone: what must hold whatever its weights are. tests/test_weights.py compares it with transformers."""
 
 import pytest
 import torch
 
-from minirlhf.gpt2 import GPT2, GPT2Config, position_ids
+from minirlhf.gpt2 import GPT2, GPT2Config, KVCache, position_ids
 
 SMALL = GPT2Config(vocab_size=131, n_positions=65, n_embd=40, n_layer=3, n_head=5)
 OFFICIAL = {    # n_embd, n_layer, n_head -> parameters
@@ -68,7 +68,7 @@ def test_pads_change_nothing_on_either_side(left):
         torch.testing.assert_close(model(ids)[mask], hidden[mask], rtol=1e-5, atol=1e-5)
 
 
-def test_what_stands_under_a_pad_does_not_matter():
+def test_what_is_under_a_pad_does_not_matter():
     model = small_model()
     ids, mask = padded([[1, 2, 3], [4, 5, 6, 7, 8]], left=True)
     assert torch.equal(model(ids, mask)[mask], model(ids.masked_fill(~mask, 99), mask)[mask])
@@ -78,7 +78,7 @@ def test_what_stands_under_a_pad_does_not_matter():
 def test_the_cache_changes_nothing(pieces):
     model = small_model()
     ids, mask = padded([random_ids(1, 12)[0].tolist(), random_ids(1, 4)[0].tolist()], left=True)
-    cache, hidden, end = model.new_cache(15), [], 0
+    cache, hidden, end = KVCache(SMALL.n_layer, 15), [], 0
     for T in pieces:
         hidden.append(model(ids[:, end:end + T], mask[:, :end + T], cache))
         end += T
@@ -88,14 +88,14 @@ def test_the_cache_changes_nothing(pieces):
 
 def test_the_cache_works_without_a_mask():
     model, ids = small_model(), random_ids(2, 9)
-    cache = model.new_cache(9)
+    cache = KVCache(SMALL.n_layer, 9)
     hidden = torch.cat([model(ids[:, :4], cache=cache), model(ids[:, 4:], cache=cache)], dim=1)
     torch.testing.assert_close(hidden, model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_the_cache_keeps_the_rows_it_is_told_to():
     model, ids, rows = small_model(), random_ids(4, 9), torch.tensor([3, 1])
-    cache = model.new_cache(9)
+    cache = KVCache(SMALL.n_layer, 9)
     model(ids[:, :8], cache=cache)
     cache.keep(rows)
     torch.testing.assert_close(model(ids[rows, 8:], cache=cache), model(ids)[rows, 8:], rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_more_tokens_than_positions_are_refused_with_both_numbers():
     model = small_model()
     with pytest.raises(ValueError, match="66 tokens .* 65 positions"):
         model(random_ids(1, 66))
-    cache = model.new_cache(70)
+    cache = KVCache(SMALL.n_layer, 70)
     model(random_ids(1, 65), cache=cache)
     with pytest.raises(ValueError, match="66 tokens .* 65 positions"):
         model(random_ids(1, 1), cache=cache)
@@ -129,7 +129,29 @@ def test_every_tensor_is_made_on_the_device_of_the_input():
     with torch.device("meta"):
         model = GPT2(SMALL)
     ids, mask = random_ids(2, 9).to("meta"), torch.ones(2, 9, dtype=torch.bool, device="meta")
-    cache = model.new_cache(9)
+    cache = KVCache(SMALL.n_layer, 9)
     for hidden in (model(ids), model(ids, mask), model(ids, mask, cache)):
         assert hidden.shape == (2, 9, 40) and hidden.device.type == "meta"
     assert model.logits(hidden).shape == (2, 9, 131)
+
+
+def test_bfloat16_runs_in_the_blocks_and_nowhere_else():
+    """model.dtype makes the blocks compute in bfloat16. Weights, hidden states and logits stay in float32."""
+    model, exact = small_model(), small_model()
+    model.dtype = "bfloat16"
+    seen, names = {}, {model.h[0].attn.c_attn: "first", model.h[2].mlp.c_proj: "last", model.ln_f: "final norm"}
+    for module in names:
+        module.register_forward_hook(lambda module, inputs, output: seen.update({names[module]: output.dtype}))
+    ids, mask = padded([random_ids(1, 12)[0].tolist(), random_ids(1, 4)[0].tolist()], left=True)
+    hidden = model(ids, mask)
+    logits = model.logits(hidden)
+    assert seen == {"first": torch.bfloat16, "last": torch.bfloat16, "final norm": torch.float32}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert hidden.dtype == logits.dtype == torch.float32
+    assert torch.equal(logits, exact.logits(hidden))            # the head has the bits of float32
+    difference = (hidden - exact(ids, mask))[mask].abs().max()
+    assert 0 < difference < 0.3
+    with torch.no_grad():
+        cache = KVCache(SMALL.n_layer, 12)
+        cached = torch.cat([model(ids[:, :9], mask[:, :9], cache), model(ids[:, 9:], mask, cache)], dim=1)
+    torch.testing.assert_close(cached[mask], hidden[mask], rtol=0.1, atol=0.1)

@@ -6,6 +6,7 @@ import transformers
 
 from minirlhf.running.errors import UserError
 from minirlhf.generate import generate
+from minirlhf.gpt2 import KVCache
 from minirlhf.gptj import GPTJ, GPTJConfig
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
@@ -65,7 +66,7 @@ def test_left_padded_logits_are_those_of_transformers(pair):
 def test_cached_logits_are_those_of_transformers(pair):
     theirs, ours, _ = pair
     ids, mask = left_padded()
-    cache, past, end = ours.new_cache(20), None, 0
+    cache, past, end = KVCache(SHAPE["n_layer"], 20), None, 0
     for T in (14, 1, 1, 4):
         reply = theirs(ids[:, end:end + T], attention_mask=mask[:, :end + T].long(), past_key_values=past,
                        position_ids=(mask.long().cumsum(1) - 1).clamp(min=0)[:, end:end + T], use_cache=True)
@@ -79,7 +80,8 @@ def test_greedy_generation_gives_the_same_40_tokens(pair):
     ids, mask = left_padded()
     expected = theirs.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=40, eos_token_id=None,
                                pad_token_id=0, suppress_tokens=list(range(N_TOKENS, SHAPE["vocab_size"])))
-    assert torch.equal(generate(ours, ids, mask, torch.zeros(3, 40), eos=-1, temperature=0).ids, expected[:, 20:])
+    sampled, _, finished = generate(ours, ids, mask, torch.zeros(3, 40), stop=(-1, 0), temperature=0)
+    assert torch.equal(sampled, expected[:, 20:]) and not finished.any()
 
 
 def test_rows_that_are_no_token_are_never_sampled_nor_counted(pair):
@@ -140,14 +142,16 @@ def test_every_tensor_is_made_on_the_device_of_the_input():
     with torch.device("meta"):
         model = GPTJ(GPTJConfig(**SHAPE, n_tokens=N_TOKENS))
     ids, mask = torch.zeros(2, 9, dtype=torch.long, device="meta"), torch.ones(2, 9, dtype=torch.bool, device="meta")
-    for hidden in (model(ids), model(ids, mask), model(ids, mask, model.new_cache(9))):
+    for hidden in (model(ids), model(ids, mask), model(ids, mask, KVCache(SHAPE["n_layer"], 9))):
         assert model.logits(hidden).shape == (2, 9, N_TOKENS)
 
 
-def test_bfloat16_autocast_runs_with_and_without_cache(pair):
-    _, ours, _ = pair
+@torch.no_grad()
+def test_bfloat16_runs_with_and_without_cache(pair):
+    _, exact, folder = pair
+    ours = from_pretrained(folder, "bfloat16")
     ids, mask = left_padded()
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = ours.logits(ours(ids, mask))
-        cached = ours.logits(ours(ids, mask, ours.new_cache(20)))
-    assert plain[mask].isfinite().all() and torch.equal(plain[mask], cached[mask])
+    hidden, cached = ours(ids, mask), ours(ids, mask, KVCache(SHAPE["n_layer"], 20))
+    assert ours.logits(hidden)[mask].isfinite().all() and torch.equal(hidden[mask], cached[mask])
+    assert ours.logits(hidden).dtype == torch.float32 and torch.equal(ours.logits(hidden), exact.logits(hidden))
+    assert 0 < (hidden - exact(ids, mask))[mask].abs().max() < 0.3

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from minirlhf import ppo
-from minirlhf.running.compute import set_lr, set_tf_epsilon
 from mutation import mutant
 from small_world import ragged_mask
 
@@ -34,8 +33,6 @@ def check_whitening(whiten):
     white = whiten(x, mask)
     np.testing.assert_allclose(white[mask], (compact - compact.mean()) / compact.std(), rtol=1e-7)
     assert (white[~mask] == 0).all()
-    scaled = whiten(x, mask, shift_mean=False)[mask].numpy()
-    assert math.isclose(scaled.mean(), compact.mean()) and math.isclose(scaled.std(), 1, rel_tol=1e-7)
 
 
 def test_whitening_is_whitening_of_the_compacted_vector():
@@ -43,15 +40,15 @@ def test_whitening_is_whitening_of_the_compacted_vector():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("mean = masked_mean(x, mask)", "mean = x.mean()"),
-    ("variance = masked_mean((x - mean) ** 2, mask)", "variance = x.var()"),
-    ("variance = masked_mean((x - mean) ** 2, mask)", "variance = x[mask].var()"),             # n - 1
-    ("white if shift_mean else white + mean", "white"),
+    ("masked_mean(x, mask)", "x.mean()"),
+    ("masked_variance(x, mask)", "x.var()"),
+    ("masked_variance(x, mask)", "x[mask].var()"),             # n - 1
     (".masked_fill(~mask, 0)", ""),
 ])
 def test_other_ways_to_whiten_are_noticed(old, new):
+    changed = mutant(ppo.whiten, old, new)
     with pytest.raises(AssertionError):
-        check_whitening(mutant(ppo.whiten, old, new))
+        check_whitening(changed)
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows():
@@ -59,14 +56,52 @@ def test_the_mean_is_over_tokens_and_not_over_rows():
     assert ppo.masked_mean(x, ragged_mask([3, 1], 3)) == 7 / 4
 
 
+def check_variance(masked_variance):
+    """Of the compacted vector, divided by n. For one token alone it is 0."""
+    mask, x = ragged_mask(LENGTHS, R), randn(4, R) * 3 + 5
+    assert math.isclose(masked_variance(x, mask), np.var(x[mask].numpy()), rel_tol=1e-9)
+    assert masked_variance(x[:1], ragged_mask([1], R)) == 0
+
+
+def check_sequence_mean(sequence_mean):
+    """Against a loop over the responses and their tokens. Other rows hold no response and do not count."""
+    mask, x = ragged_mask([*LENGTHS, 0], R), randn(5, R)
+    sums = [sum(x[b, t].item() for t in range(length)) for b, length in enumerate(LENGTHS)]
+    assert math.isclose(sequence_mean(x, mask), sum(sums) / 4, rel_tol=1e-9)
+    assert math.isclose(sequence_mean(torch.ones_like(x), mask), sum(LENGTHS) / 4)
+
+
+@pytest.mark.parametrize("check, function, old, new", [
+    (check_variance, ppo.masked_variance, "** 2", "** 2 * mask.sum() / (mask.sum() - 1)"),
+    (check_variance, ppo.masked_variance, "x - masked_mean(x, mask)", "x"),
+    (check_sequence_mean, ppo.sequence_mean, "mask.any(dim=1).sum()", "mask.sum()"),
+    (check_sequence_mean, ppo.sequence_mean, "masked_sum(x, mask)", "x.sum()"),
+])
+def test_variance_and_sequence_mean_are_those_of_a_loop(check, function, old, new):
+    check(function)
+    changed = mutant(function, old, new)
+    with pytest.raises(AssertionError):
+        check(changed)
+
+
 def test_explained_variance_is_one_for_a_perfect_critic_none_for_a_constant_and_numpys_in_between():
     mask, returns = ragged_mask(LENGTHS, R), randn(4, R)
     assert math.isclose(ppo.explained_variance(returns, returns, mask), 1)
-    assert math.isclose(ppo.explained_variance(returns + 3, returns, mask), 1)         # an offset is not its business
+    assert math.isclose(ppo.explained_variance(returns + 3, returns, mask), 1)         # an offset does not matter
     assert abs(ppo.explained_variance(torch.full_like(returns, 2), returns, mask)) < 1e-6
     values = returns + randn(4, R, seed=1)
     expected = 1 - np.var((returns - values)[mask].numpy()) / np.var(returns[mask].numpy())
     assert math.isclose(ppo.explained_variance(values, returns, mask), expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.0, 0.1, -3.0])
+def test_explained_variance_of_constant_returns_is_zero(constant, dtype):
+    """There is nothing to explain. Dividing by their variance would give a number like -9e7, or NaN."""
+    mask, values = ragged_mask(LENGTHS, R), randn(4, R).to(dtype)
+    returns = torch.full_like(values, constant)
+    assert ppo.explained_variance(values, returns, mask) == 0
+    assert ppo.explained_variance(returns, returns, mask) == 0
 
 
 # ---- log-probabilities, KL, entropy: a world of three tokens ---------------------------------------------------------
@@ -78,29 +113,37 @@ def test_log_probabilities_and_entropy_are_those_of_the_tempered_distribution(te
     probabilities = weights / weights.sum(axis=1, keepdims=True)
     for token in range(3):
         logprobs = ppo.token_logprobs(logits, torch.full((5,), token), temperature)
-        assert logprobs.dtype == torch.float32
-        np.testing.assert_allclose(logprobs.exp(), probabilities[:, token], rtol=1e-6)
+        np.testing.assert_allclose(logprobs.exp(), probabilities[:, token], rtol=1e-12)
     entropy = -(probabilities * np.log(probabilities)).sum(axis=1)
-    np.testing.assert_allclose(ppo.token_entropy(logits, temperature), entropy, rtol=1e-6)
+    np.testing.assert_allclose(ppo.token_entropy(logits, temperature), entropy, rtol=1e-12)
 
 
-def test_bfloat16_logits_are_raised_to_float32_before_the_softmax():
-    logits = randn(4, 1000).bfloat16()
-    torch.testing.assert_close(ppo.token_logprobs(logits, torch.arange(4)),
-                               ppo.token_logprobs(logits.double(), torch.arange(4)), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("dtype, result", [(torch.float64, torch.float64), (torch.float32, torch.float32),
+                                           (torch.bfloat16, torch.float32)])
+def test_log_probabilities_and_entropy_are_computed_in_float32_or_better(dtype, result):
+    """bfloat16 logits are raised to float32 before the softmax."""
+    logits, tokens = randn(4, 1000).to(dtype), torch.arange(4)
+    for function in (lambda z: ppo.token_logprobs(z, tokens), ppo.token_entropy):
+        assert function(logits).dtype == result
+        torch.testing.assert_close(function(logits).double(), function(logits.double()), rtol=1e-6, atol=1e-6)
 
 
-def test_the_gradient_of_a_log_probability_is_the_finite_difference(monkeypatch):
-    tokens = torch.tensor([0, 5, 2, 2])
+def gradients_are_right(temperature=0.7):
+    """gradcheck compares with finite differences, in float64 from end to end."""
+    tokens, logits = torch.tensor([0, 5, 2, 2]), randn(4, 6).requires_grad_(True)
+    return all(torch.autograd.gradcheck(function, (logits,), raise_exception=False) for function in (
+        lambda z: ppo.token_logprobs(z, tokens, temperature), lambda z: ppo.token_entropy(z, temperature)))
 
-    def agrees():
-        return torch.autograd.gradcheck(lambda z: ppo.TokenLogprobs.apply(z, tokens), (randn(4, 6).requires_grad_(True),),
-                                        raise_exception=False)
-    assert agrees()
-    real = ppo.TokenLogprobs.backward
-    for defect in (("mul_(-gradient", "mul_(gradient"), ("dz.scatter_add_(1, tokens[:, None], gradient[:, None])", "dz")):
-        monkeypatch.setattr(ppo.TokenLogprobs, "backward", staticmethod(mutant(real, "@staticmethod\n", "", *defect)))
-        assert not agrees()
+
+def test_the_gradients_of_log_probabilities_and_entropy_are_finite_differences(monkeypatch):
+    assert gradients_are_right()
+    for name, old, new in (("log_softmax", "torch.promote_types(logits.dtype, torch.float32)", "torch.float32"),
+                           ("log_softmax", "logits / temperature", "logits / temperature + logits.detach()"),
+                           ("token_entropy", "logprobs.exp()", "logprobs.exp().detach()")):
+        changed = mutant(getattr(ppo, name), old, new)
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, name, changed)
+            assert not gradients_are_right()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -109,7 +152,7 @@ def test_approx_kl_tends_to_the_exact_kl_for_small_steps(seed):
     for step in (1e-1, 1e-2, 1e-3):
         old_logprobs, logprobs = old.log_softmax(0), (old + step * direction).log_softmax(0)
         exact = (old_logprobs.exp() * (old_logprobs - logprobs)).sum()
-        estimate = (old_logprobs.exp() * ppo.approx_kl(logprobs, old_logprobs)).sum()
+        estimate = (old_logprobs.exp() * ppo.policy_stats(logprobs, old_logprobs, 0.2)["policy/approxkl"]).sum()
         assert abs(estimate / exact - 1) < 3 * step
 
 
@@ -172,11 +215,11 @@ def test_what_stands_under_the_mask_reaches_no_statistic_reward_or_advantage(poi
     mask, x, y, scores = ragged_mask(LENGTHS, R), randn(4, R), randn(4, R, seed=1), randn(4, seed=2)
     px, py = x.masked_fill(~mask, poison), y.masked_fill(~mask, poison)
     assert ppo.masked_sum(px, mask) == ppo.masked_sum(x, mask)
-    assert ppo.masked_mean(px, mask) == ppo.masked_mean(x, mask)
+    for statistic in (ppo.masked_mean, ppo.masked_variance, ppo.sequence_mean):
+        assert statistic(px, mask) == statistic(x, mask)
     assert ppo.explained_variance(px, py, mask) == ppo.explained_variance(x, y, mask)
     assert torch.equal(ppo.token_rewards(px, scores, mask, 0.1), ppo.token_rewards(x, scores, mask, 0.1))
-    for shift_mean in (True, False):
-        assert torch.equal(ppo.whiten(px, mask, shift_mean), ppo.whiten(x, mask, shift_mean))
+    assert torch.equal(ppo.whiten(px, mask), ppo.whiten(x, mask))
     for poisoned, clean in zip(ppo.gae(px, py, mask), ppo.gae(x, y, mask)):
         assert torch.equal(poisoned, clean)
 
@@ -234,7 +277,7 @@ def check_value_bound(value_losses):
     torch.testing.assert_close(losses[inside], plain[inside])
     stuck = 0.5 * (old + 0.2 * change.sign() - returns) ** 2           # what the loss would be at the edge of the clip
     torch.testing.assert_close(losses[~inside], torch.maximum(plain, stuck)[~inside])
-    torch.testing.assert_close(value_losses(old + change, old, returns, math.inf), plain)       # --value_clip 0
+    torch.testing.assert_close(value_losses(old + change, old, returns, math.inf), plain)       # no clip
 
 
 @pytest.mark.parametrize("check, function", [
@@ -246,11 +289,11 @@ def test_losses_and_their_gradients(check, function):
 
 
 @pytest.mark.parametrize("check, function, old, new", [
-    (check_policy_gradient, ppo.policy_losses, "* advantages)", "* advantages).detach() + logprobs"),
+    (check_policy_gradient, ppo.policy_losses, "* advantages)", "* advantages).detach() + new_logprobs"),
     (check_policy_bound, ppo.policy_losses, "-torch.min(", "-torch.max("),
     (check_policy_bound, ppo.policy_losses, "return -torch", "return torch"),
     (check_policy_bound, ppo.policy_losses, "ratio.clamp(1 - clip, 1 + clip)", "ratio"),
-    (check_value_gradient, ppo.value_losses, "(values - old_values).clamp", "(values - old_values).detach().clamp"),
+    (check_value_gradient, ppo.value_losses, "(new_values - values).clamp", "(new_values - values).detach().clamp"),
     (check_value_bound, ppo.value_losses, "torch.max(", "torch.min("),
     (check_value_bound, ppo.value_losses, "return 0.5 * ", "return "),
 ])
@@ -269,75 +312,30 @@ def test_the_gradient_of_the_first_step_is_the_policy_gradient():
     torch.testing.assert_close(actual, expected)
 
 
-def test_clipped_says_which_ratios_lie_outside():
-    logprobs, _ = clipping_cases()
-    assert ppo.clipped(logprobs[0], torch.zeros(7), 0.2).tolist() == [True, True, False, False, False, True, True]
-
-
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
-class TensorFlowAdam:
-    """tf.train.AdamOptimizer as its documentation writes it, where epsilon is "epsilon hat": numpy, float64."""
-
-    def __init__(self, lr, eps, beta1=0.9, beta2=0.999):
-        self.lr, self.eps, self.beta1, self.beta2 = lr, eps, beta1, beta2
-        self.t, self.m, self.v = 0, 0.0, 0.0
-
-    def step(self, parameter, gradient):
-        self.t += 1
-        self.m = self.beta1 * self.m + (1 - self.beta1) * gradient
-        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient ** 2
-        lr = self.lr * math.sqrt(1 - self.beta2 ** self.t) / (1 - self.beta1 ** self.t)
-        return parameter - lr * self.m / (np.sqrt(self.v) + self.eps)
-
-
-def check_adam(set_epsilon, eps=1e-5, steps=300):
-    """Gradients from far above to far below epsilon; both start from 0 and must stay together."""
-    scales = np.logspace(1, -8, 10)
-    parameter = torch.zeros(10, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([parameter], lr=1e-3, eps=eps, weight_decay=0.0, fused=True)
-    theirs, rng, expected = TensorFlowAdam(1e-3, eps), np.random.default_rng(0), np.zeros(10)
-    for _ in range(steps):
-        gradient = scales * (0.5 + rng.normal(size=10))
-        expected = theirs.step(expected, gradient)
-        parameter.grad = torch.tensor(gradient)
-        set_epsilon(optimizer, eps)
-        optimizer.step()
-        np.testing.assert_allclose(parameter.detach(), expected, rtol=1e-7)
-
-
-def test_tensorflow_adam_is_a_hand_written_one_over_300_steps():
-    check_adam(set_tf_epsilon)
+def check_policy_stats(policy_stats):
+    """approxkl is half the squared log-ratio, 0.5 at a log-ratio of 1; clipfrac says which ratios are clipped."""
+    logprobs, old = clipping_cases()[0][0], randn(7)
+    stats = policy_stats(old + logprobs, old, 0.2)
+    assert stats["policy/clipfrac"].tolist() == [1, 1, 0, 0, 0, 1, 1]
+    np.testing.assert_allclose(stats["policy/ratio"], [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
+    for log_ratio, expected in ((1.0, 0.5), (-1.0, 0.5), (2.0, 2.0), (0.0, 0.0)):
+        assert policy_stats(torch.tensor([log_ratio]), torch.zeros(1), 0.2)["policy/approxkl"] == expected
 
 
 @pytest.mark.parametrize("old, new", [
-    ("group[\"eps\"] = eps / (1 - group[\"betas\"][1] ** t) ** 0.5", "group[\"eps\"] = eps"),  # PyTorch's form
-    ("t = 1 + max(", "t = max("),
-    ("** 0.5", ""),
+    ("0.5 * log_ratio ** 2", "log_ratio ** 2"),
+    ("0.5 * log_ratio ** 2", "-log_ratio"),
+    ("(ratio - 1)", "log_ratio"),
+    ("= new_logprobs - logprobs", "= logprobs - new_logprobs"),
 ])
-def test_other_epsilons_are_noticed(old, new):
-    with pytest.raises((AssertionError, ZeroDivisionError)):
-        check_adam(mutant(set_tf_epsilon, old, new))
+def test_the_statistics_of_an_update_in_absolute_values(old, new):
+    check_policy_stats(ppo.policy_stats)
+    changed = mutant(ppo.policy_stats, old, new)
+    with pytest.raises(AssertionError):
+        check_policy_stats(changed)
 
 
-def test_pytorchs_early_steps_are_larger_than_tensorflows():
-    """Several times, where gradients are near epsilon: B saw it in the approx-KL of early updates."""
-    lengths = {}
-    for name in ("torch", "tensorflow"):
-        parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.AdamW([parameter], lr=1.0, eps=1e-5, weight_decay=0.0)
-        parameter.grad = torch.full((1,), 1e-4, dtype=torch.float64)
-        if name == "tensorflow":
-            set_tf_epsilon(optimizer, 1e-5)
-        optimizer.step()
-        lengths[name] = -float(parameter.detach())
-    assert 2 < lengths["torch"] / lengths["tensorflow"] < 10
-
-
-def test_the_learning_rate_falls_in_a_line_to_zero():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    rates = []
-    for step in range(10):
-        set_lr(optimizer, 0.5, step, 10)
-        rates.append(optimizer.param_groups[0]["lr"])
-    np.testing.assert_allclose(rates, np.linspace(0.5, 0, 11)[:-1])
+def test_adaptive_beta_in_absolute_values():
+    """One iteration of 100 sequences at twice the target raises beta by 0.2 * 100 / 10,000, no more."""
+    for kl, factor in ((12.0, 1.002), (6.6, 1.001), (6.0, 1.0), (5.4, 0.999), (0.0, 0.998)):
+        assert math.isclose(ppo.adaptive_beta(0.1, kl, 6.0, 100), 0.1 * factor, rel_tol=1e-9)

@@ -82,6 +82,13 @@ def test_each_loss_is_what_its_name_says(name):
     CHECKS[name](LOSSES[name])
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_absolute_values_of_the_losses(name):
+    """The better answer one unit ahead: -log sigmoid(1) = 0.31326. Equal rewards: log 2. One unit behind: 1.31326."""
+    for rewards, loss in (([1.0, 0], 0.31326), ([3.0, 3], 0.69315), ([0.0, 1], 1.31326)):
+        assert math.isclose(LOSSES[name](tensor(rewards), tensor((1, 2))), loss, abs_tol=1e-5)
+
+
 @pytest.mark.parametrize("name, old, new", [
     ("pairs", "/ better.sum(dim=(1, 2))).mean()", "/ better.sum(dim=(1, 2)) ** 2).mean()"),    # trap 18: twice
     ("pairs", "/ better.sum(dim=(1, 2))).mean()", ").sum() / better.sum()"),                   # mean over all pairs
@@ -96,13 +103,10 @@ def test_other_losses_are_noticed(name, old, new):
         CHECKS[name](changed)
 
 
-EYE = " | torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)"
-
-
 @pytest.mark.parametrize("name, old, new", [
-    ("plackett_luce", "candidates = better", "candidates = better.any()"),                      # rivals that are better
-    ("plackett_luce", EYE, ""),                                                                 # not itself among them
-    ("best", EYE, ""),
+    ("plackett_luce", "better | itself", "better.any() | itself"),                              # rivals that are better
+    ("plackett_luce", "better | itself", "better"),                                             # not itself among them
+    ("best", "better | itself", "better"),
 ])
 def test_a_choice_among_too_many_or_too_few_is_noticed(name, old, new, monkeypatch):
     monkeypatch.setattr(reward, "choice_losses", mutant(reward.choice_losses, old, new))
@@ -189,9 +193,9 @@ def test_strengths_are_recovered_from_sampled_comparisons(name, K):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("F.logsigmoid", "-F.relu(1 - rewards[:, :, None] + rewards[:, None, :]) + 0 * F.logsigmoid"),     # a hinge
-    ("- rewards[:, None, :]", "- rewards[:, None, :].detach()"),
-    ("- rewards[:, None, :])", "- rewards[:, None, :] - 0.5)"),                                        # a margin
+    ("F.logsigmoid", "-F.relu(1 - scores[:, :, None] + scores[:, None, :]) + 0 * F.logsigmoid"),     # a hinge
+    ("- scores[:, None, :]", "- scores[:, None, :].detach()"),
+    ("- scores[:, None, :])", "- scores[:, None, :] - 0.5)"),                                        # a margin
 ])
 def test_losses_that_distort_the_strengths_are_noticed(old, new):
     changed = mutant(reward.pair_loss, old, new)
@@ -232,26 +236,26 @@ def test_the_last_token_is_found_wherever_the_pads_are():
 def test_the_score_depends_on_the_prompt_and_on_every_token_of_the_response():
     model = ScalarHeadModel(tiny_gpt2()).requires_grad_(False)
     ids = torch.arange(8)[None]
-    score = model.reward(ids, torch.ones_like(ids, dtype=torch.bool))
+    score = model.normalised_scores(ids, torch.ones_like(ids, dtype=torch.bool))
     for t in range(8):
         changed = ids.clone()
         changed[0, t] = 9
-        assert not torch.isclose(model.reward(changed, torch.ones_like(ids, dtype=torch.bool)), score)
+        assert not torch.isclose(model.normalised_scores(changed, torch.ones_like(ids, dtype=torch.bool)), score)
 
 
 def test_reward_is_the_raw_score_shifted_and_scaled():
     model, ids = ScalarHeadModel(tiny_gpt2()).requires_grad_(False), torch.arange(8)[None]
     raw = model(ids)[:, -1]
     model.reward_mean, model.reward_std = 0.5, 4.0
-    torch.testing.assert_close(model.reward(ids, torch.ones_like(ids, dtype=torch.bool)) * 4 + 0.5, raw)
+    torch.testing.assert_close(model.normalised_scores(ids, torch.ones_like(ids, dtype=torch.bool)) * 4 + 0.5, raw)
 
 
 def test_answers_scored_in_one_batch_are_answers_scored_alone():
-    """train_rm.score_all: prompts with 2, 3 and 4 answers of different lengths, the empty one among them."""
+    """train_rm.read_answers: prompts with 2, 3 and 4 answers of different lengths, the empty one among them."""
     model = ScalarHeadModel(tiny_gpt2()).requires_grad_(False)
     answers = [[[1], [2, 3]], [[4, 5, 6], [10], [7]], [[8, 9], [1, 1, 1, 1, 10], [2], [3, 4, 10]]]
     examples = [Example(Row("x:1", "p", (), tuple(range(1, 1 + len(a))), ()), [5, n], a) for n, a in enumerate(answers)]
-    scores, *_ = train_rm.score_all(model, examples, "cpu")
+    scores, *_ = train_rm.read_answers(model, examples, "cpu")
     for n, row in enumerate(answers):
         for k, response in enumerate(row):
             alone = model(torch.tensor([[5, n] + response]))[0, -1]

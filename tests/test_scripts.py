@@ -1,5 +1,7 @@
 """The three scripts through their command lines: two steps each on a two-layer model, and everything they leave behind."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
@@ -13,21 +15,26 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.running.errors import UserError
+from minirlhf import data
 from minirlhf.data import Example, Row, encode_rows, read_prompts
+from minirlhf.functions import FunctionReward
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
+from minirlhf.running import runs
 from minirlhf.running.runs import Run
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools.evaluate import assess
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
+from small_world import LETTERS, read_metrics, run_ppo, script_flags, small_world, write_jsonl
 
 TINY = Path(__file__).parent.parent / "data/tiny"
 SFT = ["--epochs", "2", "--batch_size", "12", "--micro_batch", "5"]
-RM = ["--epochs", "2", "--batch_size", "12", "--micro_batch", "5", "--normalise", "8", "--sample_tokens", "6"]
+RM = ["--epochs", "2", "--batch_size", "12", "--micro_batch", "5"]
 PPO = ["--iterations", "2", "--batch_size", "6", "--micro_batch", "2", "--max_response", "6", "--epochs", "2"]
 
 
 def head(name, n, folder):
-    """The first n rows of a file of the embedded world; in data/tiny's own name, so that gold.py is not found."""
+    """The first n rows of a file of the embedded world, in a folder that has no gold.py."""
     lines = (TINY / name).read_text(encoding="utf-8").splitlines()[:n]
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / name)
@@ -48,6 +55,21 @@ def ppo_args(folder, out, reward="rm"):
             "--heldout", str(folder / "prompts_test.jsonl"), "--gold", f"{TINY}/gold.py:gold", "--out", str(folder / out), *PPO]
 
 
+@contextlib.contextmanager
+def quickly():
+    """Few samples for the normalisation, and no assessment, which takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rm, "SAMPLES", 8)
+        patch.setattr(assess, "assess_run", lambda *args, **options: {"seconds": {}})
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick(request):
+    with quickly() if "real_assessment" not in request.keywords else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a two-layer model, a little data, and one run of each script on them."""
@@ -60,9 +82,10 @@ def world(tmp_path_factory):
     for name, n in (("demonstrations", 24), ("demonstrations_test", 8), ("comparisons", 24), ("comparisons_test", 8),
                     ("prompts", 12), ("prompts_test", 8)):
         head(f"{name}.jsonl", n, folder)
-    train_sft.main(sft_args(folder, "sft"))
-    train_rm.main(rm_args(folder, "rm"))
-    train_ppo.main(ppo_args(folder, "ppo"))
+    with quickly():
+        train_sft.main(sft_args(folder, "sft"))
+        train_rm.main(rm_args(folder, "rm"))
+        train_ppo.main(ppo_args(folder, "ppo"))
     return folder
 
 
@@ -81,11 +104,13 @@ def test_every_run_leaves_the_files_of_the_contract(world):
     assert scalar_from_pretrained(world / "rm").reward_std > 0
 
 
+@pytest.mark.real_assessment
 def test_the_report_has_the_keys_of_the_contract(world):
-    report = json.loads((world / "ppo/report.json").read_text())
-    assert set(report) == {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout",
+    train_ppo.main(ppo_args(world, "ppo_assessed"))
+    report = json.loads((world / "ppo_assessed/report.json").read_text())
+    assert set(report) >= {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout",
                            "win_rate", "win_rate_ci", "kl", "sft", "ppo"}
-    assert set(report["seconds"]) == {"sft", "rm", "ppo"} and report["n_prompts"] == 8
+    assert set(report["seconds"]) >= {"sft", "rm", "ppo"} and report["n_prompts"] == 8
     assert 0 <= report["rm_accuracy_gold"] <= 1 and 0 <= report["win_rate"] <= 1
     for model in ("sft", "ppo"):
         assert {"eos_rate", "length", "distinct_2", "perplexity"} <= set(report[model])
@@ -110,13 +135,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(world, scri
 @pytest.mark.parametrize("script, args", [(train_sft, sft_args), (train_rm, rm_args), (train_ppo, ppo_args)])
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(world, script, args, monkeypatch):
     name = {train_sft: "sft", train_rm: "rm", train_ppo: "ppo"}[script]
-    flags = args(world, f"{name}_cut") + ["--save_every", "1"]
-    log = Run.log
+    flags, log = args(world, f"{name}_cut"), Run.log
 
-    def power_cut(run, step, metrics):
-        log(run, step, metrics)
+    def power_cut(run, step, *metrics, **options):
+        log(run, step, *metrics, **options)
         if step == 1:
             raise KeyboardInterrupt
+    monkeypatch.setattr(runs, "SAVING", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "log", power_cut)
         script.main(flags)
@@ -134,13 +159,12 @@ def test_ppo_uses_the_reward_model_it_was_given(world):
 def test_a_function_can_be_the_reward(world):
     """It gets prompts and responses as text, and its scores reach the policy as multiples of its own deviation."""
     (world / "short.py").write_text("def shortness(prompts, responses):\n    return [-len(r) for r in responses]\n")
-    cfg = train_ppo.Config(reward=str(world / "short.py:shortness"), max_response=6)
-    tokenizer, policy = load_tokenizer(world / "sft"), from_pretrained(world / "sft")
-    examples = encode_rows(read_prompts(cfg.data)[:8], tokenizer, 64)
-    score, network = train_ppo.make_scorer(cfg, policy, examples, tokenizer, "cpu")
-    texts = ["", "a" * 10, "a" * 20]
-    scores = score(train_ppo.Rollout(["p"] * 3, texts, 1, None, None, None, None)).tolist()
-    assert network is None and scores[0] - scores[1] == pytest.approx(scores[1] - scores[2]) and scores[0] > 0 > scores[2]
+    cfg = train_ppo.Config(max_response=6)
+    tokenizer, sft = load_tokenizer(world / "sft"), from_pretrained(world / "sft")
+    reward = FunctionReward(f"{world}/short.py:shortness")
+    reward.normalise(sft, encode_rows(read_prompts(cfg.data)[:8], tokenizer, 64), tokenizer, cfg)
+    scores = reward(["p"] * 3, ["", "a" * 10, "a" * 20]).tolist()
+    assert scores[0] - scores[1] == pytest.approx(scores[1] - scores[2]) and scores[0] > 0 > scores[2]
     train_ppo.main(ppo_args(world, "ppo_short", reward="short.py:shortness"))
     assert (world / "ppo_short/report.json").exists()
 
@@ -176,6 +200,12 @@ def malformed(folder, line):
     (train_ppo, ppo_args, lambda folder: ["--reward", str(folder / "none.py:f")], "none.py:f"),
     (train_ppo, ppo_args, lambda folder: ["--max_response", "60"], "prompts.jsonl:1: prompt and response"),
     (train_ppo, ppo_args, lambda folder: ["--heldout", str(folder / "nowhere.jsonl")], "nowhere.jsonl"),
+    (train_ppo, ppo_args, lambda folder: ["--reference", str(folder / "nowhere")], "nowhere"),
+    (train_ppo, ppo_args, lambda folder: ["--minibatches", "7"], "--batch_size 6 .*--minibatches 7"),
+    (train_ppo, ppo_args, lambda folder: ["--stop", "13"], "--stop 13"),
+    (train_ppo, ppo_args, lambda folder: ["--stop", "768,0"], "--stop 768,0.* 767"),
+    (train_rm, rm_args, lambda folder: ["--stop", "a,b"], "--stop a,b"),
+    (train_rm, rm_args, lambda folder: ["--device", "gpu"], "--device gpu.*cuda, mps, cpu"),
 ])
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(world, script, args, change, named):
     with pytest.raises(UserError, match=named) as error:
@@ -185,27 +215,31 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(world, script, ar
 
 def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "train_ppo.py", "--modle", "x"], cwd=TINY.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: unrecognized arguments: --modle x (see --help)\n"
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: unrecognized arguments: --modle x; did you mean --model? (see --help)\n"
 
 
+@pytest.mark.real_assessment
 def test_a_policy_of_ppo_can_be_trained_and_assessed_again(world):
     train_ppo.main(ppo_args(world, "ppo_twice") + ["--model", str(world / "ppo")])
     assert "perplexity" not in json.loads((world / "ppo_twice/report.json").read_text())["ppo"]     # no demonstrations known
 
 
-def test_demonstrations_that_are_gone_are_missed_before_training(world, tmp_path):
+@pytest.mark.real_assessment
+def test_demonstrations_that_are_gone_cost_the_perplexity_and_nothing_else(world, tmp_path, capsys):
     shutil.copytree(world / "sft", tmp_path / "sft")
     run = json.loads((tmp_path / "sft/run.json").read_text())
     run["config"]["heldout"] = str(tmp_path / "gone.jsonl")
     (tmp_path / "sft/run.json").write_text(json.dumps(run))
-    with pytest.raises(UserError, match="gone.jsonl: No such file"):
-        train_ppo.main(ppo_args(world, "never") + ["--model", str(tmp_path / "sft")])
-    assert not (world / "never").exists()
+    train_ppo.main(ppo_args(world, "ppo_gone") + ["--model", str(tmp_path / "sft")])
+    report = json.loads((world / "ppo_gone/report.json").read_text())
+    assert "gone.jsonl, which" in capsys.readouterr().out
+    assert "perplexity" not in report["ppo"] and 0 <= report["win_rate"] <= 1
 
 
 def test_without_held_out_demonstrations_the_report_has_no_figure_for_them(world):
     train_sft.main(sft_args(world, "sft_alone") + ["--heldout", ""])
-    assert set(json.loads((world / "sft_alone/report.json").read_text())) == {"seed", "seconds", "steps", "loss_train"}
+    report = json.loads((world / "sft_alone/report.json").read_text())
+    assert report["steps"] == 4 and report["loss_train"] > 0 and not {"loss_heldout", "perplexity"} & set(report)
 
 
 def test_a_reward_model_with_too_few_positions_is_named(world):
@@ -231,25 +265,200 @@ def test_the_reward_models_report_has_an_interval_and_the_length_baseline(world)
     assert 0 <= report["longer_is_preferred"] <= 1
 
 
-def test_heldout_prompts_that_do_not_fit_are_refused_before_training_or_dropped(world):
+def test_heldout_prompts_that_do_not_fit_are_refused_before_training_or_dropped(world, monkeypatch):
     long = world / "long.jsonl"
     long.write_text((world / "prompts_test.jsonl").read_text() + json.dumps({"prompt": "the " * 60}) + "\n")
     with pytest.raises(UserError, match="long.jsonl:9"):
-        train_ppo.main(ppo_args(world, "never") + ["--heldout", str(long), "--gold", "none"])
-    assert not (world / "never").exists()
+        train_ppo.main(ppo_args(world, "long_refused") + ["--heldout", str(long), "--gold", "none"])
+    assert not (world / "long_refused").exists()
+    kept, encode_rows = [], data.encode_rows
+    monkeypatch.setattr(data, "encode_rows", lambda *args, **limits: kept.append(encode_rows(*args, **limits)) or kept[-1])
     train_ppo.main(ppo_args(world, "ppo_long") + ["--heldout", str(long), "--gold", "none", "--drop_long"])
-    assert json.loads((world / "ppo_long/report.json").read_text())["n_prompts"] == 8
+    assert list(map(len, kept)) == [12, 8]
 
 
-def test_frozen_blocks_and_embeddings_stay_as_they_were(world):
-    train_sft.main(sft_args(world, "sft_frozen") + ["--freeze", "0.5"])
-    before, after = (from_pretrained(world / name).state_dict() for name in ("base", "sft_frozen"))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)
+# ---- in the world of letters -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    return small_world(tmp_path_factory.mktemp("letters"))
 
 
-def test_without_a_limit_gradients_are_as_long_as_they_are(world):
-    """0 is no limit: the same run as with a limit that nothing reaches, and not one that stands still."""
-    for name, limit in (("rm_unlimited", "0"), ("rm_huge", "1e9")):
-        train_rm.main(rm_args(world, name) + ["--max_grad_norm", limit])
-    assert same_run(world / "rm_unlimited", world / "rm_huge") and not same_run(world / "rm_unlimited", world / "rm")
+@pytest.fixture
+def assessed(monkeypatch):
+    """The held-out prompts of each assessment; the assessment itself is left out."""
+    calls = []
+
+    def record(cfg, *args):
+        calls.append([json.loads(line)["prompt"] for line in Path(cfg.heldout).read_text().splitlines()] if cfg.heldout else [])
+        return {}
+    monkeypatch.setattr(assess, "assess_run", record)
+    return calls
+
+
+def heldout_of(folder):
+    return [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+
+
+def run_script(world, name, out, *flags):
+    """One of the three scripts, with --heldout auto unless the flags say otherwise."""
+    if name == "ppo":
+        run_ppo(world, "--heldout", "auto", *flags, out=out)
+        return
+    script, data = {"sft": (train_sft, "demonstrations"), "rm": (train_rm, "comparisons")}[name]
+    script.main(script_flags(world, out, "--data", f"{world}/{data}.jsonl", "--epochs", 1, "--heldout", "auto", *flags))
+
+
+def test_all_three_scripts_hold_out_the_same_tenth_of_the_prompts(letters, assessed, monkeypatch):
+    """Which prompts depends on their text alone: the SHA-256 of one in ten is a multiple of ten."""
+    seen, batch_at = {}, train_ppo.compute.batch_at
+    for name in ("sft", "rm", "ppo"):
+        seen[name] = set()
+
+        def watched(items, *numbers):
+            seen[name].update(e.row.prompt for e in items)
+            return batch_at(items, *numbers)
+        monkeypatch.setattr(train_ppo.compute, "batch_at", watched)
+        run_script(letters, name, f"{name}_auto")
+    prompts = {json.loads(line)["prompt"] for line in (letters / "prompts.jsonl").read_text().splitlines()}
+    tenth = {p for p in prompts if int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10 == 0}
+    assert 0 < len(tenth) < len(prompts) / 3
+    for name in ("sft", "rm", "ppo"):
+        assert {row["prompt"] for row in heldout_of(letters / f"{name}_auto")} == tenth
+        assert seen[name] == prompts - tenth
+        config = json.loads((letters / f"{name}_auto/run.json").read_text())["config"]
+        assert config["heldout"] == str(letters / f"{name}_auto/heldout.jsonl")
+    assert set(assessed[0]) == tenth
+
+
+def test_what_a_run_held_out_can_be_read_back_and_given_to_another(letters, assessed):
+    """Demonstrations keep their response, comparisons their ranks."""
+    for name, data in (("sft", "demonstrations"), ("rm", "comparisons")):
+        run_script(letters, name, f"{name}_first")
+        rows = {row["prompt"]: row for row in map(json.loads, (letters / f"{data}.jsonl").read_text().splitlines())}
+        kept = heldout_of(letters / f"{name}_first")
+        assert kept and all({field: row[field] for field in rows[row["prompt"]]} == rows[row["prompt"]] for row in kept)
+        run_script(letters, name, f"{name}_second", "--heldout", letters / f"{name}_first/heldout.jsonl")
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+def test_resume_continues_a_run_that_held_out_its_own_prompts(letters, assessed, monkeypatch, name):
+    monkeypatch.setattr(runs, "SAVING", 1e9)
+    steps = ["--iterations", 2] if name == "ppo" else ["--batch_size", 18]
+    run_script(letters, name, f"{name}_whole", *steps)
+    # an earlier run in the folder, on other data: its heldout.jsonl has other contents
+    (letters / f"{name}_cut").mkdir()
+    (letters / f"{name}_cut/heldout.jsonl").write_text("of another run")
+    log = Run.log
+
+    def power_cut(run, step, *args, **options):
+        log(run, step, *args, **options)
+        if step == 1:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "log", power_cut)
+        run_script(letters, name, f"{name}_cut", *steps)
+    run_script(letters, name, f"{name}_cut", *steps, "--resume")
+    assert same_run(letters / f"{name}_whole", letters / f"{name}_cut")
+    assert heldout_of(letters / f"{name}_whole") == heldout_of(letters / f"{name}_cut")
+
+
+@pytest.mark.parametrize("script, name", [(train_sft, "demonstrations"), (train_rm, "comparisons"), (train_ppo, "prompts")])
+def test_the_embedded_world_has_its_own_heldout_file(script, name):
+    cfg, read = script.Config(), getattr(data, f"read_{name}")
+    rows, heldout = data.split(cfg, read(cfg.data), read)
+    assert Path(cfg.heldout).resolve() == TINY / f"{name}_test.jsonl"
+    assert heldout == read(cfg.heldout) and rows == read(cfg.data)
+    assert len(rows) > len(heldout) > 100
+
+
+def test_an_empty_heldout_means_none(letters, assessed, capsys):
+    for name in ("sft", "rm", "ppo"):
+        run_script(letters, name, f"{name}_none", "--heldout", "")
+        assert not (letters / f"{name}_none/heldout.jsonl").exists()
+        report = json.loads((letters / f"{name}_none/report.json").read_text())
+        assert not {"loss_heldout", "rm_accuracy_heldout"} & set(report)
+    assert assessed == [[]] and "held out" not in capsys.readouterr().out
+
+
+def test_of_one_prompt_nothing_is_held_out_and_the_script_says_so(letters, assessed, capsys):
+    write_jsonl(letters / "one.jsonl", [{"prompt": "abc"}] * 3)
+    run_script(letters, "ppo", "ppo_one", "--data", letters / "one.jsonl")
+    said = capsys.readouterr().out
+    assert f"{letters}/one.jsonl" in said and "hold" in said
+    assert not (letters / "ppo_one/heldout.jsonl").exists() and assessed == [[]]
+    assert json.loads((letters / "ppo_one/run.json").read_text())["config"]["heldout"] == ""
+
+
+def test_of_two_prompts_one_is_held_out(letters, assessed):
+    write_jsonl(letters / "two.jsonl", [{"prompt": "abc"}, {"prompt": "d"}])
+    run_script(letters, "ppo", "ppo_two", "--data", letters / "two.jsonl")
+    assert len(assessed[0]) == 1
+
+
+def test_a_finished_run_can_be_extended_when_it_is_told_to(letters, assessed):
+    run_script(letters, "ppo", "ppo_extended", "--iterations", 2)
+    before = (letters / "ppo_extended/metrics.jsonl").read_text()
+    for flags, named in ((["--iterations", 2], "is finished.*--allow_changes"), (["--iterations", 4], "--iterations 2 -> 4.*--allow_changes")):
+        with pytest.raises(UserError, match=named) as error:
+            run_script(letters, "ppo", "ppo_extended", "--resume", *flags)
+        assert "\n" not in str(error.value)
+    assert (letters / "ppo_extended/metrics.jsonl").read_text() == before and (letters / "ppo_extended/report.json").exists()
+    model = (letters / "ppo_extended/model.safetensors").read_bytes()
+    run_script(letters, "ppo", "ppo_extended", "--resume", "--iterations", 4, "--allow_changes")
+    after = (letters / "ppo_extended/metrics.jsonl").read_text()
+    assert after.startswith(before) and [row["step"] for row in read_metrics(letters / "ppo_extended")] == [0, 1, 2, 3]
+    assert (letters / "ppo_extended/report.json").exists() and len(assessed) == 2
+    assert (letters / "ppo_extended/model.safetensors").read_bytes() != model
+    assert json.loads((letters / "ppo_extended/run.json").read_text())["config"]["iterations"] == 4
+
+
+def test_the_kl_is_measured_to_the_reference(letters):
+    """The first rollout's log-probabilities under the policy and under the named folder, token by token."""
+    rows = {}
+    make_experience = train_ppo.make_experience
+    for name, flags in (("own", []), ("other", ["--reference", letters / "rm_lm"])):
+        if flags:
+            save_pretrained(scalar_from_pretrained(letters / "rm").transformer, letters / "rm_lm")
+        kept = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_ppo, "make_experience", lambda r, *args: (make_experience(r, *args), kept.append(r)))
+            rows[name] = run_ppo(letters, *flags, out=f"ppo_{name}")[0]
+        r, = kept
+        reference = from_pretrained(letters / ("rm_lm" if flags else "sft"))
+        with torch.no_grad():
+            logits = reference.logits(reference(r.ids, r.token_mask)[:, r.P - 1:-1]).log_softmax(-1)
+        expected = logits.gather(-1, r.ids[:, r.P:, None])[..., 0]
+        torch.testing.assert_close(r.ref_logprobs[r.mask], expected[r.mask], rtol=1e-4, atol=1e-4)
+    assert abs(rows["own"]["objective/kl"]) < 1e-5 and rows["other"]["objective/kl"] > 1
+    assert rows["own"]["rollout/length"] == rows["other"]["rollout/length"]            # the policy is the same
+
+
+def test_another_stop_token_ends_responses_from_its_position_on(letters, monkeypatch):
+    """--stop 97,2: the "a" of a response ends it, unless it is one of the first two tokens; the EOS no longer does."""
+    kept, roll_out = [], train_ppo.roll_out
+    monkeypatch.setattr(train_ppo, "roll_out", lambda *args: kept.append(roll_out(*args)) or kept[-1])
+    run_ppo(letters, "--stop", f"{ord('a')},2", "--batch_size", 64, out="ppo_stop")
+    r, = kept
+    responses = [row[own].tolist() for row, own in zip(r.ids[:, r.P:], r.mask)]
+    for ids, finished in zip(responses, r.finished.tolist()):
+        assert finished == (ids[-1] == 97 and len(ids) > 2) and 97 not in ids[2:-1]
+        assert finished or len(ids) == 12
+    assert any(97 in ids[:2] for ids in responses) and any(256 in ids[:-1] for ids in responses)
+    assert 0 < sum(r.finished.tolist()) < 64
+
+
+def test_rows_without_a_space_between_prompt_and_response_are_warned_about(letters, capsys):
+    glued = [{"prompt": letter, "response": "abc"} for letter in LETTERS]
+    for name, rows, expected in (("glued", glued, 1), ("spaced", [row | {"response": " abc"} for row in glued], 0)):
+        write_jsonl(letters / f"{name}.jsonl", rows)
+        run_script(letters, "sft", f"sft_{name}", "--data", letters / f"{name}.jsonl")
+        said = capsys.readouterr().out
+        warnings = [line for line in said.splitlines() if "warning" in line]
+        assert len(warnings) == expected and all("space" in line and f"{name}.jsonl:1" in line for line in warnings)
+
+
+def test_a_reward_model_that_is_no_better_than_chance_is_warned_about(letters, capsys):
+    """The comparisons of the world of letters are random, so that nothing can be learned that holds for others."""
+    run_script(letters, "rm", "rm_chance")
+    assert "not better than chance" in capsys.readouterr().out

@@ -15,16 +15,14 @@ args = arguments(__doc__, batch=16, prompt=32, new=32)
 
 
 def ours():
-    from minirlhf.running.compute import bfloat16_copy, precision
+    from minirlhf.running.compute import bfloat16_copy, pick_device
     from minirlhf.generate import generate
+    pick_device("cpu")                                          # as the scripts do: fast products
     model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
     uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))
-    sampler = bfloat16_copy(model) if args.dtype == "bfloat16" else model                           # as train_ppo.py does
-
-    def run():
-        with precision(torch.device("cpu"), args.dtype):
-            return generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, eos=-1)
-    return run
+    model.dtype = args.dtype
+    sampler = bfloat16_copy(model) if args.dtype == "bfloat16" else model       # as train_ppo.py does
+    return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, stop=(-1, 0))
 
 
 def transformers():

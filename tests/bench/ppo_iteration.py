@@ -21,31 +21,31 @@ def ours():
     """Seconds of each iteration but the first, which allocates; by the functions of train_ppo.py."""
     import copy
     import train_ppo
-    from minirlhf.running.compute import precision, spread
     from minirlhf.data import Example, Row
     from minirlhf.reward import ScalarHeadModel
+    from minirlhf.running import compute
 
     class Tokenizer:
-        eot_token = -7                                          # no token ever ends a response
+        eot_token, n_vocab = -7, SIZES[args.size]["vocab_size"]     # no token ever ends a response
 
         def decode(self, ids):
             return ""
 
     cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=4, max_response=args.new,
-                           dtype=args.dtype, lr=1e-6, value_lr=1e-6, max_grad_norm=1.0)
+                           dtype=args.dtype, lr=1e-6, value_lr=1e-6)
     policy = our_model(args.size)
+    policy.dtype = args.dtype
     reference, scorer = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     reward, value = ScalarHeadModel(scorer).requires_grad_(False), ScalarHeadModel(copy.deepcopy(policy))
-    score = lambda r: spread(reward.reward, cfg.micro_batch, r.ids, r.attend)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True) for m in (policy, value)]
-    autocast, cpu, seconds = precision(torch.device("cpu"), args.dtype), torch.device("cpu"), []
+    cpu, seconds = compute.pick_device("cpu"), []
     batch = [Example(Row("", ""), ids, []) for ids in random_ids(args.size, args.batch, args.prompt).tolist()]
     for iteration in range(1 + args.iterations):
         start = time.perf_counter()
-        with autocast:
-            rollout = train_ppo.roll_out(policy, batch, Tokenizer(), cfg, iteration, cpu)
-            train_ppo.make_experience(rollout, policy, reference, value, score, cfg, cfg.beta)
-        train_ppo.update(rollout, policy, value, optimizers, cfg, iteration, autocast)
+        rollout = train_ppo.roll_out(policy, batch, Tokenizer(), (-7, 0), cfg, iteration, cpu)
+        train_ppo.make_experience(rollout, policy, reference, reward, cfg, cfg.beta)
+        train_ppo.estimate_advantages(rollout, value, cfg)
+        train_ppo.update(rollout, policy, value, *optimizers, cfg, iteration)
         seconds.append(time.perf_counter() - start)
         assert rollout.mask.shape == (args.batch, args.new) and rollout.mask.all()
     return seconds[1:]

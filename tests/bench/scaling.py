@@ -25,7 +25,7 @@ def rollout():
     from minirlhf.generate import generate
     model, ids = our_model("124M"), random_ids("124M", 16, 32)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    per_token = {R: best_seconds(lambda: generate(model, ids, mask, torch.rand(16, R), eos=-1), 2) / R for R in (64, 256)}
+    per_token = {R: best_seconds(lambda: generate(model, ids, mask, torch.rand(16, R), stop=(-1, 0)), 2) / R for R in (64, 256)}
     print(f"rollout, 124M, batch 16: {1e3 * per_token[64]:.1f} ms per token at 64, {1e3 * per_token[256]:.1f} at 256: "
           f"{per_token[256] / per_token[64]:.2f}x")
 

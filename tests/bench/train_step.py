@@ -17,7 +17,10 @@ args = arguments(__doc__, batch=8, tokens=128)
 
 def ours():
     from minirlhf.ppo import token_logprobs
+    from minirlhf.running.compute import pick_device
+    pick_device("cpu")                                          # as the scripts do: fast products
     model = our_model(args.size)
+    model.dtype = args.dtype
     return model, lambda ids: -token_logprobs(model.logits(model(ids)[:, :-1]), ids[:, 1:]).mean()
 
 
@@ -31,7 +34,8 @@ def transformers():
 def measure(model, loss_of):
     """Seconds of one forward and backward pass; the first gradient allocates and does not count."""
     ids = random_ids(args.size, args.batch, args.tokens)
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+    peer_autocast = args.worker != "ours" and args.dtype == "bfloat16"          # ours does it inside forward
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16) if peer_autocast else contextlib.nullcontext()
 
     def step():
         with autocast():

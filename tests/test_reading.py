@@ -1,0 +1,76 @@
+"""How much somebody has to read to follow one PPO iteration: which of our functions and files it runs through."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from small_world import ppo_flags, small_world
+
+import train_ppo
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = {f"minirlhf/{name}.py" for name in ("gpt2", "generate", "reward", "ppo")}       # read before, and the same for all
+UNSEEN = {"minirlhf/running/cpu.py"}                            # stands in for F.linear on some processors, and nobody reads it
+MOST_FUNCTIONS, MOST_FILES, MOST_LOADED = 18, 5, 20
+
+
+class LoopBody:
+    """Records our functions that are called from the second pass through main()'s loop to the start of the third."""
+
+    def __init__(self):
+        self.called, self.passes = set(), 0
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        if event != "call" or not Path(code.co_filename).is_relative_to(ROOT):
+            return
+        name = str(Path(code.co_filename).relative_to(ROOT))
+        if code.co_name == "batch_at":                          # with which every pass begins
+            self.passes += 1
+        ours = name.startswith(("train_", "minirlhf/", "data/")) and name not in BOOK | UNSEEN      # .venv may be there too
+        if self.passes == 2 and ours and "<" not in code.co_name:
+            self.called.add((name, code.co_qualname))
+
+
+def test_one_iteration_of_ppo_runs_through_few_functions_and_files(tmp_path):
+    """With a reward model, without gold, in float32."""
+    small_world(tmp_path)
+    watch = LoopBody()
+    sys.setprofile(watch)
+    try:
+        train_ppo.main(ppo_flags(tmp_path, "--iterations", 3))
+    finally:
+        sys.setprofile(None)
+    files = {name for name, _ in watch.called}
+    print(f"{len(watch.called)} functions in {len(files)} files")
+    for name, function in sorted(watch.called):
+        print(f"  {name:<32} {function}")
+    assert watch.passes == 3 and ("train_ppo.py", "update") in watch.called
+    assert len(files) <= MOST_FILES and len(watch.called) <= MOST_FUNCTIONS
+
+
+LOADED = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from minirlhf.running import compute
+import train_ppo
+
+def first_batch(*_):
+    print("\\n".join(sorted(module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None))))
+    sys.exit()
+
+compute.batch_at = first_batch
+train_ppo.main(sys.argv[1:])
+"""
+
+
+def test_few_of_our_files_are_loaded_when_the_first_iteration_begins(tmp_path):
+    small_world(tmp_path)
+    code = LOADED.format(tests=str(ROOT / "tests"), root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code, *ppo_flags(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    paths = [Path(line) for line in done.stdout.splitlines() if line.endswith(".py")]
+    ours = sorted({path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT)})
+    ours = [path for path in ours if path.parts[0] not in ("tests", ".venv")]
+    print(f"{len(ours)} files:", *ours)
+    assert Path("train_ppo.py") in ours, done.stderr
+    assert len(ours) <= MOST_LOADED
