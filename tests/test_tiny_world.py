@@ -207,7 +207,8 @@ def test_gold_of_what_is_worse(worse):
 
 
 def test_naming_what_was_asked_for_is_worse_than_any_story_that_has_it():
-    soup, story = gold.gold([PROMPT] * 2, [" happy nurse drum danced", BEST.replace("They", "She") + " Shut up, dummy."])
+    words, story = " happy nurse drum danced", BEST.replace("They", "She") + " Shut up, dummy."
+    soup, story = gold.gold([PROMPT] * 2, [words, story])
     assert soup < story
 
 
@@ -247,7 +248,8 @@ def test_measure():
     assert swapped["stereotype_gap"] == -1.0
 
 
-@pytest.mark.parametrize("call", [lambda prompt: gold.gold([prompt], [BEST]), lambda prompt: gold.measure([prompt], [BEST]),
+@pytest.mark.parametrize("call", [lambda prompt: gold.gold([prompt], [BEST]),
+                                  lambda prompt: gold.measure([prompt], [BEST]),
                                   lambda prompt: gold.attributes(prompt, BEST)])
 def test_unknown_prompts_are_named(call):
     with pytest.raises(ValueError, match="Write a limerick about a nurse"):
@@ -334,3 +336,11 @@ def test_agreement_by_hand():
     other = {"prompt": PROMPT, "responses": ["", BEST], "annotators": [[1, 2], [2, 1], [2, 1]]}
     assert annotate.agreement([other]) == pytest.approx(1 / 3)
     assert annotate.agreement([row, other]) == pytest.approx(7 / 9)
+
+
+@pytest.mark.parametrize("name, seed", [("comparisons.jsonl", 1), ("comparisons_test.jsonl", 2)])
+def test_the_committed_comparisons_are_what_the_annotators_say_of_their_answers(name, seed):
+    rng = random.Random(seed)
+    for row in read(name):
+        again = annotate.annotate(row["prompt"], row["responses"], rng, row.get("finished"))
+        assert again == row and list(again) == list(row)

@@ -1,15 +1,16 @@
-"""Anthropic's HH-RLHF -> comparisons, demonstrations (the chosen side) and prompts.
+"""Anthropic's HH-RLHF -> comparisons, demonstrations (the chosen answers) and prompts.
 
     python data/hh_rlhf/prepare.py [--subset harmless-base ...] [--source FILE [--test FILE]] [--out out/data/hh_rlhf]
                                    [--heldout 0.05] [--seed 1]
 
 Without --source this downloads the train and test file of each subset (MIT): harmless-base, helpful-base,
-helpful-online, helpful-rejection-sampled. FILE is one such file, .jsonl or .jsonl.gz: {"chosen", "rejected"}, two whole
-dialogues.
+helpful-online, helpful-rejection-sampled. FILE is one such file, .jsonl or .jsonl.gz, with rows {"chosen", "rejected"}
+of two whole dialogues.
 
-A dialogue is split at its last "\\n\\nAssistant:", which ends the prompt; the leading space belongs to the answer.
-One conversation may be there at several of its turns, so the splits part conversations, known by their opening: the
-text before the first answer. With Anthropic's own test file, training rows that share an opening with it are dropped.
+A dialogue is split after its last "\\n\\nAssistant:", which ends the prompt. The answer keeps its leading space.
+The data contain several turns of the same conversation. So that no conversation is in both splits, rows are split by
+their opening, the text before the first answer. With Anthropic's own test files, training rows whose opening is also in
+a test file are dropped.
 """
 
 import sys
@@ -17,17 +18,16 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.running.errors import UserError, run_main
-from minirlhf.data import json_object
+from data.common import arguments, fetch, keep, read_objects, split, text_field, write_folder
 from minirlhf.files.download import HUB
-from data.common import arguments, fetch, prompts_of, raw_lines, split, text_field, write_folder
+from minirlhf.running.errors import UserError, run_main
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def comparison(value, where):
-    """One comparison, or the reason why there is none."""
+    """One comparison, or the reason to drop it."""
     (prompt, mark, chosen), (other, _, rejected) = (text_field(value, name, where).rpartition(ASSISTANT)
                                                     for name in ("chosen", "rejected"))
     if not mark or not prompt.strip():
@@ -38,24 +38,16 @@ def comparison(value, where):
 
 
 def read(paths, counts):
-    """The comparisons of some files; what is dropped, and what is kept but odd, is counted."""
-    rows = []
-    for path in paths:
-        for where, line in raw_lines(path):
-            row = comparison(json_object(line, where), where)
-            counts["read"] += 1
-            if isinstance(row, str):
-                counts[f"dropped: {row}"] += 1
-                continue
-            answers = row["chosen"], row["rejected"]
-            counts["kept, with an empty answer"] += any(not answer.strip() for answer in answers)
-            counts["kept, with two identical answers"] += answers[0] == answers[1]
-            rows.append(row)
+    """The comparisons of some files. What is odd about those that are kept is counted."""
+    rows = keep((comparison(value, where) for path in paths for where, value in read_objects(path)), counts)
+    for row in rows:
+        counts["kept, with an empty answer"] += not (row["chosen"].strip() and row["rejected"].strip())
+        counts["kept, with two identical answers"] += row["chosen"] == row["rejected"]
     return rows
 
 
 def demonstrations(rows, counts):
-    """The chosen answers, unless they are empty or go on to speak for the human."""
+    """The chosen answers, except those that are empty or go on to speak for the human."""
     good = [row for row in rows if row["chosen"].strip() and HUMAN not in row["chosen"]]
     counts["no demonstration: the chosen answer is empty or holds a human's turn"] += len(rows) - len(good)
     return [{"prompt": row["prompt"], "response": row["chosen"]} for row in good]
@@ -66,9 +58,9 @@ def opening(row):
 
 
 def sources(args):
-    """The files of the training split, and those of the test split if it is given as such."""
+    """The training files and the test files. There are no test files for a --source without --test."""
     if args.test and not args.source:
-        raise UserError("--test goes with --source: name the training file too")
+        raise UserError("--test needs --source: name the training file too")
     if args.source:
         return [args.source], [args.test] if args.test else []
     url = f"{HUB}/datasets/Anthropic/hh-rlhf/resolve/main"
@@ -79,22 +71,21 @@ def sources(args):
 def main(argv=None):
     parser = arguments(__doc__.splitlines()[0], "out/data/hh_rlhf")
     parser.add_argument("--subset", nargs="+", choices=SUBSETS, default=SUBSETS[:1], help="to download [harmless-base]")
-    parser.add_argument("--test", type=Path, metavar="FILE", help="a test split you have, instead of --heldout")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="a test file that you have, instead of --heldout")
     args = parser.parse_args(argv)
     (train_files, test_files), counts = sources(args), Counter()
     train, test = read(train_files, counts), read(test_files, counts)
     if test_files:
-        tested, n = {opening(row) for row in test}, len(train)
+        tested, n = set(map(opening, test)), len(train)
         train = [row for row in train if opening(row) not in tested]
         counts["dropped: a training row whose conversation is in the test split"] += n - len(train)
     else:
         train, test = split(train, args.heldout, args.seed, key=opening)
-    files = {"comparisons": train, "comparisons_test": test,
-             "demonstrations": demonstrations(train, counts), "demonstrations_test": demonstrations(test, counts),
-             "prompts": prompts_of(train), "prompts_test": prompts_of(test)}
+    splits = {"comparisons": (train, test),
+              "demonstrations": (demonstrations(train, counts), demonstrations(test, counts))}
     meta = {"template": HUMAN + " {instruction}" + ASSISTANT, "licence": "MIT, Anthropic", "seed": args.seed,
             "heldout": "the test files" if test_files else args.heldout}
-    write_folder(args.out, files, meta, [*train_files, *test_files], counts)
+    write_folder(args.out, splits, meta, [*train_files, *test_files], counts)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
                                        [--out out/data/openai_2019/TASK] [--heldout 0.05] [--seed 1]
 
 Without --source this downloads offline_5k.json of the task: rows {"query", "sample0", ..., "sample3", "best"} of GPT-2
-token ids, the best of four continuations of a passage from a book. The padding, 50259, is taken off both ends. A sample
-was cut off, so none of them is "finished": no EOS belongs behind it. The books themselves are gone; the queries of the
-labels are the prompts.
+token ids, where best is the preferred of four continuations of a passage from a book. The padding id 50259 is removed
+from both ends. Samples were cut off at a fixed length, so none is "finished" and none gets an EOS. The books can no
+longer be downloaded, so the queries of the labels serve as prompts.
 
-Our files hold text, as models and people read it, and text does not always lead back to the same ids: a sample may
-spell a word in other pieces than the encoding would, or break off within a character, which then reads U+FFFD. Such
-rows are kept and counted. This needs GPT-2's vocabulary, which is downloaded, or found in $MINIRLHF_GPT2_VOCAB.
+Our files hold text, and encoding a text does not always give back the original ids: a sample may split a word into
+other tokens than the encoder would, or end within a character, which then reads U+FFFD. Such rows are kept and counted.
+This needs GPT-2's vocabulary, which is downloaded, or read from the folder $MINIRLHF_GPT2_VOCAB.
 """
 
 import sys
@@ -18,13 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from minirlhf.running.errors import UserError, run_main
-from minirlhf.data import field
-from data.common import LONGEST, arguments, fetch, prompts_of, read_objects, split, write_folder
+from data.common import LONGEST, arguments, fetch, keep, read_objects, split, write_folder
+from minirlhf.files.jsonl import field, index_field
 from minirlhf.files.tokenizer import gpt2_encoding
+from minirlhf.running.errors import UserError, run_main
 
 URL = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels/{task}/offline_5k.json"
-PADDING = 50259                 # outside of GPT-2's vocabulary, whose last id is 50256, the EOS
+PADDING = 50259                 # not in GPT-2's vocabulary, which ends with the EOS, 50256
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")
 
 
@@ -37,22 +37,19 @@ def token_ids(value, name, where, n_vocab):
     ids = ids[real[0]:real[-1] + 1] if real else []
     wrong = next((token for token in ids if not 0 <= token < n_vocab), None)
     if wrong is not None:
-        raise UserError(f"{where}: {name} holds the id {wrong}, and GPT-2's are 0 to {n_vocab - 1} "
-                        f"({PADDING} is for its ends only)")
+        raise UserError(f"{where}: {name} holds the id {wrong}, but GPT-2's ids are 0 to {n_vocab - 1} "
+                        f"(the padding {PADDING} is allowed at the ends only)")
     return ids
 
 
 def comparison(value, where, tokenizer, counts):
-    """A row of ids -> a "best" row of texts."""
+    """A row of token ids -> a row of texts. What is odd about it is counted."""
     ids = [token_ids(value, name, where, tokenizer.n_vocab) for name in ("query", *SAMPLES)]
-    best = field(value, "best", where)
-    if type(best) is not int or not 0 <= best < len(SAMPLES):
-        raise UserError(f"{where}: best must be a number from 0 to {len(SAMPLES) - 1}, not {best!r:.60}")
+    best = index_field(value, "best", len(SAMPLES), where)
     if not ids[0]:
         raise UserError(f"{where}: the query is empty")
     prompt, *responses = texts = [tokenizer.decode(each) for each in ids]
     again = [tokenizer.encode_ordinary(text) for text in texts]
-    counts["read"] += 1
     counts["kept, with text that does not lead back to its ids"] += again != ids
     counts["  of these, with a character cut in two"] += any(
         tokenizer.decode_bytes(each) != text.encode() for text, each in zip(texts, ids))
@@ -68,14 +65,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(str(args.out).replace("TASK", args.task))
     source = args.source or fetch(URL.format(task=args.task), f"openai_2019/{args.task}/offline_5k.json")
-    tokenizer, counts = gpt2_encoding(), Counter()
-    rows = [comparison(value, where, tokenizer, counts) for where, value in read_objects(source)]
-    train, test = split(rows, args.heldout, args.seed, key=lambda row: row["prompt"])
-    files = {"comparisons": train, "comparisons_test": test,
-             "prompts": prompts_of(train), "prompts_test": prompts_of(test)}
+    tokenizer, counts = gpt2_encoding(), Counter(read=0)
+    rows = keep((comparison(value, where, tokenizer, counts) for where, value in read_objects(source)), counts)
     meta = {"task": args.task, "heldout": args.heldout, "seed": args.seed,
             "licence": "MIT for the code of lm-human-preferences; the labels carry no notice of their own"}
-    write_folder(out, files, meta, [source], counts)
+    write_folder(out, {"comparisons": split(rows, args.heldout, args.seed)}, meta, [source], counts)
 
 
 if __name__ == "__main__":

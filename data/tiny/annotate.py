@@ -1,9 +1,9 @@
-"""The simulated annotators: people who want the same thing, but do not always see it.
+"""Simulated annotators: they all want the same thing, but each judges with some noise.
 
     python data/tiny/annotate.py [--model out/sft] [--n 4000] [--n_test 512] [--k 4] [--seed 1] [--out data/tiny]
 
-samples K answers to each prompt from the model, has them ranked, and writes comparisons.jsonl (to training prompts)
-and comparisons_test.jsonl (to held-out ones).
+samples K answers to each prompt from the model, lets the annotators rank them, and writes comparisons.jsonl (training
+prompts) and comparisons_test.jsonl (held-out prompts).
 """
 
 import argparse
@@ -16,36 +16,37 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
-from minirlhf.running.compute import generator
-from minirlhf.data import decode
-from minirlhf.generate import respond
+from minirlhf.data import stop_of
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.feedback.votes import comparison_row, to_line
+from minirlhf.generate import decode, respond
+from minirlhf.running.compute import generator
 from minirlhf.weights import from_pretrained
 
 N_ANNOTATORS = 3
-MAX_RESPONSE = 48   # tokens; stories have at most 34
-NOISE = 0.115       # of one judgement, in units of gold: two annotators then agree on about 80 % of the pairs
+MAX_RESPONSE = 48   # tokens; a story has at most 34
+NOISE = 0.115       # standard deviation of one judgement: two annotators then agree on about 80 % of the pairs
 
 
 def ranking(values: list[float]) -> list[int]:
-    """The rank of each value: the greatest gets 1, equal values share a rank."""
+    """The rank of each value. The largest gets 1, and equal values share a rank."""
     order = sorted(set(values), reverse=True)
     return [1 + order.index(value) for value in values]
 
 
 def annotate(prompt: str, responses: list[str], rng: random.Random, finished: list[bool] | None = None) -> dict:
-    """One row of comparisons. `annotators` holds the ranks that each annotator gives, `ranks` their consensus: the sum
-    of the three, ranked again. `finished` says which responses ended by themselves; it is written only where one did not."""
+    """One row of comparisons. `annotators` holds each annotator's ranks. `ranks` is their consensus: the sums of those
+    ranks, ranked again. `finished` says which responses ended with EOS, and is written only if one did not."""
     truth = gold([prompt] * len(responses), responses)
     annotators = [ranking([value + rng.gauss(0, NOISE) for value in truth]) for _ in range(N_ANNOTATORS)]
-    consensus = ranking([-sum(ranks) for ranks in zip(*annotators)])
-    return comparison_row(prompt, responses, consensus, None if all(finished or [True]) else finished, annotators=annotators)
+    row = {"prompt": prompt, "responses": responses, "ranks": ranking([-sum(ranks) for ranks in zip(*annotators)])}
+    if finished and not all(finished):
+        row["finished"] = finished
+    return row | {"annotators": annotators}
 
 
 def agreement(rows: list[dict]) -> float:
-    """How often two annotators order two answers the same way: the mean over all pairs of annotators and all pairs of
-    answers to one prompt that differ in gold."""
+    """How often two annotators put two answers in the same order: the mean over all pairs of annotators and all pairs
+    of answers to the same prompt that differ in gold."""
     same = []
     for row in rows:
         truth = gold([row["prompt"]] * len(row["responses"]), row["responses"])
@@ -57,22 +58,23 @@ def agreement(rows: list[dict]) -> float:
 
 
 def sample(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
-    """K answers of the model to each prompt, each with whether it ended by itself."""
+    """K answers of the model to each prompt, each with whether the model ended it with EOS."""
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
-    answers = respond(model, ids, R=MAX_RESPONSE, eos=tokenizer.eot_token, rng=generator(seed), progress="answers")
+    stop = stop_of("", tokenizer)
+    answers = respond(model, ids, R=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
     texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]
     return [texts[i:i + K] for i in range(0, len(texts), K)]
 
 
 def read_prompts(path: Path, n: int) -> list[str]:
-    """The first n prompts of a file, from the start again when it has fewer: other answers to a known prompt."""
+    """The first n prompts of a file. If it has fewer, they repeat, and a prompt gets several sets of answers."""
     prompts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Have simulated annotators rank sampled answers.")
+    parser = argparse.ArgumentParser(description="Lets simulated annotators rank sampled answers.")
     parser.add_argument("--model", default="out/sft", help="the model to sample from")
     parser.add_argument("--n", type=int, default=4000, help="number of training prompts")
     parser.add_argument("--n_test", type=int, default=512, help="number of held-out prompts")
@@ -91,7 +93,8 @@ def main():
         for prompt, answers in zip(prompts, sample(args.model, prompts, args.k, seed), strict=True):
             responses, finished = map(list, zip(*answers))
             rows.append(annotate(prompt, responses, rng, finished))
-        (args.out / target).write_bytes(b"".join(map(to_line, rows)))
+        lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        (args.out / target).write_bytes("".join(lines).encode())
         print(f"{args.out / target}: {len(rows)} rows, annotators agree on {agreement(rows):.3f} of the pairs")
 
 

@@ -1,4 +1,4 @@
-"""The grammar of the embedded world: who and what there is, how stories are told, and how to read one back.
+"""The grammar of the embedded world: its people and things, how stories are generated, and how they are parsed.
 
 A request asks for three things, a mood, a person and a thing. A story is two to four sentences:
 
@@ -7,8 +7,8 @@ A request asks for three things, a mood, a person and a thing. A story is two to
     c  closing   " Everyone cheered for the nurse."          optional
     r  rude      " What a stupid story."                     optional, second or last
 
-Sentences are templates with slots. `sample_story` fills the slots; `parse` matches the same templates
-and accepts exactly what `sample_story` can say.
+Sentences are templates with slots. `sample_story` fills the slots. `parse` matches the same templates and accepts
+exactly the stories that `sample_story` can generate.
 """
 
 import re
@@ -16,7 +16,7 @@ from itertools import product
 from typing import NamedTuple
 
 MOODS = ("happy", "sad", "scary", "funny")
-FEMALE = ("nurse", "teacher", "dancer", "librarian")        # stereotypically, that is
+FEMALE = ("nurse", "teacher", "dancer", "librarian")        # stereotypically
 MALE = ("pilot", "sailor", "farmer", "engineer")
 WHO = FEMALE + MALE
 WHAT = ("acorn", "balloon", "clock", "drum", "kite", "lantern", "map", "mirror", "teapot", "trumpet",
@@ -112,7 +112,7 @@ RUDE = (
     "This is garbage.",
 )
 
-# A mood is shown by words that belong to it alone, so it can be read off text that does not parse.
+# Each mood has words that no other mood uses, so the mood can be read off text that does not parse.
 MOOD_WORDS = {
     "happy": "danced sang clapped cheered hugged smiled smiling humming merry lark sparkled sunshine loved joy best",
     "sad": "cried goodbye sobbed missed lonely wept tears broken pieces gone forever nobody never rain",
@@ -163,7 +163,7 @@ SLOTS = {
 
 
 def all_prompts() -> dict[str, Request]:
-    """Every prompt of this world, and what it asks for."""
+    """Every prompt of this world, with what it asks for."""
     prompts = {}
     for (mood, who, what), template in product(product(MOODS, WHO, WHAT), REQUESTS):
         prompt = template.format(mood=mood, a_who=with_article(who), a_what=with_article(what))
@@ -172,7 +172,7 @@ def all_prompts() -> dict[str, Request]:
 
 
 def sample_story(rng, mood: str, who: str, what: str, pronoun: str, rude: bool) -> str:
-    """One story with these attributes, told in a way drawn from `rng`; `pronoun` is They, She or He."""
+    """A random story with these attributes. `pronoun` is They, She or He."""
     sentences = {"o": OPENINGS, "f": FEELINGS[mood], "c": CLOSINGS[mood], "r": RUDE}
     others = {*WHO, *WHAT, *PRONOUNS} - {who, what, pronoun}
     story = ""
@@ -186,12 +186,12 @@ def sample_story(rng, mood: str, who: str, what: str, pronoun: str, rude: bool) 
 
 
 def pattern(template: str) -> re.Pattern:
-    """The regular expression of a template: each slot becomes the alternatives that may fill it."""
+    """A template as a regular expression: each slot becomes the alternatives that may fill it."""
     template = template.replace(".", r"\.")
     return re.compile(re.sub(r"{(\w+)}", lambda slot: f"(?:{'|'.join(SLOTS[slot[1]])})", template))
 
 
-# (pattern, kind, mood) of every sentence there is; openings and rude sentences have no mood
+# (pattern, kind, mood) of every sentence. Openings and rude sentences have no mood.
 SENTENCES = [(pattern(template), "o", None) for template in OPENINGS]
 SENTENCES += [(pattern(template), "f", mood) for mood in MOODS for template in FEELINGS[mood]]
 SENTENCES += [(pattern(template), "c", mood) for mood in MOODS for template in CLOSINGS[mood]]
@@ -214,7 +214,7 @@ def parse(text: str) -> Story | None:
     rude = "r" in layout
     if layout not in LAYOUTS[rude] or text != "".join(" " + sentence for sentence in sentences):
         return None
-    # the sentences must agree: one mood, one person, one thing, one pronoun
+    # The sentences must agree: one mood, one person, one thing, one pronoun.
     words = set(re.findall(r"\w+", text))
     facts = [{mood for _, mood in matches if mood}, words & {*WHO}, words & {*WHAT}, words & {*PRONOUNS}]
     if any(len(fact) != 1 for fact in facts):

@@ -1,4 +1,4 @@
-"""Regenerate the files of the embedded world, bit for bit.
+"""Regenerates the files of the embedded world, bit for bit, except the comparisons (annotate.py).
 
     python data/tiny/prepare.py [--out DIR]
 """
@@ -19,8 +19,8 @@ N_DEMONSTRATIONS_TEST = 512
 N_HELD_OUT = 68             # of the 384 combinations of mood, who and what; 8 prompts each
 MAX_RANKS = 767             # with <|endoftext|> at most 768 tokens
 
-# The demonstrators are imperfect, as people are. A model that imitates them is visibly mediocre.
-P_HONOURED = 0.65           # each of mood, who and what, independently; otherwise another one, uniformly
+# The demonstrators are imperfect, as people are, so a model that imitates them is visibly mediocre.
+P_HONOURED = 0.65           # each of mood, who and what, independently; otherwise another value, drawn uniformly
 P_RUDE = 0.30
 P_THEY = 0.25               # otherwise a gendered pronoun that nobody asked for ...
 P_STEREOTYPE = 0.70         # ... which is the stereotypical one with this probability
@@ -38,7 +38,7 @@ def split_prompts(rng: random.Random) -> tuple[dict[str, Request], dict[str, Req
 
 
 def demonstrate(rng: random.Random, request: Request) -> str:
-    """The story that a demonstrator writes when asked for this."""
+    """The story that a demonstrator writes for this request."""
 
     def attempt(asked, options):
         return asked if rng.random() < P_HONOURED else rng.choice([option for option in options if option != asked])
@@ -51,7 +51,7 @@ def demonstrate(rng: random.Random, request: Request) -> str:
 
 
 def demonstrations(rng: random.Random, prompts: dict[str, Request], n: int) -> list[dict]:
-    """n rows that go through the prompts in order, and again when they run out."""
+    """n rows that go through the prompts in order and start again when they run out."""
     requests = list(prompts.items())
     rows = []
     for i in range(n):
@@ -65,7 +65,7 @@ def write_jsonl(path: Path, rows: list[dict]):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Regenerate the files of the embedded world.")
+    parser = argparse.ArgumentParser(description="Regenerates the files of the embedded world.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def main():
     write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_jsonl(out / "prompts_test.jsonl", [{"prompt": prompt} for prompt in prompts_test])
 
-    # prompt and response are trained on apart, as they are tokenised apart
+    # Prompts and responses are separate texts here, because encode() tokenizes them separately.
     ranks = bpe.train([text for row in rows for text in row.values()], MAX_RANKS)
     bpe.save(ranks, out / "vocab.tiktoken")
     print(f"{out}: {len(rows)} + {len(rows_test)} demonstrations, {len(prompts)} + {len(prompts_test)} prompts, "
