@@ -1,16 +1,18 @@
-"""The laws of over-optimisation on synthetic curves, best-of-n by enumeration, and the experiment in the world of letters."""
+"""The laws of over-optimisation on synthetic curves, best-of-n by enumeration, the experiment in the world of letters."""
 
+import importlib
 import itertools
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from minirlhf.running.errors import UserError
 from minirlhf.tools import overoptimize
-from minirlhf.tools.laws import best_of_n, best_of_n_kl, fit, fitted, highest, turnover
-from minirlhf.tools.overoptimize import ppo_curve
+from minirlhf.tools.overoptimize import best_of_n, best_of_n_kl, fit, fitted, highest, ppo_curve, turnover
 from small_world import small_world, write_jsonl
 
 
@@ -75,17 +77,26 @@ def test_the_highest_point_is_that_of_a_window_and_not_of_one_lucky_iteration():
 
 
 def test_ppo_points_are_measured_from_where_the_sft_model_stands(tmp_path):
-    write_jsonl(tmp_path / "metrics.jsonl", [{"step": i, "objective/kl": kl, "objective/scores": i, "objective/gold": 0.5 + i / 10}
-                                             for i, kl in enumerate((-0.01, 4.0, 9.0))])
-    assert ppo_curve(tmp_path, start=0.5, deviation=0.2) == {"d": [2, 3], "proxy": [1, 2], "gold": pytest.approx([0.5, 1])}
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": i, "objective/kl": kl, "objective/scores": i,
+                                              "objective/gold": 0.5 + i / 10} for i, kl in enumerate((-0.01, 4.0, 9.0))])
+    found = ppo_curve(tmp_path, start=0.5, deviation=0.2)
+    assert found == {"d": [2, 3], "proxy": [1, 2], "gold": pytest.approx([0.5, 1])}
 
 
-def test_the_experiment_runs_in_another_world(tmp_path, capsys):
+def run_here(argv):
+    """subprocess.run for a training script, in this process: starting one takes seconds (test_tools.py starts some)."""
+    importlib.import_module(Path(argv[1]).stem).main(argv[2:])
+    return SimpleNamespace(returncode=0)
+
+
+def test_the_experiment_runs_in_another_world(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(overoptimize, "subprocess", SimpleNamespace(run=run_here))
     world = small_world(tmp_path)
     (world / "taste.py").write_text("def letters(prompts, responses):\n    return [len(set(r)) / 10 for r in responses]\n")
-    argv = dict(model=world / "sft", comparisons=world / "comparisons.jsonl", heldout_comparisons=world / "comparisons.jsonl",
-                data=world / "prompts.jsonl", heldout=world / "prompts.jsonl", prompts=5, samples=8, iterations=3, max_response=12,
+    argv = dict(model=world / "sft", comparisons=world / "comparisons.jsonl",
+                heldout_comparisons=world / "comparisons.jsonl", data=world / "prompts.jsonl",
+                heldout=world / "prompts.jsonl", prompts=5, samples=8, iterations=3, max_response=12,
                 out=world / "over", device="cpu", gold=f"{world}/taste.py:letters")
     overoptimize.main(["--labels", "8", "20", *(f"--{name}={value}" for name, value in argv.items())])
     report = json.loads((world / "over/report.json").read_text())
@@ -95,7 +106,7 @@ def test_the_experiment_runs_in_another_world(tmp_path, capsys):
         assert row["bon"]["proxy"][-1][0] > row["bon"]["proxy"][0][0] and len(row["rl"]["d"]) <= 3
         assert math.isfinite(row["laws"]["bon"]["a"])
     assert "PPO: d(a - b log d)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="on 41 comparisons need"):
+    with pytest.raises(UserError, match="has 40 comparisons"):
         overoptimize.main(["--labels", "41", *(f"--{name}={value}" for name, value in argv.items())])
-    with pytest.raises(UserError, match="need --gold"):
+    with pytest.raises(UserError, match="give --gold"):
         overoptimize.main([*(f"--{name}={value}" for name, value in argv.items()), "--gold", "none"])

@@ -6,8 +6,8 @@ import torch
 
 from minirlhf.gpt2 import GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate.probes import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks, instruction_rates,
-                                   person_gaps, with_article)
+from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks,
+                                             instruction_rates, person_gaps, with_article)
 
 TOKENIZER = load_tokenizer("data/tiny")
 SHE, HE = TOKENIZER.encode_ordinary(" She")[0], TOKENIZER.encode_ordinary(" He")[0]

@@ -10,10 +10,10 @@ import train_rm
 from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.reward import ScalarHeadModel
+from minirlhf.reward import ScalarHeadModel, preferred
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate.reward_quality import (accuracy, assess_reward, by_length, by_margin, ceiling, length_baseline, pairs_of,
-                                           reliability)
+from minirlhf.tools.evaluate.quality import (accuracy, assess_reward, by_length, by_margin, ceiling, length_baseline,
+                                             pairs_of, reliability)
 
 TOKENIZER = load_tokenizer("data/tiny")
 FILE = "data/tiny/comparisons_test.jsonl"
@@ -38,10 +38,10 @@ def few(tmp_path):
 
 def test_pairs_by_hand():
     pairs = pairs_of([[-2, -1, -2], [-1, -1]], [[0.5, 0.1, 3.0], [9.0, 8.0]], [[4, 6, 5], [1, 1]])
-    assert list(zip(*pairs)) == [(0, 1, pytest.approx(-0.4), 2), (0, 1, pytest.approx(-2.9), 1)]
+    assert pairs.tolist() == [(0, 1, pytest.approx(-0.4), 2), (0, 1, pytest.approx(-2.9), 1)]
     assert accuracy(pairs).value == 0
     empty = pairs_of([[1, 1]], [[0.0, 1.0]], [[1, 2]])
-    assert len(empty.prompt) == 0
+    assert len(empty) == 0
 
 
 def test_accuracies_are_those_of_the_training_script(reward, few):
@@ -49,9 +49,11 @@ def test_accuracies_are_those_of_the_training_script(reward, few):
     report = assess_reward(reward, TOKENIZER, few, gold)
     examples = encode_rows(read_comparisons(few), TOKENIZER, 64)
     device = torch.device("cpu")
-    found, pairs = train_rm.accuracy(reward, examples, train_rm.rank_tensor(examples), device)
-    assert report["accuracy"].value == pytest.approx(found) and report["pairs"] == pairs and report["accuracy"].n <= 60
-    found, _ = train_rm.accuracy(reward, examples, train_rm.gold_ranks(gold, examples), device)
+    ranks = train_rm.rank_tensor(examples)
+    found = train_rm.accuracy(reward, examples, ranks, device)
+    assert report["accuracy"].value == pytest.approx(found) and report["accuracy"].n <= 60
+    assert report["pairs"] == int(preferred(ranks).sum())
+    found = train_rm.accuracy(reward, examples, train_rm.gold_ranks(gold, examples), device)
     assert report["accuracy_gold"].value == pytest.approx(found)
     longer = train_rm.length_accuracy(examples)
     assert report["length_only"]["accuracy"].value == pytest.approx(max(longer, 1 - longer))

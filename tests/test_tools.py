@@ -3,16 +3,17 @@
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import train_ppo
-import train_rm
 from minirlhf.running.errors import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.functions import TINY_GOLD, load_function
@@ -21,11 +22,14 @@ from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools import chat, plot
 from minirlhf.tools.evaluate import __main__ as evaluate
-from minirlhf.tools.evaluate import measure
-from minirlhf.tools.evaluate.compare import against_first, partiality, sequence_kl
-from minirlhf.tools.evaluate.measure import Answers, answer, distinct, entropies, perplexity, repetition, token_logprobs_of
-from minirlhf.weights import save_pretrained
-from small_world import script_flags, write_jsonl
+from minirlhf.tools.evaluate import assess, measure, tables
+from minirlhf.tools.evaluate.assess import against_first, partiality, sampling_of
+from minirlhf.tools.evaluate.measure import (Answers, Sampling, answer, distinct, entropies, perplexity, repetition,
+                                             sequence_kl, token_logprobs_of)
+from minirlhf.tools.evaluate.stats import Estimate
+from minirlhf.tools.overoptimize import run_script
+from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
+from small_world import write_jsonl
 
 TOKENIZER = load_tokenizer("data/tiny")
 PROMPTS = read_prompts("data/tiny/prompts_test.jsonl")[:12]
@@ -48,9 +52,9 @@ def folders(tmp_path_factory):
 
 def test_a_copy_of_the_reference_has_no_kl_and_wins_half():
     model, copy, other = small_model(0), small_model(0), small_model(1)
-    answers = answer(model, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
-    again = answer(copy, TOKENIZER, PROMPTS, 10, 1.0, 1, None)
-    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0).values())
+    answers = answer(model, TOKENIZER, PROMPTS, Sampling(10))
+    again = answer(copy, TOKENIZER, PROMPTS, Sampling(10))
+    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0)[0].values())
     assert answers.texts == again.texts
     scores = {name: list(map(len, own.texts)) for name, own in (("model", answers), ("copy", again))}
     facts = {name: {"x": values} for name, values in scores.items()}
@@ -58,7 +62,7 @@ def test_a_copy_of_the_reference_has_no_kl_and_wins_half():
     verdict = found["by"]["length"]
     assert verdict["win_rate"].value == 0.5 and verdict["ties"] == 12 and verdict["p"] == 1
     assert found["differences"]["x"] == ((0, 0, 0, 12), 1)
-    assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, 10, 1.0, 1, None), 1.0)["kl"].low > 1
+    assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, Sampling(10)), 1.0)[0]["kl"].low > 1
 
 
 def test_both_estimates_of_the_kl_agree_with_the_exact_one():
@@ -67,11 +71,12 @@ def test_both_estimates_of_the_kl_agree_with_the_exact_one():
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters()):
             theirs.copy_(0.9 * ours + 0.1 * theirs)                                 # not far away
-    answers = answer(model, TOKENIZER, PROMPTS[:1] * 4000, 1, 1.0, 1, None)
+    answers = answer(model, TOKENIZER, PROMPTS[:1] * 4000, Sampling(1))
     ids = torch.tensor([answers.prompt_ids[0]])
     p, q = (torch.log_softmax(each.logits(each(ids)[:, -1]), dim=-1).double() for each in (model, other))
     exact = float((p.exp() * (p - q)).sum().detach())
-    found = sequence_kl(model, other, answers, 1.0)
+    found, of_each = sequence_kl(model, other, answers, 1.0)
+    assert np.mean(of_each) == pytest.approx(found["kl"].value)
     assert exact > 0.01
     for name in ("kl", "kl_k3", "kl_per_token", "kl_k3_per_token"):
         low, high = found[name].low, found[name].high
@@ -98,9 +103,9 @@ def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch
 
 
 def test_repetition_is_counted_by_hand():
-    assert distinct([[1, 2, 1, 2], [1, 2, 3]], 2).value == 3 / 5                    # 12 21 12 12 23: three different ones of five
+    assert distinct([[1, 2, 1, 2], [1, 2, 3]], 2).value == 3 / 5                    # 12 21 12 12 23: three of five
     assert distinct([[1, 1], [1]], 1).value == 1 / 3 and distinct([[1], []], 2).value == 0
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 9]]).value == 1 / 7   # of 5 + 2 four-grams one is said twice
+    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 9]]).value == 1 / 7   # of 5 + 2 four-grams one repeats
     assert repetition([[1], [2]]).value == 0
 
 
@@ -141,45 +146,177 @@ def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, wor
     assert report["votes"]["old against new"]["win_rate"]["value"] == 7 / 8 and report["reward"]["accuracy"]["n"] <= 30
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
     text = (world / "report/report.md").read_text()
-    assert "ECE" in text and "sign test p" in text and "perplexity" in capsys.readouterr().out
+    assert "ECE" in text and "sign test" in text
+    said = capsys.readouterr().out.split("\nwrote ")[0]
+    order = ["Win rate", "old against new", "accuracy against", "flagged", "Each model", "perplexity"]
+    places = [said.index(words) for words in order]
+    assert places == sorted(places) and max(map(len, said.splitlines())) <= 80
+    assert all(str(judge)[-8:] in said for judge in by) and said.count("Win rate of") == 2
+    assert 12 < len(report["samples"]) <= 20 and text.count("Samples") == 1
 
 
-M = {"gold", "attributes_right", "rude", "stereotype_gap", "grammatical", "eos_rate", "length", "distinct_2", "perplexity"}
+def test_the_terminal_shows_any_names_in_80_columns(capsys):
+    figure = Estimate(-12345.678, -12346.0, 12344.0, 10)
+    names = [f"out/{'long' * 30}/model_{k}" for k in range(3)]
+    figures = {"score by " + names[0]: figure, "win_rate": figure}
+    tables.print_figures("A title " * 20, dict.fromkeys(names, figures))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.endswith(f"model_{k}") or f"model_{k} " in line for line in lines) for k in range(3))
+    rows = [line for line in lines if "[" in line]
+    assert len(rows) == 4 and all(row.startswith("win_rate") for row in rows[::2])              # two models, then one
+    assert sum(line.count("[-12346.0, 12344.0]") for line in rows) == 6
 
 
-def test_the_short_form_has_what_was_agreed(folders, world, tmp_path, capsys):
+def answers_of(*texts):
+    return Answers([f"p{i}" for i in range(len(texts))], list(texts), None, None, None)
+
+
+def test_samples_are_the_best_the_worst_and_the_most_changed():
+    old, new = answers_of(*"abcdefghij"), answers_of(*"ABCDEFGHIJ")
+    scores = {"gold": {"old": [0] * 10, "new": [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]}}
+    kls = {"new": [0, 0, 7, 0, 0, 99, 0, 0, 8, 0]}
+    found = assess.pick_samples({"old": old, "new": new}, scores, kls, n=6)
+    assert [(row["why"], row["prompt"]) for row in found] == [
+        ("best, 9.00", "p5"), ("best, 6.00", "p7"), ("worst, 1.00", "p1"), ("worst, 1.00", "p3"),
+        ("most changed, 8.00", "p8"), ("most changed, 7.00", "p2")]
+    assert found[0]["answers"] == {"old": "f", "new": "F"}
+    apart = {"judge": {"old": [0, 9, 0, 5, 0, 0, 0, 0, 0, 0], "new": [1, 0, 2, 5, 9, 8, 3, 3, 3, 3]}}
+    found = assess.pick_samples({"old": old, "new": new}, apart, {}, n=3)             # other vocabularies: no KL
+    assert [row["prompt"] for row in found] == ["p4", "p1", "p5"]
+    assert len(assess.pick_samples({"old": old, "new": new}, scores, kls)) == 10        # no prompt twice
+    assert [row["prompt"] for row in assess.pick_samples({"old": old}, {}, {}, n=2)] == ["p0", "p1"]
+
+
+def test_a_text_stays_what_it_is_in_a_table_of_markdown():
+    assert tables.escaped("a|b\n*c* <b> `x` [l](u) \x1b") == r"a\|b<br>\*c\* \<b\> \`x\` \[l\](u) \\x1b"
+    assert len(tables.escaped("x" * 5000)) < 1100 and "cut off" in tables.escaped("x" * 5000)
+    table = tables.samples_of({"models": {"m": 0}, "samples": [
+        {"why": "best", "prompt": "a | b\n\nc", "answers": {"m": "|\r\n---|"}}]})
+    rows = [line for line in tables.as_lines(table) if line.startswith("|")]
+    assert len(rows) == 3 and [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4, 4, 4]
+
+
+def run_folder(folder, **config):
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    return str(folder)
+
+
+def test_the_prompts_are_those_that_the_run_held_out(tmp_path):
+    tiny = run_folder(tmp_path / "tiny", data="data/tiny/prompts.jsonl", reward="rm", heldout="")
+    sft = run_folder(tmp_path / "sft", data="mine.jsonl")
+    ppo = run_folder(tmp_path / "ppo", data="mine.jsonl", reward="rm", heldout="elsewhere/heldout.jsonl")
+    assert evaluate.default_prompts([tiny]) == "data/tiny/prompts_test.jsonl"
+    for models in ([sft], [sft, ppo], [tiny, sft], ["gpt2", tiny]):                     # ppo's file is gone
+        with pytest.raises(UserError, match="give --prompts"):
+            evaluate.default_prompts(models)
+    write_jsonl(tmp_path / "ppo/heldout.jsonl", [{"prompt": "p"}])                      # the folder may have moved
+    assert evaluate.default_prompts([sft, ppo]) == evaluate.default_prompts([ppo, sft]) == f"{ppo}/heldout.jsonl"
+    mixed = run_folder(tmp_path / "mixed", data="mine.jsonl", reward="rm", heldout="data/tiny/prompts_test.jsonl")
+    with pytest.raises(UserError, match="give --prompts"):
+        evaluate.default_prompts([mixed])
+    write_jsonl(tmp_path / "labels.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    rm = run_folder(tmp_path / "rm", heldout=f"{tmp_path}/labels.jsonl")
+    args = evaluate.parse([sft, ppo, "--reward", rm])
+    assert args.prompts == f"{ppo}/heldout.jsonl" and args.comparisons == f"{tmp_path}/labels.jsonl"
+
+
+M = {"gold", "attributes_right", "rude", "stereotype_gap", "grammatical", "eos_rate", "length", "distinct_2",
+     "perplexity"}
+
+
+KEYS = {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout", "win_rate",
+        "win_rate_ci", "kl", "sft", "ppo"}
+
+
+def ppo_options(**changes):
+    """The options of train_ppo.py."""
+    return train_ppo.Config(**{"heldout": "data/tiny/prompts_test.jsonl"} | changes)
+
+
+def networks(*folders):
+    return [from_pretrained(folder) for folder in folders]
+
+
+def examples(file="data/tiny/prompts_test.jsonl"):
+    """The held-out prompts of a PPO run as train_ppo.py has them."""
+    return encode_rows(read_prompts(file), TOKENIZER, 64)
+
+
+def test_the_short_form_has_what_was_agreed(folders, world, capsys):
     """The keys of out/ppo/report.json that others read, for a PPO run that changed nothing."""
-    run = shutil.copytree(folders[0], tmp_path / "ppo")
-    config = train_ppo.Config(model=folders[0], reward=str(world / "rm"), max_response=8, out=str(run))
-    (run / "run.json").write_text(json.dumps({"config": vars(config)}))
     (world / "rm/report.json").write_text('{"rm_accuracy_gold": 0.9, "seconds": 5.0}')
-    report = json.loads(json.dumps(evaluate.assess_run(run, 12.5, torch.device("cpu"))))
-    assert set(report) == {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout",
-                           "win_rate", "win_rate_ci", "kl", "sft", "ppo"}
+    cfg = ppo_options(model=folders[0], reward=str(world / "rm"), max_response=8)
+    reward = scalar_from_pretrained(world / "rm")
+    found = assess.assess_run(cfg, *networks(folders[0], folders[0]), reward, TOKENIZER, examples(), seconds=12.4567)
+    report = json.loads(json.dumps(found))
+    assert set(report) == KEYS
     assert report["n_prompts"] == 544 and report["seconds"] == {"sft": None, "rm": 5.0, "ppo": 12.5}
     assert report["kl"] == 0 and report["win_rate"] == 0.5 and report["win_rate_ci"][0] < 0.5 < report["win_rate_ci"][1]
     for name in ("sft", "ppo"):
-        figures = report[name]                                                      # no perplexity: this SFT has no run.json
+        figures = report[name]                                          # no perplexity: this SFT has no run.json
         assert M - {"perplexity"} <= set(figures) and set(figures["ci"]) == set(figures) - {"ci"}
         assert all(low <= figures[figure] <= high for figure, (low, high) in figures["ci"].items())
-    evaluate.print_report({"sft": report["sft"], "ppo": report["ppo"] | {"win_rate": None}})
-    assert capsys.readouterr().out.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"]) - 1       # not of None
+    assert report["sft"]["score"] == report["ppo"]["score"]
+    said = capsys.readouterr().out
+    assert said.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"])
+    assert max(map(len, said.splitlines())) <= 80
+    assert next(line for line in said.splitlines() if "[" in line).startswith("win_rate")
+
+
+def test_the_short_form_does_without_gold_and_without_a_reward_model(folders, world, capsys):
+    """Any policy and its reference will do: here another name, other prompts, and a reward that is a function."""
+    two, one = networks(folders[1], folders[0])
+    report = assess.assess(two, one, None, TOKENIZER, PROMPTS, Sampling(8, seed=3), name="dpo")
+    assert report["win_rate"] is None and report["win_rate_ci"] is None and report["kl"] > 0 and report["seed"] == 3
+    assert not {"gold", "score", "win_rate"} & set(report["dpo"]) and report["n_prompts"] == 12
+    cfg = ppo_options(model=folders[0], reward="taste.py:f", max_response=8, heldout=str(world / "prompts.jsonl"),
+                      gold="none")
+    report = assess.assess_run(cfg, two, one, None, TOKENIZER, examples(cfg.heldout), seconds=1)
+    assert set(report) == KEYS and report["win_rate"] is None
+    assert report["annotator_agreement"] is report["rm_accuracy_gold"] is None
+    report = assess.assess_run(cfg, two, one, None, TOKENIZER, [], seconds=1)       # nothing was held out
+    assert report == {"seed": 1, "seconds": {"ppo": 1}}
+    assert "nothing is assessed" in capsys.readouterr().out
+
+
+def test_the_live_networks_say_what_the_long_form_says_of_their_exports(folders, world):
+    files = dict(prompts="data/tiny/prompts_test.jsonl", reward=world / "rm")
+    long = evaluated(world, *folders, **files, out=world / "long")
+    cfg = ppo_options(model=folders[0], reward=str(world / "rm"), max_response=8)
+    reward = scalar_from_pretrained(world / "rm")
+    short = assess.assess_run(cfg, *networks(folders[1], folders[0]), reward, TOKENIZER, examples(), seconds=1)
+    for name, path in (("sft", folders[0]), ("ppo", folders[1])):
+        values = {figure: value["value"] for figure, value in long["models"][path].items()}
+        values["score"] = values.pop(f"score by {world / 'rm'}")
+        del values["perplexity"]                                        # of demonstrations beside the prompts
+        assert {figure: short[name][figure] for figure in values} == pytest.approx(values)
+    by_gold = long["comparisons"][folders[1]]["by"]["gold"]["win_rate"]
+    assert short["win_rate"] == by_gold["value"] and short["win_rate_ci"] == [by_gold["low"], by_gold["high"]]
+
+
+def test_what_an_earlier_run_held_out_may_be_gone(tmp_path, world, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"heldout": f"{tmp_path}/gone.jsonl"}}))
+    assert assess.heldout_of(tmp_path) == assess.heldout_of(world) == assess.heldout_of("taste.py:f") == []
+    assert "gone.jsonl" in capsys.readouterr().out
+    write_jsonl(tmp_path / "gone.jsonl", [{"prompt": "p", "response": " r"}])
+    assert assess.heldout_of(tmp_path) == [(f"{tmp_path}/gone.jsonl:1", {"prompt": "p", "response": " r"})]
 
 
 def test_the_facts_are_those_that_gold_measures(world):
-    rows = [(row["prompt"], response) for _, row in read_jsonl(world / "comparisons.jsonl") for response in row["responses"]]
-    answers = Answers(*map(list, zip(*rows)), [], [], [])
-    facts = evaluate.tiny_facts(answers)
-    figures = evaluate.gold_figures(facts)
-    measured = load_function(f"{TINY_GOLD}:measure")(answers.prompts, answers.texts)
-    assert measured["stereotype_gap"] > 0 and {name: figures[name].value for name in measured} == pytest.approx(measured)
+    rows = [(row["prompt"], response) for _, row in read_jsonl(world / "comparisons.jsonl")
+            for response in row["responses"]]
+    facts, measured = (load_function(f"{TINY_GOLD}:{name}")(*zip(*rows)) for name in ("facts", "measure"))
+    assert measured["stereotype_gap"] > 0
+    assert {name: assess.figure_of(values).value for name, values in facts.items()} == pytest.approx(measured)
 
 
 def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path):
     asked = ("List two rivers.", "Why?", "Say it in at most 3 words.")
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
-    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])       # found beside the prompts
+    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])     # beside the prompts
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
     found = report["instructions"][folders[0]]
     assert set(found["prompts"]) == {"a list", "number of words"} and len(found["own"]) == 3
@@ -188,29 +325,39 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
 
 
-def test_the_learning_curve_trains_as_the_reward_model_was_trained(folders, world):
-    train_rm.main(script_flags(world, "rm_of_30", "--model", folders[0], "--data", world / "comparisons.jsonl", "--gold", "none",
-                               "--normalise", 8, "--epochs", 1, "--sample_tokens", 5, "--loss", "best"))
-    report = evaluated(world, folders[0], prompts="data/tiny/prompts_test.jsonl", reward=world / "rm_of_30", learning_curve=7)
-    assert list(report["learning_curve"]) == ["7"] and 0 <= report["learning_curve"]["7"]["value"] <= 1
-    config = json.loads((world / "report/rm_7/run.json").read_text())["config"]
-    assert config["loss"] == "best" and config["normalise"] == 8 and config["epochs"] == 20 and config["model"] == folders[0]
-    assert len((world / "report/comparisons_7.jsonl").read_text().splitlines()) == 7
-    with pytest.raises(UserError, match="on 31 comparisons need as many lines"):
-        evaluated(world, folders[0], reward=world / "rm_of_30", learning_curve=31, out=world / "y")
-    assert not (world / "y").exists()
+def test_a_script_that_fails_is_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)                                                     # scripts are found from any folder
+    with pytest.raises(UserError, match="train_rm.py stopped with exit code 2"):
+        run_script("train_rm.py", model=tmp_path / "none", lr=0.5)
+    shown = capfd.readouterr()
+    assert f"$ python train_rm.py --model={tmp_path}/none --lr=0.5" in shown.out
+    assert "no such model" in shown.err
 
 
 def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
     for name, config in (("sft", {"max_response": 0}),
-                         ("ppo", {"reward": "rm", "max_response": 24, "temperature": 0.7, "stop_token": 13})):
+                         ("ppo", {"reward": "rm", "max_response": 24, "temperature": 0.7, "stop": "13"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
-    flags = dict(temperature=None, stop_token=None, stop_after=16)
+    flags = dict(max_response=None, temperature=None, seed=5, drop_long=True)
     both = [str(tmp_path / "ppo"), str(tmp_path / "sft")]
-    assert vars(evaluate.sampling_of(SimpleNamespace(models=both, max_response=None, **flags))) == dict(
-        max_response=24, temperature=0.7, stop_token=13, stop_after=16)
-    assert evaluate.sampling_of(SimpleNamespace(models=both[1:], max_response=None, **flags)).max_response == 48
+    assert sampling_of(SimpleNamespace(models=both, stop=None, **flags)) == Sampling(24, 0.7, "13", 5, 0, True)
+    assert sampling_of(SimpleNamespace(models=both, stop="", **flags)).stop == ""
+    plain = sampling_of(SimpleNamespace(models=both[1:], stop="13,16", **flags))
+    assert plain == Sampling(48, 1.0, "13,16", 5, 0, True)
+
+
+def test_another_token_can_end_an_answer():
+    """The same answers as with EOS, cut where this token occurs from position 3 on."""
+    model = small_model(0)
+    free = answer(model, TOKENIZER, PROMPTS * 4, Sampling(10))
+    token = next(ids for ids in free.ids if len(ids) == 10)[4]
+    stopped = answer(model, TOKENIZER, PROMPTS * 4, Sampling(10, stop=f"{token},3"))
+    for long, short, finished in zip(free.ids, stopped.ids, stopped.finished):
+        shared = min(len(long), len(short))
+        assert long[:shared] == short[:shared] and finished == (short[-1] == token and len(short) > 3)
+        assert token not in short[3:-1]
+    assert any(stopped.finished)
 
 
 def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
@@ -218,18 +365,19 @@ def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
                          ("cousin", {"data": "labels.jsonl"}), ("other", {"data": "other_half.jsonl"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
-    assert "trained to please" in partiality(tmp_path / "ppo", tmp_path / "rm")
+    assert "says little" in partiality(tmp_path / "ppo", tmp_path / "rm")
     assert "shares its mistakes" in partiality(tmp_path / "ppo", tmp_path / "cousin")
     (tmp_path / "rm").rename(tmp_path / "moved")
-    assert "which is not there" in partiality(tmp_path / "ppo", tmp_path / "moved")
+    assert "no longer exists" in partiality(tmp_path / "ppo", tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "rm")
-    assert partiality(tmp_path / "ppo", tmp_path / "other") is None and partiality(world / "copy", tmp_path / "rm") is None
+    assert partiality(tmp_path / "ppo", tmp_path / "other") is None
+    assert partiality(world / "copy", tmp_path / "rm") is None
 
 
 def test_without_matplotlib_the_rest_is_written(folders, world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     evaluated(world, *folders, reward=world / "rm", out=world / "plain")
-    assert "no pictures: plots need matplotlib" in capsys.readouterr().out
+    assert "pictures left out: plots need matplotlib" in capsys.readouterr().out
     assert {file.name for file in (world / "plain").iterdir()} == {"report.json", "report.md"}
 
 
@@ -240,7 +388,6 @@ def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
     for said, argv, flags in (
         ("named twice", (model, model), {}),
         ("no such model folder", (tmp_path / "none",), {}),
-        ("name it with --reward", (model,), {"learning_curve": 5}),
         ("score.weight", (model,), {"reward": folders[1]}),
         ("compares two models", (model,), {"votes": world / "comparisons.jsonl"}),
         ("no.jsonl", (model,), {"votes": world / "no.jsonl"}),
@@ -279,16 +426,100 @@ def ppo_run(tmp_path):
     run = tmp_path / "ppo"
     run.mkdir()
     (run / "run.json").write_text('{"config": {}}')
-    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2, "val/eos_rate": 1.0}
-                                        for i in range(3)])
+    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2,
+                                         "rollout/eos_rate": 1.0} for i in range(3)])
     return run
 
 
 @pytest.mark.parametrize("kind", ["curves", "kl"])
 def test_plot_draws_several_runs(ppo_run, kind, tmp_path):
     pytest.importorskip("matplotlib")
-    plot.main([str(ppo_run), str(ppo_run), "--kind", kind, "--labels", "a", "b", "--out", str(tmp_path / "picture.png")])
+    picture = tmp_path / "picture.png"
+    plot.main([str(ppo_run), str(ppo_run), "--kind", kind, "--labels", "a", "b", "--out", str(picture)])
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    return figures
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes if axis.get_title()]
+
+
+def test_every_panel_is_drawn_or_named_as_left_out(drawn, capsys):
+    """One run with all metrics, one with a single one, and more runs than colours: a curve each."""
+    whole = [{"step": i, **{panel[0]: i for panel in plot.PANELS}} for i in range(3)]
+    plot.draw_curves({f"run {k}": whole for k in range(8)}, "")
+    assert [len(axis.lines) for axis in drawn[0].axes] == [8] * len(plot.PANELS)
+    assert titles(drawn[0]) == [panel[1] for panel in plot.PANELS] and capsys.readouterr().out == ""
+    few = [{"step": i, "objective/kl": i, "objective/scores": i} for i in range(3)]
+    for draw, panels, named in ((plot.draw_curves, 2, len(plot.PANELS) - 2), (plot.draw_kl, 1, 1)):
+        draw({"run": few}, "")
+        assert len(titles(drawn[-1])) == panels and capsys.readouterr().out.count("/") == named
+
+
+def test_runs_of_sft_and_reward_models_are_drawn(drawn):
+    sft = [{"step": i, "loss/train": 1, **({"loss/heldout": 2} if i == 49 else {})} for i in range(50)]
+    rm = [{"step": 0, "loss/train": 1, "accuracy/train": 0.5, "rm_accuracy_heldout": 0.6}]
+    plot.draw_curves({"sft": sft, "rm": rm}, "")
+    assert len(titles(drawn[0])) == 4
+    single = next(axis for axis in drawn[0].axes if "held-out demonstrations" in axis.get_title()).lines[0]
+    assert len(single.get_xdata()) == 1 and single.get_marker() == "o"                  # a point, since no line shows
+    plot.draw_curves({"rm": rm}, "", ["accuracy/train"])
+    assert titles(drawn[1]) == ["Accuracy on the training batch"]
+    with pytest.raises(UserError, match="not a PPO run"):
+        plot.draw_kl({"sft": sft}, "")
+    with pytest.raises(UserError, match="loss/none: not in these runs, which have loss/train, loss/heldout"):
+        plot.draw_curves({"sft": sft}, "", ["loss/none"])
+
+
+def test_the_kl_picture_shows_time(drawn):
+    run = [{"step": i, "objective/kl": (5, 1, 3)[i % 3], "objective/scores": i, "objective/gold": 1} for i in range(9)]
+    plot.draw_kl({"long": run, "short": run[:3]}, "")
+    (long, short), bar = drawn[0].axes[0].collections, drawn[0].axes[-1]
+    assert long.get_array().tolist() == list(range(9)) and short.get_array().tolist() == [0, 1, 2]
+    assert long.get_clim() == short.get_clim() == (0, 8) and bar.get_ylabel() == "PPO iteration"
+    assert len(long.get_paths()[0].vertices) != len(short.get_paths()[0].vertices)      # other markers
+
+
+def test_grey_is_the_healthy_range_of_the_table():
+    rows = re.findall(r"^\| `(\w+/\w+)` \|[^|]*\|([^|]*)\|", Path("minirlhf/DETAILS.md").read_text(), re.MULTILINE)
+    said = {metric: set(map(float, re.findall(r"\d+(?:\.\d+)?", healthy))) for metric, healthy in rows}
+    assert [panel[0] for panel in plot.PANELS] == list(said)
+    for metric, _, _, healthy in plot.PANELS:
+        assert set(map(abs, healthy)) - {0, 1} <= said[metric], metric
+
+
+def test_a_good_run_stays_in_the_grey():
+    """The least and the greatest value of each metric in a run of the defaults (seed 1)."""
+    seen = {"objective/scores": (-0.08, 1.61), "objective/gold": (0.62, 0.98), "objective/kl": (0, 6.95),
+            "objective/rlhf_reward": (-0.08, 1.35), "objective/entropy": (6.35, 15.5),
+            "rollout/score_std": (0.54, 1.03), "rollout/eos_rate": (1, 1), "rollout/length": (19.6, 24.7),
+            "policy/approxkl": (0, 0.145), "policy/clipfrac": (0, 0.144), "loss/value": (0.008, 0.163),
+            "value/explained_variance": (0, 0.957)}
+    for metric, _, _, (low, high) in plot.PANELS:
+        assert low <= seen[metric][0] <= seen[metric][1] <= high, metric
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(ppo_run, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    for out, said in ((tmp_path / "none/x.png", "none/x.png cannot be written: No such"),
+                      (tmp_path / "x.doc", "ends in one of"), (tmp_path / "x", "ends in one of")):
+        with pytest.raises(UserError, match=said):
+            plot.main([str(ppo_run), "--out", str(out)])
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="x.png cannot be written: No space left"):
+        plot.main([str(ppo_run), "--out", str(tmp_path / "x.png")])
+    assert [file.name for file in tmp_path.iterdir()] == ["ppo"]
 
 
 def test_plot_draws_reports(folders, world, tmp_path):
@@ -299,7 +530,9 @@ def test_plot_draws_reports(folders, world, tmp_path):
 
 
 def test_plot_refuses_what_it_cannot_draw(ppo_run, tmp_path):
-    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, "--labels", "a", "b"], "2 names for 1 folders"),
+    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, tmp_path / "ppo.1"], "ppo.1: no such folder"),
+                       ([ppo_run, ppo_run], "1 different names for 2 folders"),
+                       ([ppo_run, "--labels", "a", "b"], "2 different names for 1 folders"),
                        ([ppo_run, "--kind", "calibration"], "no report.json"),
                        ([ppo_run, "--kind", "overoptimization"], "no report.json")):
         with pytest.raises(UserError, match=said):

@@ -4,20 +4,21 @@
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-import train_ppo
 from minirlhf import ppo
-from minirlhf.running.compute import eos_of
-from minirlhf.running.config import from_dict
-from minirlhf.running.errors import UserError
-from minirlhf.data import decode, encode, encode_rows, read_prompts
-from minirlhf.generate import respond
-from minirlhf.reward import ScalarHeadModel
-from minirlhf.running.runs import newest_state, read_run
+from minirlhf.data import encode, encode_rows, read_prompts, stop_of
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.weights import from_pretrained
+from minirlhf.functions import FunctionReward
+from minirlhf.generate import decode, respond, response_logits
+from minirlhf.reward import ScalarHeadModel
+from minirlhf.running.errors import require
+from minirlhf.running.runs import newest_state, read_run
+from minirlhf.weights import from_pretrained, scalar_from_pretrained
+
+COLUMNS = ("logp", "ref_logp", "KL", "reward", "value", "advantage", "return")
 
 
 class Explainer:
@@ -25,48 +26,66 @@ class Explainer:
 
     def __init__(self, folder, device):
         folder = Path(folder)
-        self.cfg = from_dict(train_ppo.Config, read_run(folder), f"{folder}/run.json")
-        if not (folder / "state.pt").exists():
-            raise UserError(f"--explain: {folder} has no state.pt, where a PPO run keeps its value model")
-        state, _ = newest_state([folder / "state.pt"])
+        require("beta" in (config := read_run(folder)),
+                f"{folder} is not a PPO run, and --explain needs one, such as out/ppo")
+        require((folder / "state.pt").exists(),
+                f"--explain: {folder} has no state.pt, where a PPO run keeps its value model")
+        self.cfg, (state, _) = SimpleNamespace(**config), newest_state([folder / "state.pt"])
         self.beta, self.device, self.tokenizer = state["beta"], device, load_tokenizer(folder)
-        self.policy, self.reference = from_pretrained(folder).to(device), from_pretrained(self.cfg.model).to(device)
-        self.value = ScalarHeadModel(from_pretrained(self.cfg.model)).to(device)
-        self.value.load_state_dict(state["value"])
-        prompts = encode_rows(read_prompts(self.cfg.data), self.tokenizer, self.policy.config.n_positions,
-                              reserve=self.cfg.max_response, drop_long=True)
-        self.score, _ = train_ppo.make_scorer(self.cfg, self.reference, prompts, self.tokenizer, device)
-
-    def rollout(self, prompt, response=None, seed=1):
-        """A rollout of one row with all its fields filled in: of the response given, or of one sampled."""
-        if response is None:
-            ids, positions = self.tokenizer.encode_ordinary(prompt), self.policy.config.n_positions
-            if len(ids) + self.cfg.max_response > positions:
-                raise UserError(f"the prompt has {len(ids)} tokens, the response may have {self.cfg.max_response}; "
-                                f"this model has {positions} positions in all")
-            rng = torch.Generator().manual_seed(seed)
-            (sampled, finished), = respond(self.policy, [ids], self.cfg.max_response, eos_of(self.cfg, self.tokenizer),
-                                           rng, self.cfg.temperature, self.cfg.stop_after)
+        self.policy = from_pretrained(folder).to(device)
+        self.reference = from_pretrained(self.cfg.reference or self.cfg.model).to(device)
+        if ".py:" in self.cfg.reward:
+            prompts = encode_rows(read_prompts(self.cfg.data), self.tokenizer, self.policy.config.n_positions,
+                                  reserve=self.cfg.max_response, drop_long=True)
+            self.reward = FunctionReward(self.cfg.reward)
+            self.reward.normalise(self.reference, prompts, self.tokenizer, self.cfg)
+            self.value = ScalarHeadModel(from_pretrained(folder)).to(device)
         else:
-            ids, sampled = encode(self.tokenizer, prompt, response)
-            finished = True
-        text = decode(self.tokenizer, sampled)
-        everything = torch.tensor([ids + sampled], device=self.device)
-        rollout = train_ppo.Rollout([prompt], [text], len(ids), everything, torch.ones_like(everything, dtype=torch.bool),
-                                    torch.ones(1, len(sampled), dtype=torch.bool, device=self.device),
-                                    torch.tensor([finished], device=self.device))
-        train_ppo.make_experience(rollout, self.policy, self.reference, self.value, self.score, self.cfg, self.beta)
-        return rollout
+            self.reward, self.value = (scalar_from_pretrained(self.cfg.reward).to(device) for _ in range(2))
+        require("value" in state, f"--explain: {folder} was trained without a value model, and --explain shows one")
+        self.value.load_state_dict(state["value"])
 
-    def table(self, rollout):
-        """The lines of the table. The advantage is the one before whitening; KL and log-probabilities are in nats."""
-        r = rollout
-        columns = (r.logprobs, r.ref_logprobs, ppo.kl_k1(r.logprobs, r.ref_logprobs), r.rewards, r.values,
-                   r.returns - r.values, r.returns)
-        lines = [f"{'token':<14}" + "".join(f"{name:>10}" for name in ("logp", "ref_logp", "KL", "reward", "value",
-                                                                       "advantage", "return"))]
-        for token, *numbers in zip(r.ids[0, r.P:].tolist(), *(column[0].tolist() for column in columns)):
+    def sample(self, prompt, seed):
+        """Prompt ids and the ids of one sampled response, and whether it ended."""
+        ids, positions = self.tokenizer.encode_ordinary(prompt), self.policy.config.n_positions
+        require(len(ids) + self.cfg.max_response <= positions,
+                f"the prompt has {len(ids)} tokens, the response may have {self.cfg.max_response}, and "
+                f"this model has {positions} positions in all")
+        stop, rng = stop_of(self.cfg.stop, self.tokenizer), torch.Generator().manual_seed(seed)
+        (response, finished), = respond(self.policy, [ids], self.cfg.max_response, stop, rng, self.cfg.temperature)
+        return ids, response, finished
+
+    @torch.no_grad()
+    def explain(self, prompt, response=None, seed=1):
+        """Steps 2 to 5 for one response, given or sampled: token ids, {column: (R,) tensor} and the score.
+
+        The advantage is the one before whitening. KL and log-probabilities are in nats.
+        """
+        if response is None:
+            prompt_ids, response_ids, finished = self.sample(prompt, seed)
+        else:
+            (prompt_ids, response_ids), finished = encode(self.tokenizer, prompt, response), True
+        P, ids = len(prompt_ids), torch.tensor([prompt_ids + response_ids], device=self.device)                 # (1, T)
+        tokens, mask = ids[:, P:], torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(self.reward, ScalarHeadModel):
+            score = self.reward.normalised_scores(ids, mask)                                                    # (1,)
+        else:
+            score = self.reward([prompt], [decode(self.tokenizer, response_ids)]).to(self.device)
+        score = score if finished else torch.full_like(score, self.cfg.missing_eos)
+        logp, ref_logp = (ppo.token_logprobs(response_logits(model, ids, mask, P), tokens, self.cfg.temperature)
+                          for model in (self.policy, self.reference))                                           # (1, R)
+        kl, value = logp - ref_logp, self.value(ids, mask)[:, P - 1:-1]
+        reward = ppo.token_rewards(kl, score, mask[:, P:], self.beta)
+        advantage, returns = ppo.gae(reward, value, mask[:, P:], lam=self.cfg.lam)
+        columns = dict(zip(COLUMNS, (logp, ref_logp, kl, reward, value, advantage, returns), strict=True))
+        return response_ids, {name: column[0] for name, column in columns.items()}, float(score)
+
+    def table(self, prompt, response=None, seed=1):
+        """The lines of the table."""
+        tokens, columns, score = self.explain(prompt, response, seed)
+        lines = [f"{'token':<14}" + "".join(f"{name:>10}" for name in COLUMNS)]
+        for token, *numbers in zip(tokens, *(column.tolist() for column in columns.values())):
             lines.append(f"{self.tokenizer.decode([token])!r:<14}" + "".join(f"{number:>+10.3f}" for number in numbers))
-        lines.append(f"score {float(r.scores[0]):+.3f} at the last token, beta {self.beta:.3g}, "
-                     f"KL {float(columns[2].sum()):.3f} nats in all, {len(r.mask[0])} tokens")
+        lines.append(f"score {score:+.3f} at the last token, beta {self.beta:.3g}, KL {columns['KL'].sum():.3f} nats "
+                     f"in all, {len(tokens)} tokens")
         return lines

@@ -1,67 +1,131 @@
-"""Over-optimisation: what happens to the true preference when the reward model is pushed harder and harder.
+"""Over-optimisation: what happens to the true preference when the reward model is optimised harder and harder?
 
-    python -m minirlhf.tools.overoptimize --out out/overoptimize          (needs out/sft; about 15 minutes on 2 CPU cores)
+    python -m minirlhf.tools.overoptimize --out out/overoptimize      (needs out/sft; about 15 minutes on 2 CPU cores)
 
-The experiment of Gao, Schulman and Hilton 2022 ("Scaling laws for reward model overoptimization", "G"), with a gold reward
+The experiment of Gao, Schulman and Hilton 2022 ("Scaling laws for reward model overoptimization"), with a gold reward
 that can be read. Reward models are trained on fewer and more comparisons. Each is then optimised in two ways: by PPO
 without a KL penalty, where every iteration is a point further from the SFT model, and by best-of-n, which takes the
 best of n samples. Gold (what people want) and proxy (what the reward model says) are drawn against d = sqrt(KL).
 """
 
-import argparse
 import math
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
-import train_ppo
+from minirlhf.data import read_prompts
+from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.compute import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, run_main
-from minirlhf.data import read_prompts
+from minirlhf.running.errors import UserError, require, run_main
 from minirlhf.running.runs import move_aside, read_rows, write_json
-from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate.learning_curve import first_lines, run_script, train_rewards
-from minirlhf.tools.laws import best_of_n, best_of_n_kl, fitted, highest
-from minirlhf.tools.evaluate.measure import answer, gold_function, rewards_of
-from minirlhf.tools.pictures import draw_overoptimization
-from minirlhf.tools.evaluate.report import plain
+from minirlhf.tools.evaluate.measure import Sampling, answer, gold_function, report_of, rewards_of
 from minirlhf.tools.evaluate.stats import ratio
+from minirlhf.tools.plot import draw_overoptimization
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+VISITS = 2400                       # prompts that a reward model reads in all, within 4 to 20 epochs
+MISSING_EOS = -3.0                  # the score of an unfinished answer, the same in both ways of optimising
+FORMULAS = {"bon": "best of n: d(a - b d)", "rl": "PPO: d(a - b log d)"}
+
+
+# ---- the laws and the arithmetic of best-of-n (Gao 2022), pure functions ---------------------------------------------
+# d = sqrt(KL) in sqrt(nats), always > 0. R = reward minus that of the SFT model. law: "bon" or "rl".
+
+def fit(d, R, law):
+    """Least squares of R = d (a - b g(d)), g(d) = d for "bon" and log d for "rl" (section 3.1) -> a, b, R^2."""
+    d, R = np.asarray(d, float), np.asarray(R, float)
+    X = np.stack([d, -d * (d if law == "bon" else np.log(d))], axis=1)             # (points, 2)
+    (a, b), *_ = np.linalg.lstsq(X, R, rcond=None)
+    spread = ((R - R.mean()) ** 2).sum()
+    return float(a), float(b), float(1 - ((R - X @ (a, b)) ** 2).sum() / spread) if spread else math.nan
+
+
+def turnover(a, b, law, farthest):
+    """The d beyond which, by the law, more optimisation makes it worse. None if no such d was reached."""
+    if b <= 0:
+        return None
+    d = a / (2 * b) if law == "bon" else math.exp(min(a / b - 1, 700))              # where the law's derivative is 0
+    return max(d, 0.0) if d <= farthest else None
+
+
+def fitted(d, R, law, resampled):
+    """The law's parameters, their 95 % intervals from resampled curves [(d, R), ...], and its turnover, as a dict."""
+    a, b, r2 = fit(d, R, law)
+    low, high = np.quantile([fit(*curve, law)[:2] for curve in resampled], [0.025, 0.975], axis=0)
+    return {"a": a, "a_ci": [low[0], high[0]], "b": b, "b_ci": [low[1], high[1]], "r2": r2, "n": len(d),
+            "turnover": turnover(a, b, law, max(d))}
+
+
+def highest(d, R, window=1):
+    """The highest mean of R over `window` points that are neighbours in d -> (their mean d, that mean)."""
+    order, ones = np.argsort(d), np.full(window, 1 / window)
+    means = [np.convolve(np.asarray(values)[order], ones, mode="valid") for values in (d, R)]
+    return tuple(float(mean[means[1].argmax()]) for mean in means)
+
+
+def best_of_n_kl(n):
+    """The KL between the best of n samples and the model that they come from, in nats (section 2)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(proxy, values, n):
+    """The expected value of the best by proxy of n samples: proxy, values (N prompts, S samples) -> (N,).
+
+    The n are drawn without replacement from the S. The i-th worst (from 0) is the best of them with probability
+    C(i, n-1) / C(S, n).
+    """
+    S = proxy.shape[1]
+    chance = np.array([math.comb(i, n - 1) / math.comb(S, n) for i in range(S)])
+    return np.take_along_axis(values, proxy.argsort(axis=1), axis=1) @ chance
 
 
 # ---- the experiment --------------------------------------------------------------------------------------------------
 
+def run_script(script, **flags):
+    """Runs a training script, say "train_rm.py", as from the command line. UserError if it fails."""
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    print(f"\n$ python {script} {shlex.join(argv)}", flush=True)
+    code = subprocess.run([sys.executable, str(ROOT / script), *argv]).returncode
+    require(code == 0, f"{script} stopped with exit code {code}; its own message is above")
+
+
 def sample_sft(args, prompts, samples, device):
-    """`samples` answers of the SFT model to each prompt, those of one prompt side by side."""
+    """`samples` answers of the SFT model to each prompt, those of one prompt next to each other."""
     model, tokenizer = from_pretrained(args.model).to(device), load_tokenizer(args.model)
     rows = [row for row in prompts for _ in range(samples)]
-    return answer(model, tokenizer, rows, args.max_response, train_ppo.Config.temperature, args.seed, "sft")
+    return answer(model, tokenizer, rows, Sampling(args.max_response, seed=args.seed), "sft")
 
 
 def best_of_n_curve(folder, pool, gold, samples, device):
     """Points of best-of-n under one reward model, n = 1, 2, 4, ...: d, and gold and proxy (N, points) per prompt."""
     reward = scalar_from_pretrained(str(folder)).to(device)
     proxy = rewards_of(reward, pool.prompt_ids, pool.ids).reshape(-1, samples)                      # (N, S)
-    proxy[~np.array(pool.finished).reshape(proxy.shape)] = train_ppo.Config.missing_eos             # as PPO scores them
-    proxy -= proxy.mean()                                                                           # above the SFT model
+    proxy[~np.array(pool.finished).reshape(proxy.shape)] = MISSING_EOS
+    proxy -= proxy.mean()                                                                       # above the SFT model
     ns = [2 ** k for k in range(int(math.log2(samples)) + 1)]
-    return {"n": ns, "d": [math.sqrt(best_of_n_kl(n)) for n in ns],
-            **{name: np.stack([best_of_n(proxy, values, n) for n in ns], axis=1)
-               for name, values in (("gold", gold), ("proxy", proxy))}}
+    curves = {name: np.stack([best_of_n(proxy, values, n) for n in ns], axis=1)
+              for name, values in (("gold", gold), ("proxy", proxy))}
+    return {"n": ns, "d": [math.sqrt(best_of_n_kl(n)) for n in ns], **curves}
 
 
 def ppo_curve(folder, start, deviation):
-    """Points of a PPO run, one per iteration whose estimated KL is above 0, from its log: gold in deviations of the SFT
-    model's, as the proxy is."""
+    """Points of a PPO run from its log, one per iteration whose estimated KL is above 0.
+
+    start, deviation: mean and standard deviation of the SFT model's gold. The proxy is in its own deviations already.
+    """
     rows = [row for row in read_rows(Path(folder) / "metrics.jsonl") if row["objective/kl"] > 0]
     return {"d": [math.sqrt(row["objective/kl"]) for row in rows], "proxy": [row["objective/scores"] for row in rows],
             "gold": [(row["objective/gold"] - start) / deviation for row in rows]}
 
 
 def laws(bon, rl, seed=0, resamples=500):
-    """Both laws of one reward model, with intervals: best-of-n from resampled prompts, PPO from resampled blocks of iterations,
-    for neighbouring ones are alike."""
+    """Both laws of one reward model, with intervals: best-of-n from resampled prompts, PPO from resampled blocks of
+    iterations, since neighbouring iterations are alike."""
     rng, d = np.random.default_rng(seed), np.array(bon["d"][1:])                    # n = 1 is the SFT model itself
     above = bon["gold"][:, 1:] - bon["gold"][:, :1]                                 # (N, points)
     prompts = rng.integers(len(above), size=(resamples, len(above)))
@@ -73,11 +137,8 @@ def laws(bon, rl, seed=0, resamples=500):
             "rl": fitted(rl_d, rl_R, "rl", [(rl_d[rows], rl_R[rows]) for rows in iterations])}
 
 
-def experiment(args, gold, device):
-    """Trains, samples and fits everything -> the report, {count: curves and laws}."""
-    out = Path(args.out)
-    reports = train_rewards(args.labels, args.comparisons, out, model=args.model, heldout=args.heldout_comparisons,
-                            gold=args.gold, sample_tokens=args.max_response, seed=args.seed, device=args.device)
+def experiment(args, lines, gold, device):
+    """Trains, samples and fits everything -> the report. lines: those of the file of comparisons."""
     pool = sample_sft(args, read_prompts(args.heldout)[:args.prompts], args.samples, device)
     golds = np.array(gold(pool.prompts, pool.texts)).reshape(-1, args.samples)                      # (N, S)
     before = sample_sft(args, read_prompts(args.data), 1, device)           # PPO's prompts are not the held-out ones
@@ -85,64 +146,89 @@ def experiment(args, gold, device):
     golds = (golds - golds.mean()) / deviation
     found = {}
     for count in args.labels:
-        run_script(train_ppo, model=args.model, reward=f"{out}/rm_{count}", data=args.data, heldout="", gold=args.gold,
-                   out=f"{out}/ppo_{count}", beta=0.0, lr=args.lr, iterations=args.iterations, max_response=args.max_response,
-                   seed=args.seed, device=args.device, samples_every=args.iterations)
-        rl = ppo_curve(out / f"ppo_{count}", start, deviation)
-        bon = best_of_n_curve(out / f"rm_{count}", pool, golds, args.samples, device)
+        rm, ppo = train(args, count, lines[:count])
+        rl, bon = ppo_curve(ppo, start, deviation), best_of_n_curve(rm, pool, golds, args.samples, device)
         means = {name: [ratio(column)[:3] for column in bon[name].T] for name in ("gold", "proxy")}
-        found[count] = {"rm_accuracy_gold": reports[count]["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl, "bon": bon | means}
+        found[count] = {"rm_accuracy_gold": report_of(rm)["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
+                        "bon": bon | means}
     return {"sft_gold": start, "sft_gold_deviation": deviation, "prompts": len(golds), "samples": args.samples,
             "iterations": args.iterations, "seed": args.seed, "labels": found}
 
 
+def train(args, count, lines):
+    """A reward model on these `count` comparisons, and PPO on it -> the folders of both."""
+    few, rm, ppo = (Path(args.out) / name for name in (f"comparisons_{count}.jsonl", f"rm_{count}", f"ppo_{count}"))
+    few.write_text("".join(lines), encoding="utf-8")
+    shared = {"model": args.model, "gold": args.gold, "seed": args.seed, "device": args.device}
+    run_script("train_rm.py", data=few, heldout=args.heldout_comparisons, out=rm,
+               epochs=min(20, max(4, VISITS // count)), **shared)
+    run_script("train_ppo.py", reward=rm, data=args.data, heldout="", out=ppo, beta=0.0, lr=args.lr, temperature=1.0,
+               missing_eos=MISSING_EOS, iterations=args.iterations, max_response=args.max_response, **shared)
+    return rm, ppo
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
 def describe(report):
-    """The fitted laws as lines of a table, and beside the turnover of the law where gold was measured to be highest."""
-    lines = [f"gold in deviations of the SFT model's ({report['sft_gold_deviation']:.3f}), above its mean; d = sqrt(KL)",
+    """The fitted laws as lines of a table. Next to each law's turnover: where gold was measured to be highest."""
+    lines = [f"d = sqrt(KL); gold above the SFT model's mean, in its standard deviations "
+             f"({report['sft_gold_deviation']:.3f})",
              f"{'labels':>7} {'rm':>6}  {'law':<22}{'a':>22}{'b':>24} {'R^2':>7}  {'turnover at d':<14} highest gold"]
     for count, row in report["labels"].items():
         tops = {"bon": highest(row["bon"]["d"], [value for value, _, _ in row["bon"]["gold"]]),
                 "rl": highest(row["rl"]["d"], row["rl"]["gold"], min(5, len(row["rl"]["d"])))}
-        for law, formula in (("bon", "best of n: d(a - b d)"), ("rl", "PPO: d(a - b log d)")):
-            f, (d, top) = row["laws"][law], tops[law]
+        for law, (d, top) in tops.items():
+            f = row["laws"][law]
             a, b = (f"{f[name]:.3f} [{f[name + '_ci'][0]:.3f}, {f[name + '_ci'][1]:.3f}]" for name in "ab")
             turn = "none seen" if f["turnover"] is None else f"{f['turnover']:.2f}"
-            lines.append(f"{count:>7} {row['rm_accuracy_gold']:>6.3f}  {formula:<22}{a:>22}{b:>24} {f['r2']:>7.3f}  {turn:<14} "
-                         f"{top:+.2f} at d {d:.2f}")
+            lines.append(f"{count:>7} {row['rm_accuracy_gold']:>6.3f}  {FORMULAS[law]:<22}{a:>22}{b:>24} "
+                         f"{f['r2']:>7.3f}  {turn:<14} {top:+.2f} at d {d:.2f}")
     return lines
 
 
+OPTIONS = (     # name, default, help
+    ("model", "out/sft", "the SFT model"),
+    ("comparisons", "data/tiny/comparisons.jsonl", "comparisons for the reward models"),
+    ("heldout_comparisons", "data/tiny/comparisons_test.jsonl", "comparisons for their accuracy"),
+    ("data", "data/tiny/prompts.jsonl", "prompts of PPO"),
+    ("heldout", "data/tiny/prompts_test.jsonl", "prompts of best-of-n"),
+    ("gold", "auto", "FILE.py:function, the true preference; 'auto' is the embedded world's for its own data"),
+    ("prompts", 96, "how many prompts for best-of-n"),
+    ("samples", 128, "samples for each of them"),
+    ("iterations", 80, "iterations of PPO"),
+    ("lr", 1.5e-4, "learning rate of PPO: small steps, so that small KL gets points too"),
+    ("max_response", 48, "most tokens of an answer"),
+    ("seed", 1, "seed of everything"),
+    ("device", "", "cuda, mps or cpu; the first that is available if not given"),
+    ("out", "out/overoptimize", "the folder of all runs, the report and the picture"),
+)
+
+
 def main(argv=None):
-    parser = Parser(prog="python -m minirlhf.tools.overoptimize", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="out/sft", help="the SFT model")
-    parser.add_argument("--labels", type=int, nargs="+", default=[100, 400, 1600, 4000], help="comparisons per reward model")
-    parser.add_argument("--comparisons", default="data/tiny/comparisons.jsonl")
-    parser.add_argument("--heldout_comparisons", default="data/tiny/comparisons_test.jsonl")
-    parser.add_argument("--data", default="data/tiny/prompts.jsonl", help="prompts of PPO")
-    parser.add_argument("--heldout", default="data/tiny/prompts_test.jsonl", help="prompts of best-of-n")
-    parser.add_argument("--gold", default="auto", help="FILE.py:function, the true preference")
-    parser.add_argument("--prompts", type=int, default=96, help="how many prompts for best-of-n")
-    parser.add_argument("--samples", type=int, default=128, help="samples for each of them")
-    parser.add_argument("--iterations", type=int, default=80, help="of PPO")
-    parser.add_argument("--lr", type=float, default=1.5e-4, help="of PPO: small steps, so that small KL gets points too")
-    parser.add_argument("--max_response", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="")
-    parser.add_argument("--out", default="out/overoptimize", help="the folder of all runs, the report and the picture")
+    parser = Parser(prog="python -m minirlhf.tools.overoptimize", description=__doc__)
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 400, 1600, 4000],
+                        help="comparisons per reward model [100 400 1600 4000]")
+    for name, default, help in OPTIONS:
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
     args = parser.parse_args(argv)
-    device, gold, out = pick_device(args.device), gold_function(args.gold, args.data), Path(args.out)
-    if gold is None:
-        raise UserError("over-optimisation is seen in a true preference: these prompts need --gold FILE.py:function")
-    if args.prompts < 2 or args.samples < 4 or args.iterations < 3:
-        raise UserError("a law needs points: --prompts 2 or more, --samples 4 or more, --iterations 3 or more")
-    first_lines(args.comparisons, args.labels)                  # now, and not after half of the work
+    device, out = pick_device(args.device), Path(args.out)
+    gold, _ = gold_function(args.gold, args.data)
+    require(gold is not None,
+            "over-optimisation shows in a true preference, and these prompts have none: "
+            "give --gold FILE.py:function")
+    require(args.prompts >= 2 and args.samples >= 4 and args.iterations >= 3,
+            "a law needs points: --prompts 2 or more, --samples 4 or more, --iterations 3 or more")
+    with open(args.comparisons, encoding="utf-8") as f:
+        lines = f.readlines()
+    require(1 <= min(args.labels) <= max(args.labels) <= len(lines),
+            f"--labels: {args.comparisons} has {len(lines)} comparisons, so each number must be between 1 "
+            f"and {len(lines)}")
     move_aside(out)
     out.mkdir(parents=True)
-    report = experiment(args, gold, device)
-    write_json(out / "report.json", plain(report))
+    report = experiment(args, lines, gold, device)
+    write_json(out / "report.json", report)
     print("\n" + "\n".join(describe(report)))
-    draw_overoptimization(plain(report), out / "overoptimization.png")
+    draw_overoptimization(report, out / "overoptimization.png")
 
 
 if __name__ == "__main__":
