@@ -17,15 +17,18 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.running.errors import UserError
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools.feedback import __main__ as feedback
-from minirlhf.tools.feedback.__main__ import Server, Session
-from minirlhf.tools.feedback.items import AHEAD, Policy, Sampler, find_templates, instruction_of
+from minirlhf.tools.feedback.__main__ import main, parse_args
+from minirlhf.tools.feedback.items import (AHEAD, Given, Policy, Sampler, find_templates, instruction_of,
+                                           load_policies, read_items, title_of, turns_of)
+from minirlhf.tools.feedback.server import PAGE, Server
+from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.stats import read_votes
-from minirlhf.tools.feedback.votes import Journal, comparison_row, item_id, lock, sidecar, to_line
+from minirlhf.tools.feedback.votes import (Journal, comparison_row, item_id, lock, read_address, sidecar, to_line,
+                                           write_address)
 from minirlhf.weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +114,7 @@ def test_undo_gives_back_the_ranking_and_takes_only_ones_own(tmp_path):
     before = (tmp_path / "votes.jsonl").read_bytes()
     s.vote("bob", item, [2, 1, 3, 3], 1)
     vote_by_text(s, "ann", str)
-    assert s.undo("bob") == {"undone": item, "ranks": [2, 1, 3, 3], "response": None}
+    assert s.undo("bob") == {"undone": item, "ranks": [2, 1, 3, 3], "response": None, "flags": [], "note": ""}
     s.undo("ann")
     assert (tmp_path / "votes.jsonl").read_bytes() == before
     assert s.undo("bob") == {"undone": None}
@@ -128,7 +131,7 @@ def test_a_repeated_vote_counts_once(tmp_path):
     "ranks", [[1, 2, 3], [1, 2, 3, 5], [0, 1, 2, 3], [2, 2, 3, 3], [1, 1, 1, True], [10**9] * 4, "1234", None])
 def test_ranks_that_are_none_are_refused(tmp_path, ranks):
     s = session(tmp_path)
-    with pytest.raises(feedback.Refusal):
+    with pytest.raises(UserError):
         s.vote("ann", s.next("ann")["item"], ranks, 1)
     assert rows_of(tmp_path) == []
 
@@ -145,7 +148,7 @@ def test_everyone_gets_the_same_items_or_with_people_1_each_gets_others(tmp_path
 def test_write_keeps_the_space_between_prompt_and_answer(tmp_path):
     s = session(tmp_path, Shelf(n=2, K=1), mode="write")
     s.write("ann", s.next("ann")["item"], "  Mine, with\r\ntwo lines. \n", 9)
-    with pytest.raises(feedback.Refusal):
+    with pytest.raises(UserError):
         s.write("ann", s.next("ann")["item"], " \n", 9)
     with pytest.raises(UserError, match="surrogate"):
         s.write("ann", s.next("ann")["item"], "half \ud800", 9)
@@ -160,7 +163,7 @@ def test_the_reward_model_trains_on_the_file_as_it_is(tmp_path, monkeypatch, pol
     s.vote("ann", s.next("ann")["item"], [1, 1, 1, 1], 1)
     monkeypatch.chdir(tmp_path)
     train_rm.main(["--model", str(policy_folder), "--data", "votes.jsonl", "--heldout", "", "--out", "rm",
-                   "--epochs", "1", "--normalise", "2", "--sample_tokens", "4"])
+                   "--epochs", "1"])
     assert json.loads((tmp_path / "rm/report.json").read_text())["reward_std"] > 0
 
 
@@ -205,10 +208,13 @@ def test_a_full_disk_loses_no_vote_and_confirms_none(tmp_path, monkeypatch):
 
 
 def test_two_servers_cannot_write_to_one_file(tmp_path):
-    with lock(tmp_path / "x.items.jsonl"):
-        with pytest.raises(UserError, match="another feedback server"):
-            lock(tmp_path / "x.items.jsonl")
-    lock(tmp_path / "x.items.jsonl").close()
+    with lock(tmp_path / "x.jsonl"):
+        with pytest.raises(UserError, match="another feedback server.*another name"):
+            lock(tmp_path / "x.jsonl")
+        write_address(tmp_path / "x.jsonl", url="http://127.0.0.1:8321/?token=abc")
+        with pytest.raises(UserError, match=r"its page is http://127.0.0.1:8321/\?token=abc$"):
+            lock(tmp_path / "x.jsonl")
+    lock(tmp_path / "x.jsonl").close()
 
 
 def test_comparison_row_is_what_the_embedded_world_writes():
@@ -219,6 +225,192 @@ def test_comparison_row_is_what_the_embedded_world_writes():
     assert made == row
     with pytest.raises(UserError, match="new row: ranks"):
         comparison_row("a", ["b", "c"], [1])
+
+
+# ---- flags, notes and revising ---------------------------------------------------------------------------------------
+
+REMARKS = {"flags": ["prompt broken"], "note": "Which nurse?"}
+
+
+def test_flags_and_a_note_are_kept_with_the_vote_or_the_skip_and_given_back(tmp_path):
+    s = session(tmp_path)
+    first, second, third = [item["item"] for item in s.sampler.items[:3]]
+    s.vote("ann", first, [1, 2, 3, 4], 1, REMARKS)
+    s.skip("ann", second, 1, REMARKS)
+    s.vote("ann", third, [1, 2, 3, 4], 1)
+    with_them, without = rows_of(tmp_path)
+    assert with_them.items() >= REMARKS.items() and rows_of(tmp_path, "votes.skips.jsonl")[0].items() >= REMARKS.items()
+    assert not {"flags", "note"} & set(without)
+    assert [row.ranks for row in read_comparisons(tmp_path / "votes.jsonl")]        # the readers ignore them
+    again = session(tmp_path)
+    assert again.undo("ann").items() >= {"undone": third, "flags": [], "note": ""}.items()
+    assert again.undo("ann").items() >= {"undone": second, **REMARKS}.items()
+
+
+def test_past_votes_are_listed_latest_first_and_only_ones_own(tmp_path):
+    s = session(tmp_path)
+    voted, _ = vote_by_text(s, "ann", str)
+    vote_by_text(s, "bob", str)
+    skipped = s.next("ann")["item"]
+    s.skip("ann", skipped, 1, REMARKS)
+    tied = s.next("ann")["item"]
+    s.vote("ann", tied, [1, 1, 1, 1], 1)
+    past = s.past("ann")["past"]
+    assert [row["item"] for row in past] == [tied, skipped, voted]
+    assert [row["skipped"] for row in past] == [False, True, False]
+    assert [row["best"] for row in past] == ["", "", " Answer 0 to Instruction 0."]
+    assert past[1].items() >= REMARKS.items() and past[2]["title"] == "Instruction 0"
+    assert s.past("eve") == {"past": []} and "out/sft" not in json.dumps(past)
+
+
+def test_revising_shows_the_vote_and_replaces_it_in_one_step(tmp_path):
+    s = session(tmp_path)
+    items = [vote_by_text(s, "ann", str)[0] for _ in range(3)]
+    before = (tmp_path / "votes.jsonl").read_bytes()
+    shown = s.revise("ann", items[0])
+    best = shown["answers"][shown["ranks"].index(1)]
+    assert best == " Answer 0 to Instruction 0." and (tmp_path / "votes.jsonl").read_bytes() == before
+    s.vote("ann", items[0], shown["ranks"][::-1], 2, {"note": "on second thoughts"}, revise=True)
+    s.vote("ann", items[0], shown["ranks"][::-1], 2, {"note": "on second thoughts"}, revise=True)     # sent twice
+    rows = rows_of(tmp_path)
+    assert [row["item"] for row in rows] == [items[1], items[2], items[0]] and rows[-1]["note"] == "on second thoughts"
+    again = session(tmp_path)
+    assert again.revise("ann", items[0])["ranks"] == shown["ranks"][::-1]
+    assert again.undo("ann")["undone"] == items[0]                      # as if it had been undone and voted on again
+    for name in (items[0], None, [], "x"):
+        with pytest.raises(UserError, match="not voted"):
+            again.revise("ann", name)
+
+
+def test_a_vote_is_revised_to_a_skip_and_back(tmp_path):
+    s = session(tmp_path)
+    item, _ = vote_by_text(s, "ann", str)
+    s.skip("ann", item, 1, revise=True)
+    assert rows_of(tmp_path) == [] and len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
+    s.vote("ann", item, [4, 3, 2, 1], 1, revise=True)
+    assert len(rows_of(tmp_path)) == 1 and rows_of(tmp_path, "votes.skips.jsonl") == []
+    assert s.next("ann")["votes"] == 1 and s.next("ann")["skips"] == 0
+
+
+def test_a_written_answer_is_revised(tmp_path):
+    s = session(tmp_path, Shelf(n=2, K=1), mode="write")
+    item = s.next("ann")["item"]
+    s.write("ann", item, "First try", 1)
+    assert s.past("ann")["past"][0]["best"] == " First try" == s.revise("ann", item)["response"]
+    s.write("ann", item, "Second try", 1, revise=True)
+    assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" Second try",)]
+
+
+def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, monkeypatch):
+    s = session(tmp_path)
+    item, _ = vote_by_text(s, "ann", str)
+    before = (tmp_path / "votes.jsonl").read_bytes()
+
+    def power_cut(*_):
+        raise OSError(5, "power cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", power_cut)
+        with pytest.raises(OSError):
+            s.vote("ann", item, [4, 3, 2, 1], 1, revise=True)
+        assert (tmp_path / "votes.jsonl").read_bytes() == before
+        with pytest.raises(OSError):
+            s.skip("ann", item, 1, revise=True)                         # the skip is on the disk, the vote still there
+    again = session(tmp_path)
+    assert rows_of(tmp_path) == [] and again.next("ann")["skips"] == 1
+    assert len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
+
+
+def test_a_ranking_comes_back_in_the_order_that_the_page_shows_now(tmp_path):
+    vote_by_text(session(tmp_path), "ann", str)
+    other = Session("rank", tmp_path / "votes.jsonl", Shelf(), [], seed=2, people=0)
+    shown = other.revise("ann", Shelf().items[0]["item"])
+    by_rank = [answer for _, answer in sorted(zip(shown["ranks"], shown["answers"]))]
+    assert by_rank == Shelf().items[0]["responses"] and other.undo("ann")["ranks"] == shown["ranks"]
+
+
+# ---- answers that exist already --------------------------------------------------------------------------------------
+
+def read_rows_as_items(folder, *rows):
+    (folder / "a.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    return read_items(folder / "a.jsonl")
+
+
+def test_answers_come_from_every_form_of_a_row_without_its_verdict(tmp_path, capsys):
+    found = read_rows_as_items(
+        tmp_path,
+        {"prompt": "a", "chosen": " x", "rejected": " y"},
+        {"prompt": "b", "responses": [" x", " y", " z"], "ranks": [3, 1, 2], "finished": [True, False, True]},
+        {"prompt": "c", "responses": [" x", " y"], "best": 1, "models": ["m", "n"]},
+        {"prompt": "d", "responses": [" x", " x", " y"], "finished": [False, True, True]},
+        {"prompt": "a", "chosen": " x", "rejected": " y", "annotator": "bob"},      # the same answers, judged twice
+        {"prompt": "e", "responses": [" x", " x"]},
+        {"prompt": "f", "responses": [" x"]},
+        {"prompt": "g", "responses": []})
+    assert [(item["prompt"], item["responses"], item["finished"], item["models"]) for item in found] == [
+        ("a", [" x", " y"], [True, True], []),
+        ("b", [" x", " y", " z"], [True, False, True], []),
+        ("c", [" x", " y"], [True, True], ["m", "n"]),
+        ("d", [" x", " y"], [False, True], [])]
+    said = capsys.readouterr().out
+    assert "left out 3 rows with fewer than two different answers" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"responses": ["a", "b"]}, 'a.jsonl:1: no "prompt"'),
+    ({"prompt": "p"}, 'a.jsonl:1: no "responses"'),
+    ({"prompt": "p", "responses": "ab"}, "a.jsonl:1: responses must be a list"),
+    ({"prompt": "p", "responses": ["a", 1]}, "a.jsonl:1: response must be a string"),
+    ({"prompt": "p", "responses": ["a", "b"], "finished": [True]}, "a.jsonl:1: finished must be"),
+    ({"prompt": "p", "responses": [str(k) for k in range(10)]}, "a.jsonl:1: more than 9 different answers"),
+    ({"prompt": "p", "responses": ["a"]}, "a.jsonl: no row has two different answers"),
+])
+def test_rows_that_hold_no_answers_are_named(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        read_rows_as_items(tmp_path, row)
+
+
+def test_given_answers_are_ranked_like_sampled_ones(tmp_path):
+    found = read_items(ROOT / "data/tiny/comparisons.jsonl")[:3]
+    s = session(tmp_path, Given(found))
+    for _ in range(3):
+        vote_by_text(s, "ann", str)
+    rows = read_comparisons(tmp_path / "votes.jsonl")
+    assert s.next("ann")["finished"] and [row.prompt for row in rows] == [item["prompt"] for item in found]
+    assert [list(row.responses) for row in rows] == [item["responses"] for item in found]
+    assert [list(row.finished) for row in rows] == [item["finished"] for item in found]
+
+
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt, turns", [
+    ("\n\nHuman: Hi\n\nAssistant: Hello.\nUser: is a word\n\nHuman: Bye\n\nAssistant:",
+     [("Human", "Hi"), ("Assistant", "Hello.\nUser: is a word"), ("Human", "Bye")]),
+    ("Human: Hi\n\nAssistant: Sure, here is", [("Human", "Hi"), ("Assistant", "Sure, here is")]),
+    ("User: Hi\nAssistant: Hello\nUser: two\nlines\nAssistant:",
+     [("User", "Hi"), ("Assistant", "Hello"), ("User", "two\nlines")]),
+    ("System: Be kind.\nUser: Hi\nAssistant: ", [("System", "Be kind."), ("User", "Hi")]),
+    ("A talk.\n\nHuman: Hi\n\nAssistant:", [("", "A talk."), ("Human", "Hi")]),
+    ("Do: A talk.\nUser: Hi\nBot: Yes\nSo:", [("", "A talk."), ("User", "Hi"), ("Bot", "Yes")]),
+    ("Tell me about Assistant: and Human: in a line", []),
+    ("User: bob\nPassword: x", []),
+    ("Write a story.", []),
+    ("", []),
+])
+def test_a_dialogue_is_shown_as_turns(prompt, turns):
+    templates = ["\n\nHuman: {instruction}\n\nAssistant:", "Do: {instruction}\nSo:"]
+    assert turns_of(prompt, templates) == turns
+
+
+def test_the_page_gets_the_turns_and_the_list_shows_the_last_one(tmp_path):
+    prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: " + "Bye " * 200 + "\n\nAssistant:"
+    shelf = Shelf(n=1)
+    shelf.items = [make_item(prompt, [" a", " b"])]
+    s = session(tmp_path, shelf)
+    shown = s.next("ann")
+    assert [speaker for speaker, _ in shown["turns"]] == ["Human", "Assistant", "Human"]
+    s.skip("ann", shown["item"], 1)
+    assert s.past("ann")["past"][0]["title"] == title_of(prompt, []) == ("Bye " * 75)
+    assert session(tmp_path / "x", Shelf()).next("ann")["turns"] == []
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -262,7 +454,7 @@ ANN = {"annotator": "Ann"}
 
 def test_the_page_and_its_actions(server, tmp_path):
     status, headers, page = get(server, f"/?token={server.token}")
-    assert status == 200 and page == feedback.PAGE.read_bytes()
+    assert status == 200 and page == PAGE.read_bytes()
     status, shown = post(server, "/next", ANN)
     assert status == 200 and shown["instruction"] == "Instruction 0" and len(shown["answers"]) == 4
     assert "out/sft" not in json.dumps(shown)                           # blind
@@ -271,6 +463,63 @@ def test_the_page_and_its_actions(server, tmp_path):
     assert post(server, "/skip", {**ANN, "item": post(server, "/next", ANN)[1]["item"]})[0] == 200
     assert post(server, "/undo", ANN)[1]["ranks"] is None
     assert post(server, "/undo", ANN)[1]["ranks"] == [1, 2, 2, 3]
+
+
+def test_flags_past_votes_revising_and_guidelines_by_the_server(server, tmp_path):
+    item = post(server, "/next", ANN)[1]["item"]
+    vote = {**ANN, "item": item, "ranks": [1, 2, 3, 4], "seconds": 2}
+    flags = {"flags": ["prompt broken", "all bad", "all bad"], "note": "  odd  "}
+    assert post(server, "/vote", {**vote, **flags})[0] == 200
+    assert rows_of(tmp_path)[0].items() >= {"flags": ["all bad", "prompt broken"], "note": "odd"}.items()
+    assert [row["item"] for row in post(server, "/past", ANN)[1]["past"]] == [item]
+    assert post(server, "/revise", {**ANN, "item": item})[1]["ranks"] == [1, 2, 3, 4]
+    assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1]})[0] == 200                     # a vote sent twice
+    assert post(server, "/revise", {**ANN, "item": item})[1]["ranks"] == [1, 2, 3, 4]
+    assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1], "revise": True, "flags": [], "note": " "})[0] == 200
+    row, = rows_of(tmp_path)
+    assert [row["ranks"][k] for k in row["order"]] == [4, 3, 2, 1] and not {"flags", "note"} & set(row)
+    assert post(server, "/guidelines", ANN) == (200, {"text": ""})
+
+
+@pytest.mark.parametrize("remarks", [
+    {"flags": ["other"]}, {"flags": "all bad"}, {"flags": [[]]}, {"flags": None}, {"note": 1}, {"note": None},
+    {"note": "x" * 5001}, {"note": "\ud800"}])
+def test_bad_flags_and_notes_are_refused(server, tmp_path, remarks):
+    item = server.session.next("Ann")["item"]
+    assert post(server, "/skip", {**ANN, "item": item, **remarks})[0] == 400
+    assert rows_of(tmp_path, "votes.skips.jsonl") == []
+
+
+def token_after_a_restart(folder, mode="rank", seed=1):
+    server = Server(0, Session(mode, folder / "votes.jsonl", Shelf(), [], seed=seed, people=0))
+    server.keep_address()
+    server.server_close()
+    return server.token
+
+
+def test_the_token_outlives_the_server_in_a_file_that_only_the_owner_can_read(tmp_path):
+    file = tmp_path / "votes.server.jsonl"
+    token = token_after_a_restart(tmp_path)
+    assert token_after_a_restart(tmp_path) == token and token in read_address(tmp_path / "votes.jsonl")["url"]
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o640)                                                   # somebody else may have read it
+    changed = token_after_a_restart(tmp_path)
+    assert changed != token and file.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in tmp_path.iterdir() if "server" in entry.name or "tmp" in entry.name] == [file.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"[]", b'{"url": 5, "mode": "rank", "seed": 1}',
+                                     b'{"url": "http://127.0.0.1:1/?token=", "mode": "rank", "seed": 1}'])
+def test_a_damaged_address_file_is_replaced(tmp_path, content):
+    file = tmp_path / "votes.server.jsonl"
+    file.write_bytes(content)
+    file.chmod(0o600)
+    assert len(token_after_a_restart(tmp_path)) == 32 and read_address(tmp_path / "votes.jsonl")
+
+
+def test_pages_that_show_another_order_do_not_keep_their_token(tmp_path):
+    tokens = [token_after_a_restart(tmp_path, **how) for how in ({}, {"seed": 2}, {"seed": 2, "mode": "judge"})]
+    assert len(set(tokens)) == 3
 
 
 def test_it_listens_on_loopback_only(server):
@@ -290,8 +539,6 @@ def test_it_listens_on_loopback_only(server):
     (403, dict(Origin="null")),
     (403, dict(Sec_Fetch_Site="cross-site")),
     (403, dict(Sec_Fetch_Site="same-site")),
-    (415, dict(Content_Type="text/plain")),
-    (415, dict(Content_Type=None)),
     (411, dict(Content_Length=None)),
     (411, dict(Content_Length="-1")),
     (411, dict(Content_Length="1e3")),
@@ -354,7 +601,7 @@ def test_text_of_a_model_is_data_to_the_page_never_html(server):
 
 
 def test_the_page_needs_nothing_from_elsewhere():
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", feedback.PAGE.read_text()))
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", PAGE.read_text()))
 
 
 def garbage(rng, server):
@@ -432,8 +679,8 @@ def policy_folder(tmp_path_factory):
 
 
 def sampler(folder, policy_folder, prompts, names=("a",), K=4):
-    args = feedback.parse_args(["rank", "--max_response", "8"])
-    policies = [Policy(name, *feedback.load_policies([policy_folder], "cpu")[0][1:]) for name in names]
+    args = parse_args(["rank", "--max_response", "8"])
+    policies = [Policy(name, *load_policies([policy_folder], "cpu")[0][1:]) for name in names]
     return Sampler(prompts, policies, K, Journal(folder / "x.items.jsonl"), args)
 
 
@@ -447,7 +694,7 @@ def wait_for(condition, seconds=20):
 def test_items_are_sampled_a_few_ahead_and_the_same_after_a_restart(tmp_path, policy_folder):
     prompts = [f"Tell story {i}." for i in range(20)]
     first = sampler(tmp_path, policy_folder, prompts)
-    first.start()
+    first.want(0)
     wait_for(lambda: len(first.items) == AHEAD)
     time.sleep(0.2)
     assert len(first.items) == AHEAD
@@ -458,19 +705,37 @@ def test_items_are_sampled_a_few_ahead_and_the_same_after_a_restart(tmp_path, po
     (tmp_path / "x.items.jsonl").write_bytes(b"".join(map(to_line, first.items[:2])))
     second = sampler(tmp_path, policy_folder, prompts)
     second.want(3)
-    second.start()
     wait_for(lambda: len(second.items) == 3 + AHEAD)
     second.stop()
     assert second.items == first.items == rows_of(tmp_path, "x.items.jsonl")
 
 
+def test_failed_sampling_is_shown_and_no_item_is_left_out(tmp_path, policy_folder, capsys):
+    broken = sampler(tmp_path, policy_folder, [f"Tell story {i}." for i in range(9)])
+    make_item = broken.make_item
+    broken.make_item = lambda index: make_item(index if index != 2 else 99)
+    s = session(tmp_path, broken)
+    broken.want(0)
+    wait_for(lambda: broken.error)
+    assert [item["prompt"] for item in broken.items] == ["Tell story 0.", "Tell story 1."]
+    for _ in range(2):
+        s.skip("ann", s.next("ann")["item"], 1)
+    with pytest.raises(RuntimeError, match="sampling stopped: IndexError"):
+        s.next("ann")
+    server = Server(0, s)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    status, reply = post(server, "/next", {"annotator": "ann"})
+    server.shutdown(), server.server_close(), broken.stop()
+    assert status == 500 and reply["error"].startswith("sampling stopped")
+
+
 def test_answers_are_dealt_out_to_the_policies_in_turn(tmp_path, policy_folder):
-    item = sampler(tmp_path, policy_folder, ["One."], names=("a", "b"), K=3).sample(0)
+    item = sampler(tmp_path, policy_folder, ["One."], names=("a", "b"), K=3).make_item(0)
     assert sorted(item["models"]) == ["a", "a", "b"] and len(set(item["responses"])) == 3
 
 
 def test_items_of_other_prompts_or_models_are_not_mixed_in(tmp_path, policy_folder):
-    Journal(tmp_path / "x.items.jsonl").append(sampler(tmp_path, policy_folder, ["One."]).sample(0))
+    Journal(tmp_path / "x.items.jsonl").append(sampler(tmp_path, policy_folder, ["One."]).make_item(0))
     sampler(tmp_path, policy_folder, ["One.", "Two."])
     for prompts, names in ((["Two."], ("a",)), (["One."], ("b",))):
         with pytest.raises(UserError, match="other prompts or models"):
@@ -504,26 +769,47 @@ def test_the_page_shows_the_bare_instruction(tmp_path):
     (["stats", "no.jsonl"], "no.jsonl"),
     (["export", "no.jsonl", "--out", "d"], "no.jsonl"),
     (["import", "no.json", "--out", "f"], "no.json"),
+    (["rank", "--answers_from", "no.jsonl"], "no.jsonl"),
+    (["rank", "--answers_from", "a.jsonl", "--policy", "p"], "--policy"),
+    (["rank", "--answers_from", "a.jsonl", "--out", "./a.jsonl"], "--answers_from and --out"),
+    (["rank", "--answers_from", "a.jsonl", "--guidelines", "no.md"], "--guidelines no.md"),
+    (["rank", "--answers_from", "a.jsonl", "--guidelines", "latin1.md"], "--guidelines latin1.md: not a text in UTF-8"),
 ])
-def test_mistakes_are_named(tmp_path, monkeypatch, argv, message):
+def test_mistakes_are_named(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)):
-        feedback.main(argv)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    (tmp_path / "latin1.md").write_bytes(b"\xe4")
+    with pytest.raises(SystemExit) as exit:
+        run_main(lambda: main(argv))
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_prompt_that_does_not_fit_is_named_with_its_line(tmp_path, monkeypatch, policy_folder):
     monkeypatch.chdir(tmp_path)
     Path("p.jsonl").write_text('{"prompt": "short"}\n' + json.dumps({"prompt": "long " * 200}) + "\n")
     with pytest.raises(UserError, match="p.jsonl:2.*more than 128"):
-        feedback.main(["rank", "--policy", str(policy_folder), "--prompts", "p.jsonl"])
+        main(["rank", "--policy", str(policy_folder), "--prompts", "p.jsonl"])
     with pytest.raises(UserError, match="temperature 0"):
-        feedback.main(["rank", "--policy", str(policy_folder), "--prompts", "p.jsonl", "--temperature", "0"])
+        main(["rank", "--policy", str(policy_folder), "--prompts", "p.jsonl", "--temperature", "0"])
 
 
-def start(folder, policy, *more):
-    """The real command in a process of its own -> process, port, token."""
+def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit):
+            run_main(lambda: main(["rank", "--answers_from", str(tmp_path / "a.jsonl"), "--port", port,
+                                   "--out", str(tmp_path / "votes.jsonl")]))
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --port {port}: ") and "--port 0" in said and said.count("\n") == 1
+
+
+def start(folder, policy, *more, port=0):
+    """The real command in a process of its own -> process, port, token. policy: a model, or a file with answers."""
+    source = "--policy" if Path(policy).is_dir() else "--answers_from"
     command = [sys.executable, "-m", "minirlhf.tools.feedback", "rank", "--max_response", "8", "--no_browser", "--port",
-               "0", "--n", "40", "--policy", str(policy), "--out", str(folder / "votes.jsonl"), *more]
+               str(port), "--n", "40", source, str(policy), "--out", str(folder / "votes.jsonl"), *more]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if found := re.search(r"http://127.0.0.1:(\d+)/\?token=(\S+)", line):
@@ -588,3 +874,21 @@ def test_ctrl_c_ends_judge_with_the_win_rate_and_stats_says_the_same(tmp_path, p
     assert "win rate 0.750, 95 % interval [0.531, 0.888]" in said and "sign test p = 0.041" in said
     assert 3 < sum(sides) < 17                                          # the sides are random
     assert len(read_votes(tmp_path / "judged.jsonl")) == 20
+
+
+@pytest.mark.slow
+def test_after_kill_9_and_a_restart_on_the_same_port_an_open_page_goes_on(tmp_path):
+    answers = ROOT / "data/tiny/comparisons.jsonl"
+    process, port, token = start(tmp_path, answers)
+    item = post(Address(port, token), "/next", ANN)[1]["item"]
+    process.kill()
+    process.wait()
+    process, port_again, token_again = start(tmp_path, answers, port=port)
+    assert (port_again, token_again) == (port, token)
+    assert post(Address(port, token), "/vote", {**ANN, "item": item, "ranks": [1, 2, 3, 4]}) == (200, {"saved": True})
+    second = subprocess.run([sys.executable, "-m", "minirlhf.tools.feedback", "rank", "--answers_from", str(answers),
+                             "--out", str(tmp_path / "votes.jsonl")], cwd=ROOT, capture_output=True, text=True)
+    process.kill()
+    process.wait()
+    assert second.returncode == 2 and f"127.0.0.1:{port}/?token={token}" in second.stderr
+    assert second.stderr.count("\n") == 1 and len(rows_of(tmp_path)) == 1

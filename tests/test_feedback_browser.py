@@ -107,10 +107,10 @@ class Browser:
 
 # ---- the real command and the real page ------------------------------------------------------------------------------
 
-def start(folder, mode, *more):
+def start(folder, mode, *more, port=0):
     """The command in a process of its own -> process and the address it prints."""
     command = [sys.executable, "-m", "minirlhf.tools.feedback", mode, "--max_response", "8", "--no_browser", "--port",
-               "0", "--out", str(folder / "votes.jsonl"), *map(str, more)]
+               str(port), "--out", str(folder / "votes.jsonl"), *map(str, more)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if found := re.search(r"http://\S+", line):
@@ -302,3 +302,205 @@ def test_nothing_is_wider_than_the_screen(tmp_path, browser, policy, width, heig
     heights = browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")
     assert len(heights) > 5 and not [height for height in heights if 0 < height < 40]   # a finger hits every button
     assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []
+
+
+# ---- answers that exist already: guidelines, turns, columns, flags, past votes, restarts -----------------------------
+
+DIALOGUE = "\n\nHuman: How do I keep basil?\n\nAssistant: In light. Where is it?\n\nHuman: By a window.\n\nAssistant:"
+
+
+def answers_file(folder, *rows):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"prompt": prompt, "responses": responses}) + "\n"
+                                            for prompt, responses in rows))
+    return folder / "a.jsonl"
+
+
+def set_size(browser, width, height):
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                mobile=width < 500)
+
+
+def texts(browser, css):
+    return browser.run("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", css)
+
+
+def test_guidelines_turns_a_flag_and_a_revised_vote(tmp_path, browser):
+    answers = answers_file(tmp_path, (DIALOGUE, [" Water it.", " Sell it.", " Eat it."]),
+                           ("Two?", [" Yes.", " No."]), ("Three?", [" a", " b", " c"]))
+    (tmp_path / "guide.md").write_text("# Aim\n\nBe **kind** and `exact`.\n\n- one\n- two\n\n```\n# code\n```\n")
+    _, url = start(tmp_path, "rank", "--answers_from", answers, "--guidelines", tmp_path / "guide.md")
+    browser.open(url)
+    enter(browser, "Ann")
+    browser.until(lambda: browser.shows("#guide"))                      # at the first visit
+    assert [texts(browser, f"#text {tag}") for tag in ("h2", "strong", "code", "li", "pre")] == [
+        ["Aim"], ["kind"], ["exact"], ["one", "two"], ["# code"]]
+    browser.press("1", "s")                                             # these mean nothing here
+    time.sleep(2)
+    closed = time.monotonic()
+    browser.press("enter")
+    assert len(shown(browser, 1)) == 3
+    assert texts(browser, ".turn b") == ["Human", "Assistant", "Human"] and not browser.shows("#instruction")
+    assert texts(browser, ".turn")[-1] == "HumanBy a window."           # no dangling "Assistant:"
+
+    first = by_keys(browser, 1, ["3", "2", "f", " "], [3, 2, 1])        # F goes to the first flag, the space sets it
+    browser.click("#note")
+    browser.press(*"s1u", "ctrl+enter")                                 # the keys are text in there
+    shown(browser, 2)
+    assert rows_of(tmp_path)[0].items() >= {"flags": ["all bad"], "note": "s1u"}.items()
+    assert rows_of(tmp_path)[0]["seconds"] < time.monotonic() - closed + 1      # without the time with the guidelines
+    browser.press("s")
+    shown(browser, 3)
+    assert not browser.shows("#remarks")                                # flags belong to one item
+    browser.press("1", "2")
+    browser.click("#guide-open")
+    browser.until(lambda: browser.shows("#guide"))
+    browser.press("escape")
+    assert texts(browser, ".badge") == ["1st, best", "2nd", "3rd"]      # what was chosen is still there
+
+    browser.press("p")
+    browser.until(lambda: browser.shows("#past"))
+    rows = texts(browser, "#list li")
+    assert "Two?" in rows[0] and "Skipped" in rows[0] and "By a window." in rows[1] and "all bad · s1u" in rows[1]
+    browser.click("#list li:nth-child(2) button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
+    assert texts(browser, ".badge") == ["3rd", "2nd", "1st, best"] and browser.shows("#note")
+    assert browser.run("return document.querySelector('#note').value") == "s1u"
+    before = (tmp_path / "votes.jsonl").read_bytes()
+    browser.click("#cancel")
+    shown(browser, 3)
+    assert (tmp_path / "votes.jsonl").read_bytes() == before
+    browser.press("p")
+    browser.until(lambda: browser.shows("#past"))
+    browser.click("#list li:nth-child(2) button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
+    browser.press("escape", "2", "1", "enter")
+    shown(browser, 3)
+    row, = rows_of(tmp_path)
+    given = {text.strip(): rank for text, rank in zip(row["responses"], row["ranks"])}
+    assert given == expect(first, [2, 1, 3]) and row["flags"] == ["all bad"]
+
+    browser.press("p")                                                  # the skipped pair becomes a vote
+    browser.until(lambda: browser.shows("#past"))
+    browser.click("#list li:nth-child(2) button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
+    browser.press("2")
+    shown(browser, 3)
+    assert rows_of(tmp_path, "votes.skips.jsonl") == [] and rows_of(tmp_path)[1]["prompt"] == "Two?"
+    browser.ask("POST", "/refresh", {})
+    shown(browser, 3)                                                   # the guidelines were seen: not again
+
+
+def test_an_open_page_goes_on_after_a_restart_on_the_same_port(tmp_path, browser):
+    answers = answers_file(tmp_path, *[(f"P{n}", [" a", " b"]) for n in range(3)])
+    process, url = start(tmp_path, "rank", "--answers_from", answers)
+    browser.open(url)
+    enter(browser, "Ann")
+    shown(browser, 1)
+    process.kill()
+    process.wait()
+    browser.press("1")
+    browser.until(lambda: browser.shows("#alarm"))
+    assert start(tmp_path, "rank", "--answers_from", answers, port=int(re.search(r":(\d+)/", url)[1]))[1] == url
+    browser.click("#alarm button")
+    shown(browser, 2)
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_many_long_answers_fit_a_desktop_and_scroll_one_by_one(tmp_path, browser):
+    long, dialogue = " word" * 250, "Human: " + "question " * 500 + "\n\nAssistant:"
+    answers = answers_file(tmp_path, *[(prompt, [f" {k}{long}" for k in range(K)])
+                                       for K in (4, 5, 6, 7, 8, 9) for prompt in ("Short.", dialogue, "x " * 2000)])
+    _, url = start(tmp_path, "rank", "--answers_from", answers)
+    set_size(browser, 1280, 800)
+    browser.open(url)
+    enter(browser, "Ann")
+    for number in range(1, 19):
+        shown(browser, number)
+        high, foot, heights = browser.run("""return [document.documentElement.scrollHeight,
+            document.querySelector("#foot").getBoundingClientRect().top,
+            [...document.querySelectorAll(".answer")].map(e => [e.offsetHeight, e.getBoundingClientRect().bottom])]""")
+        assert high <= 800 and all(bottom <= foot for _, bottom in heights)
+        assert min(height for height, _ in heights) >= 90               # at least three lines of each
+        if number == 9:
+            browser.press("tab")
+            browser.run("document.querySelector('.answer').focus()")
+            browser.press("\ue015")                                     # arrow down
+            browser.until(lambda: browser.run("return document.querySelector('.answer .text').scrollTop") > 0)
+        browser.press("s")
+    browser.until(lambda: browser.shows("#finished"))
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (320, 568)])
+def test_a_dialogue_flags_and_past_votes_fit_a_phone(tmp_path, browser, width, height):
+    answers = answers_file(tmp_path, (DIALOGUE + " x" * 2000, [" a" * 300, " b" * 300, "w" * 300, " d"]),
+                           (DIALOGUE, ["a", "b"]))
+    (tmp_path / "guide.md").write_text("w" * 300 + "\n\n```\n" + "w" * 300 + "\n```\n")
+    _, url = start(tmp_path, "rank", "--answers_from", answers, "--guidelines", tmp_path / "guide.md")
+    set_size(browser, width, height)
+    browser.open(url)
+    enter(browser, "Ann")
+
+    def fits():
+        heights = browser.run("return [...document.querySelectorAll('button, label')].map(e => e.offsetHeight)")
+        return browser.run("return document.documentElement.scrollWidth") <= width \
+            and not [each for each in heights if 0 < each < 24]
+    browser.until(lambda: browser.shows("#guide"))
+    assert fits()
+    browser.click("#guide .primary")
+    shown(browser, 1)
+    browser.click("#flag")
+    assert fits() and browser.run("return document.querySelector('#turns').offsetHeight") < height / 2
+    browser.click("#skip")
+    shown(browser, 2)
+    browser.click("#past-open")
+    browser.until(lambda: browser.shows("#past"))
+    assert fits()
+    browser.click("#list button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
+    assert fits()
+    assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []
+
+
+def test_after_the_guidelines_one_can_write_at_once_and_revise_it_later(tmp_path, browser):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": DIALOGUE}) + "\n" + json.dumps({"prompt": "P"}) + "\n")
+    (tmp_path / "guide.md").write_text("Be kind.")
+    _, url = start(tmp_path, "write", "--prompts", tmp_path / "p.jsonl", "--guidelines", tmp_path / "guide.md")
+    browser.open(url)
+    enter(browser, "Ann")
+    browser.until(lambda: browser.shows("#guide"))
+    browser.press("enter")
+    browser.until(lambda: browser.shows("#response"))
+    browser.press(*"spuf")                                              # the cursor is in the text: no commands
+    assert browser.run("return document.querySelector('#response').value") == "spuf"
+    browser.press("ctrl+enter")
+    shown(browser, 2)
+    assert [row["response"] for row in rows_of(tmp_path)] == [" spuf"]
+    browser.press("escape", "p")
+    browser.until(lambda: browser.shows("#past"))
+    browser.click("#list button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
+    browser.press("!", "ctrl+enter")
+    shown(browser, 2)
+    text, = [row["response"] for row in rows_of(tmp_path)]
+    assert sorted(text) == sorted(" spuf!")
+
+
+def test_hostile_turns_guidelines_notes_and_past_votes_stay_text(tmp_path, browser):
+    answers = answers_file(tmp_path, (f"Human: {EVIL}\n\nAssistant:", [" " + EVIL, " b"]), ("P", ["a", "b"]))
+    (tmp_path / "guide.md").write_text(f"# {EVIL}\n\n- **{EVIL}**\n\n`{EVIL}`\n\n```\n{EVIL}\n```\n")
+    _, url = start(tmp_path, "rank", "--answers_from", answers, "--guidelines", tmp_path / "guide.md")
+    browser.open(url)
+    enter(browser, "Ann")
+    browser.until(lambda: browser.shows("#guide"))
+    assert [texts(browser, f"#text {tag}") for tag in ("h2", "li", "code", "pre")] == [[EVIL]] * 4 and unharmed(browser)
+    browser.press("enter")
+    k = 1 + shown(browser, 1).index(EVIL)
+    assert texts(browser, ".turn") == ["Human" + EVIL] and unharmed(browser)
+    browser.press("f")
+    browser.click("#note")
+    browser.press(*EVIL)
+    browser.press("escape", str(k))
+    shown(browser, 2)
+    browser.click("#past-open")
+    browser.until(lambda: browser.shows("#past"))
+    assert rows_of(tmp_path)[0]["note"] == EVIL and texts(browser, "#list li")[0].count(EVIL) == 3 and unharmed(browser)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.running.errors import UserError
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.data import read_comparisons
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools.feedback.labelstudio import export_file, import_file
+from minirlhf.tools.feedback.stats import read_votes
 from minirlhf.tools.feedback.votes import comparison_row, item_id, to_line
 from minirlhf.weights import save_pretrained
 
@@ -28,7 +29,7 @@ LIST = {"prompt": "P", "items": [{"id": name, "title": "", "body": f" {name}"} f
 
 
 def rows_of(file):
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(file).read_bytes().splitlines()]
 
 
 def vote(prompt, responses, ranks, annotator, n=0):
@@ -81,21 +82,51 @@ def run_import(tmp_path, value, *args, **kwargs):
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 def test_a_round_trip_is_exact_to_the_byte(tmp_path):
-    for kind, rows in (("pairwise", [row for row in votes() if len(row["ranks"]) == 2]),
-                       ("ranker", [row for row in votes() if len(row["ranks"]) > 2])):
+    mine = [votes()[i] for i in (0, 1, 4, 5)]                            # one person's vote on each item
+    for kind, rows in (("pairwise", mine[:2]), ("ranker", mine[2:])):
         source, folder, back = tmp_path / f"{kind}.jsonl", tmp_path / kind, tmp_path / f"{kind}_back.jsonl"
         source.write_bytes(b"".join(map(to_line, rows)))
         export_file(source, folder)
-        import_file(folder / f"{kind}_tasks.json", back, several="each")
+        import_file(folder / f"{kind}_tasks.json", back)
         assert back.read_bytes() == source.read_bytes()
+
+
+def test_the_votes_of_several_people_come_back_in_one_row(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, votes())))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
+    four, three = rows_of(tmp_path / "b.jsonl")
+    assert (four["ranks"], four["names"], four["models"]) == ([1, 1, 2, 3], ["ann", "bob"], ["out/sft"] * 4)
+    assert four["finished"] == [True, True, True, False] and three == votes()[5]
+
+    def said_by(file):
+        return [(vote["item"], vote["annotator"], vote["ranks"]) for vote in read_votes(file) if len(vote["ranks"]) > 2]
+    assert sorted(said_by(tmp_path / "a.jsonl")) == sorted(said_by(tmp_path / "b.jsonl"))
+    import_file(tmp_path / "ls/pairwise_tasks.json", tmp_path / "c.jsonl")
+    assert rows_of(tmp_path / "c.jsonl") == [votes()[1]]
+    assert "1 items without a majority" in capsys.readouterr().out
 
 
 def test_the_embedded_world_comes_back_too(tmp_path):
     lines = (TESTS.parent / "data/tiny/comparisons_test.jsonl").read_bytes().splitlines(keepends=True)[:100]
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
-    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl", several="each")
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
     assert rows_of(tmp_path / "b.jsonl") == rows_of(tmp_path / "a.jsonl")
+
+
+def test_extra_fields_come_back_whatever_their_names_and_texts(tmp_path):
+    row = {**vote("P", [" a", " b"], [1, 2], "ann"), "where": "here", "several": 2, "note": "half \ud800"}
+    (tmp_path / "a.jsonl").write_bytes(to_line(row))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    import_file(tmp_path / "ls/pairwise_tasks.json", tmp_path / "b.jsonl")
+    assert rows_of(tmp_path / "b.jsonl") == rows_of(tmp_path / "a.jsonl") == [row]
+
+
+@pytest.mark.parametrize("partial", [None, {}, {"order": [1, 0]}, {"extra": None, "finished": None}])
+def test_without_what_export_added_the_ranking_still_counts(tmp_path, partial):
+    row, = run_import(tmp_path, tasks("pairwise", left(), data={**PAIR, "minirlhf": partial}))
+    assert row["responses"][row["ranks"].index(1)] == " l"
 
 
 def test_pairs_and_best_of_k_keep_their_meaning(tmp_path):
@@ -135,32 +166,35 @@ def test_what_was_sampled_can_be_exported_unranked_in_a_random_order(tmp_path):
         assert row["responses"][row["ranks"].index(1)] == task["data"]["answer1"]
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_what_is_there_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(to_line(votes()[0]))
-    with pytest.raises(UserError, match="not empty"):
-        export_file(tmp_path / "a.jsonl", tmp_path)
-    with pytest.raises(UserError, match="exists"):
-        import_file(tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(tasks("pairwise", left())))
+    before = (tmp_path / "a.jsonl").read_bytes()
+    for function, source, target in ((export_file, "a.jsonl", "."), (import_file, "a.json", "a.jsonl")):
+        with pytest.raises(SystemExit):
+            run_main(lambda: function(tmp_path / source, tmp_path / target))
+        assert capsys.readouterr().err == f"error: {tmp_path / target}: File exists\n"
+    assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
 # ---- what Label Studio really writes ---------------------------------------------------------------------------------
 
 def test_pairwise_as_label_studio_wrote_it(tmp_path, capsys):
-    import_file(TESTS / "fixtures_labelstudio_pairwise.json", tmp_path / "out.jsonl", several="each")
+    import_file(TESTS / "fixtures_labelstudio_pairwise.json", tmp_path / "out.jsonl")
     rows = rows_of(tmp_path / "out.jsonl")
-    assert [row["annotator"] for row in rows] == ["ann", "bob", "ann", "ann", "1", "1", "1"]
-    assert [row["ranks"] for row in rows[:4]] == [[2, 1], [1, 2], [1, 1], [1, 2]]
-    assert [row["ranks"] for row in rows[4:]] == [[1, 2], [2, 1], [1, 1]]
-    assert all(row["seconds"] == 7.5 and row["time"].startswith("20") for row in rows[4:])
-    assert "1 skipped or cancelled, 1 empty" in capsys.readouterr().out
+    assert [row["annotator"] for row in rows] == ["ann", "ann", "1", "1", "1"]
+    assert [row["ranks"] for row in rows] == [[1, 1], [1, 2], [1, 2], [2, 1], [1, 1]]
+    assert all(row["seconds"] == 7.5 and row["time"].startswith("20") for row in rows[2:])
+    assert "1 skipped or cancelled, 1 without a ranking, 1 items without a majority" in capsys.readouterr().out
 
 
 def test_ranker_as_label_studio_wrote_it(tmp_path, capsys):
-    import_file(TESTS / "fixtures_labelstudio_ranker.json", tmp_path / "out.jsonl", several="each")
+    import_file(TESTS / "fixtures_labelstudio_ranker.json", tmp_path / "out.jsonl")
     rows = rows_of(tmp_path / "out.jsonl")
-    assert [row["ranks"] for row in rows[:4]] == [[2, 1, 3, 3], [1, 2, 3, 4], [3, 1, 2], [1, 1, 1]]
-    assert [row["ranks"] for row in rows[4:]] == [[2, 2, 1], [1, 2, 3]]
-    assert "1 with answers left unranked, 1 skipped or cancelled, 1 empty" in capsys.readouterr().out
+    assert rows[0]["annotators"] == [[2, 1, 3, 3], [1, 2, 3, 4]] and rows[0]["names"] == ["ann", "bob"]
+    assert [row["ranks"] for row in rows] == [[1, 1, 2, 3], [3, 1, 2], [1, 1, 1], [2, 2, 1], [1, 2, 3]]
+    said = capsys.readouterr().out
+    assert "1 with answers left unranked, 1 skipped or cancelled, 1 without a ranking" in said
 
 
 @pytest.mark.skipif(not os.environ.get("MINIRLHF_REAL_DATA"), reason="MINIRLHF_REAL_DATA is not set")
@@ -178,8 +212,7 @@ def test_the_real_export_has_32_comparisons_18_left_and_14_right_and_trains(tmp_
     save_pretrained(GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=512, n_embd=16, n_layer=1, n_head=2)),
                     tmp_path / "sft")
     save_tokenizer(tokenizer, tmp_path / "sft")
-    train_rm.main(["--model", "sft", "--data", "real.jsonl", "--heldout", "", "--out", "rm", "--epochs", "2",
-                   "--normalise", "2", "--sample_tokens", "4"])
+    train_rm.main(["--model", "sft", "--data", "real.jsonl", "--heldout", "", "--out", "rm", "--epochs", "2"])
     assert (tmp_path / "rm/report.json").exists()
 
 
@@ -198,7 +231,7 @@ def test_rankings(tmp_path, value, ranks):
 
 
 @pytest.mark.parametrize("annotation, reason", [
-    (left(was_cancelled=True), "1 skipped or cancelled"), ({"result": []}, "1 empty"),
+    (left(was_cancelled=True), "1 skipped or cancelled"), ({"result": []}, "1 without a ranking"),
     ({"result": [{"type": "textarea", "value": {"text": ["hm"]}}]}, "1 without a ranking"),
     ({"result": left()["result"] + right()["result"]}, "1 contradicting themselves"),
 ])
@@ -210,15 +243,15 @@ def test_what_says_nothing_is_dropped_with_its_reason(tmp_path, capsys, annotati
 
 
 @pytest.mark.parametrize("kind, value, message", [
-    ("pairwise", {"selected": "middle"}, "selected is \"middle\""),
-    ("pairwise", {}, "selected is null"),
+    ("pairwise", {"selected": "middle"}, "selected is 'middle'"),
+    ("pairwise", {}, "selected is None"),
     ("choices", {"choices": ["maybe"]}, "maybe"),
-    ("ranker", {"ranker": {"rank": ["x", "y", "w"]}}, "answer 'w'"),
-    ("ranker", {"ranker": {"rank": ["x", "x", "y", "z"]}}, "answer 'x'"),
+    ("ranker", {"ranker": {"rank": ["x", "y", "w"]}}, "'x', 'y', 'w'.*'x', 'y', 'z'"),
+    ("ranker", {"ranker": {"rank": ["x", "x", "y", "z"]}}, "'x', 'x', .*ranked once each"),
     ("ranker", {"ranker": {"good": ["x"], "bad": ["y", "z"]}}, "order of the buckets good, bad"),
-    ("ranker", {"ranker": {"rank": "xyz"}}, "lists of ids"),
+    ("ranker", {"ranker": {"rank": "xyz"}}, "no \"rank\" that is a list"),
     ("ranker", {"ranker": []}, "no \"ranker\""),
-    ("ranker", {"ranker": {"rank 1": "xyz"}}, "lists of ids"),
+    ("ranker", {"ranker": {"rank 1": "xyz"}}, "no \"rank 1\" that is a list"),
 ])
 def test_what_is_unknown_is_an_error_that_names_the_task(tmp_path, kind, value, message):
     with pytest.raises(UserError, match="task 7.*" + message):
@@ -227,15 +260,19 @@ def test_what_is_unknown_is_an_error_that_names_the_task(tmp_path, kind, value, 
 
 @pytest.mark.parametrize("value, message", [
     ({}, "not a list"),
-    ([1], "task 0: no \"data\""),
-    ([{"id": 7}], "task 7: no \"data\""),
+    ([1], "not a list of annotated tasks"),
     ([{"id": 7, "data": {}}], "JSON-MIN"),
+    ([{"id": 7, "annotations": []}], "task 7: no \"data\""),
+    ([{"id": 7, "data": {}, "annotations": 1}], "task 7: no \"annotations\" that is a list"),
+    (tasks("pairwise", left(), data={**PAIR, "minirlhf": 7}), "task 7: no \"minirlhf\" that is a dict in"),
+    (tasks("pairwise", left(), data={**PAIR, "minirlhf": {"extra": [1]}}), "task 7: no \"extra\" that is a dict in"),
     (tasks("pairwise", left(), data={"prompt": "P", "answer1": " l"}), "task 7: no \"answer2\""),
-    (tasks("pairwise", left(), data={"question": "P"}), "task 7: no \"prompt\" that is a str .found: question"),
+    (tasks("pairwise", left(), data={"question": "P"}), "task 7: no \"prompt\" that is a str in .'question"),
     (tasks("pairwise", {"result": None}), "task 7: no \"result\""),
     (tasks("pairwise", {"result": [1]}), "task 7: no \"type\""),
     (tasks("pairwise", left(), data={**PAIR, "minirlhf": {"order": [0, 0]}}), "task 7: its order"),
-    (tasks("pairwise", left(), data={"prompt": "", "answer1": "l", "answer2": "r"}), "task 7: the prompt is empty"),
+    (tasks("pairwise", left(), data={**PAIR, "prompt": ""}), "task 7: new row: the prompt is empty"),
+    (tasks("pairwise", left(), data={**PAIR, "minirlhf": {"finished": 5}}), "task 7: new row: finished must be"),
 ])
 def test_malformed_exports_are_named(tmp_path, value, message):
     with pytest.raises(UserError, match=message):
@@ -243,23 +280,20 @@ def test_malformed_exports_are_named(tmp_path, value, message):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_several_annotators(tmp_path, capsys):
-    two_to_one, split = tasks("pairwise", left(), right(), left()), tasks("pairwise", left(), right())
-    assert run_import(tmp_path, two_to_one)[0]["ranks"] == [1, 2]
-    assert run_import(tmp_path, two_to_one)[0]["annotators"] == [[1, 2], [2, 1], [1, 2]]
-    assert [row["ranks"] for row in run_import(tmp_path, two_to_one, "each")] == [[1, 2], [2, 1], [1, 2]]
-    for value, several, reason in ((two_to_one, "drop", "1 items on which the annotators differ"),
-                                   (split, "majority", "1 items without a majority")):
-        with pytest.raises(UserError, match=reason):
-            run_import(tmp_path, value, several)
-    assert len(run_import(tmp_path, tasks("pairwise", left(), left()), "drop")) == 1
+def test_several_annotators(tmp_path):
+    row, = run_import(tmp_path, tasks("pairwise", left(), right(), left()))
+    assert (row["ranks"], row["annotators"]) == ([1, 2], [[1, 2], [2, 1], [1, 2]])
+    row, = run_import(tmp_path, tasks("pairwise", *[said("choices", {"choices": ["tie"]})] * 2))
+    assert row["ranks"] == [1, 1]                                       # they agree on a tie
+    with pytest.raises(UserError, match="1 items without a majority"):
+        run_import(tmp_path, tasks("pairwise", left(), right()))
 
 
 def test_a_later_annotation_of_the_same_person_replaces_the_earlier(tmp_path, capsys):
     early = left(completed_by=5, updated_at="2026-01-01T00:00:00Z")
     late = right(completed_by=5, updated_at="2026-01-02T00:00:00Z")
     for order in ((early, late), (late, early)):
-        rows = run_import(tmp_path, tasks("pairwise", *order), "each")
+        rows = run_import(tmp_path, tasks("pairwise", *order))
         assert [(row["annotator"], row["ranks"]) for row in rows] == [("5", [2, 1])]
         assert "1 replaced by a later one" in capsys.readouterr().out
 

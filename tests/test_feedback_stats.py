@@ -5,11 +5,10 @@ import json
 import math
 import random
 
-import numpy as np
 import pytest
 
-from minirlhf.tools.feedback.stats import (agreements, bradley_terry, cohen_kappa, duel, first_places, print_stats,
-                                           read_votes, verdicts, win_matrix)
+from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, first_places, print_stats, read_votes,
+                                           verdicts)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
@@ -26,35 +25,6 @@ def test_kappa_at_the_edges():
     assert math.isnan(cohen_kappa([1, 1], [1, 1]))
     rng = random.Random(1)
     assert abs(cohen_kappa(rng.choices([0, 1], [9, 1], k=20000), rng.choices([0, 1], [8, 2], k=20000))) < 0.02
-
-
-def likelihood(strengths, wins):
-    pairs = itertools.permutations(range(len(wins)), 2)
-    return sum(-wins[i][j] * math.log1p(math.exp(strengths[j] - strengths[i])) for i, j in pairs)
-
-
-def test_bradley_terry_of_two_is_the_log_odds_and_of_four_the_published_one():
-    assert bradley_terry([[0, 30], [10, 0]]) == pytest.approx([math.log(3) / 2, -math.log(3) / 2])
-    wins = [[0, 2, 0, 1], [3, 0, 5, 0], [0, 3, 0, 1], [4, 0, 3, 0]]         # Wikipedia, "Bradley-Terry model"
-    p = np.exp(bradley_terry(wins))
-    assert p / p.sum() == pytest.approx([0.139, 0.226, 0.143, 0.492], abs=5e-4)
-
-
-def test_bradley_terry_is_the_most_likely_and_finds_what_was_simulated():
-    rng, truth = np.random.default_rng(1), np.array([0.8, 0.1, -0.2, -0.7])
-    chance = 1 / (1 + np.exp(truth[None, :] - truth[:, None]))
-    upper = np.triu(rng.binomial(3000, chance), 1)
-    wins = upper + np.tril(3000 - upper.T, -1)
-    found = bradley_terry(wins)
-    assert found == pytest.approx(truth.tolist(), abs=0.06) and sum(found) == pytest.approx(0)
-    for i, step in itertools.product(range(4), (-0.01, 0.01)):
-        assert likelihood(found, wins) > likelihood([s + step * (i == k) for k, s in enumerate(found)], wins)
-
-
-@pytest.mark.parametrize("wins",
-                         [[[0, 5], [0, 0]], [[0, 1, 0], [1, 0, 0], [0, 0, 0]], [[0, 1, 1], [1, 0, 1], [0, 0, 0]]])
-def test_bradley_terry_says_when_there_is_no_answer(wins):
-    assert bradley_terry(wins) is None
 
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
@@ -79,15 +49,15 @@ def test_verdicts_are_those_of_every_pair():
 def test_agreement_counts_only_what_both_have_judged(tmp_path):
     rows = [vote("a", [1, 2, 3]), vote("a", [1, 3, 2], "bob"), vote("b", [1, 2]), vote("c", [1, 2], "bob"),
             vote("d", [1, 1]), vote("d", [2, 1], "bob")]
-    assert agreements(read_votes(write(tmp_path, rows))) == {("ann", "bob"): ([1, 1, 1, 0], [1, 1, -1, -1])}
+    assert agreements(read_votes(write(tmp_path, rows))) == {("ann", "bob"): [(1, 1), (1, 1), (1, -1), (0, -1)]}
 
 
 def test_position_bias_is_seen_where_it_stood_not_where_it_is_written(tmp_path):
     rows = [vote(f"p{i}", [1, 2] if i % 2 else [2, 1], order=[0, 1] if i % 2 else [1, 0])
             for i in range(10)] + [vote("tie", [1, 1])]
-    places, known = first_places(read_votes(write(tmp_path, rows)))
-    assert places == {0: 10} and len(known) == 10
-    assert first_places(read_votes(write(tmp_path, [vote("p", [1, 1, 2], order=[2, 0, 1])])))[0] == {1: 0.5, 2: 0.5}
+    assert first_places(read_votes(write(tmp_path, rows))) == {0: [(1, 1 / 2)] * 10, 1: [(0, 1 / 2)] * 10}
+    places = first_places(read_votes(write(tmp_path, [vote("p", [1, 1, 2], order=[2, 0, 1])])))
+    assert places == {0: [(0, 1 / 3)], 1: [(0.5, 1 / 3)], 2: [(0.5, 1 / 3)]}
 
 
 def test_a_duel_is_counted_in_prompts_whoever_and_however_many_judged_them(tmp_path):
@@ -102,7 +72,6 @@ def test_a_duel_is_counted_in_prompts_whoever_and_however_many_judged_them(tmp_p
     ]
     votes = read_votes(write(tmp_path, rows))
     assert duel(votes, "a", "b") == (1, 2, 1) == duel(votes, "b", "a")
-    assert win_matrix(votes, ["a", "b"]).tolist() == [[0, 3.5], [2.5, 0]]
 
 
 def test_stats_prints_what_the_file_holds(tmp_path, capsys):
@@ -116,8 +85,22 @@ def test_stats_prints_what_the_file_holds(tmp_path, capsys):
     said = capsys.readouterr().out
     for line in ("5 votes on 3 items, 15 pairs", "ties       4 of 15 pairs; 1 votes are all ties", "skips      1",
                  "ann: 3 votes, half within 4.0 s, 900 an hour", "ann and bob: 0.500 of 6 pairs",
-                 "x against y: 1 wins, 2 ties, 0 losses on 3 prompts", "strength   x: +"):
+                 "x against y: 1 wins, 2 ties, 0 losses on 3 prompts", "x against z:", "y against z:"):
         assert line in said
+
+
+def test_stats_counts_the_items_that_carry_a_flag(tmp_path, capsys):
+    rows = [{**vote("p0", [1, 2]), "flags": ["all bad"], "note": "dull"},
+            {**vote("p0", [1, 2], "bob"), "flags": ["all bad", "prompt broken"]},
+            {**vote("p1", [1, 2]), "flags": ["all bad"]}, {**vote("p2", [1, 2]), "flags": 5, "note": ""}]
+    file = write(tmp_path, rows)
+    skips = [{"item": "s", "flags": ["prompt broken"]}, {"item": "t", "note": "hm"}]
+    (tmp_path / "votes.skips.jsonl").write_bytes(b"".join(map(to_line, skips)))
+    print_stats(file)
+    said = capsys.readouterr().out
+    assert "skips      2" in said and said.count("  flag ") == 3
+    for line in ("all bad: 2 items", "prompt broken: 2 items", "with a note: 2 items"):
+        assert f"  flag       {line}\n" in said
 
 
 def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
@@ -127,3 +110,14 @@ def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
     print_stats(file)
     said = capsys.readouterr().out
     assert "3 votes on 1 items" in said and "annotator 1 and annotator 3: 1.000 of 1 pairs" in said
+
+
+@pytest.mark.parametrize("damage", [
+    {"annotators": 5}, {"annotators": [1, [2, 1], "x"]}, {"annotators": [[2, 1], [1, 2]], "names": [[], 1]},
+    {"models": 3}, {"models": ["a"]}, {"models": [1, []]}, {"order": "ab"}, {"order": 5}, {"order": [7, 8]},
+    {"seconds": "x"}, {"annotator": [1]},
+])
+def test_damaged_extra_fields_are_ignored(tmp_path, capsys, damage):
+    file = write(tmp_path, [{**vote("p", [1, 2], models=["a", "b"]), **damage}, vote("q", [1, 2], models=["a", "b"])])
+    print_stats(file)
+    assert "on 2 items" in capsys.readouterr().out

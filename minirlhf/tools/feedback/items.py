@@ -1,26 +1,27 @@
-"""What people are shown: prompts, and answers that are sampled a few prompts before anyone asks for them."""
+"""What people are shown: prompts, and answers that are read from a file or sampled before anyone asks for them."""
 
-import json
 import re
 import sys
-import threading
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from minirlhf.running.compute import generator
-from minirlhf.running.errors import UserError
-from minirlhf.generate import respond
+from minirlhf.data import stop_of
+from minirlhf.files.jsonl import field, finished_field, is_list_of, read_jsonl, text, text_field
+from minirlhf.files.tensors import read_json
 from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.generate import decode, respond
+from minirlhf.running.compute import generator
+from minirlhf.running.errors import require
 from minirlhf.tools.feedback.votes import item_id
 from minirlhf.weights import from_pretrained
 
-AHEAD = 4           # items that are ready before anyone asks for them
+MOST = 9            # answers to a prompt: the keys are 1 to 9
+AHEAD = 4           # how many items are sampled before anyone asks for them
+ROUNDS = 4          # how often sampling is repeated for a prompt if answers have the same text
 
 
-class Policy(NamedTuple):
-    name: str
-    model: object
-    tokenizer: object
+Policy = namedtuple("Policy", "name model tokenizer")
 
 
 def load_policies(folders, device):
@@ -28,21 +29,17 @@ def load_policies(folders, device):
             for folder in folders]
 
 
+# ---- the instruction inside a prompt ---------------------------------------------------------------------------------
+
 def find_templates(prompts, folders):
     """The templates of a data set: in meta.json beside its prompts, or in the run.json of a policy trained on it."""
-    templates = []
-    for file in [Path(prompts).parent / "meta.json", *(Path(folder) / "run.json" for folder in folders)]:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error})") from None
-        values = values if isinstance(values, dict) else {}
-        templates += [value for name, value in values.items() if name.startswith("template") and isinstance(value, str)]
-    return templates
+    files = [Path(prompts).parent / "meta.json", *(Path(folder) / "run.json" for folder in folders)]
+    return [value for file in files if file.exists() for name, value in read_json(file).items()
+            if name.startswith("template") and isinstance(value, str)]
 
 
 def instruction_of(prompt, templates):
-    """What stood in the slots, like {instruction}, of the first template that fits; else the whole prompt."""
+    """What fills the slots, like {instruction}, of the first template that fits the prompt. Else the whole prompt."""
     for template in templates:
         parts = re.split(r"\{\w+\}", template)
         found = re.fullmatch("(.*)".join(map(re.escape, parts)), prompt, re.DOTALL)
@@ -51,70 +48,141 @@ def instruction_of(prompt, templates):
     return prompt
 
 
-def draw(policy, prompt, n, rng, args):
-    """n sampled answers, no two of the same text -> {text: finished}. Fewer if four rounds bring no more."""
-    found = {}
-    for _ in range(4):
-        ids = [policy.tokenizer.encode_ordinary(prompt)] * n
-        sampled = respond(policy.model, ids, args.max_response, policy.tokenizer.eot_token, rng, args.temperature)
-        for tokens, ended in sampled:
-            found.setdefault(policy.tokenizer.decode(tokens[:-1] if ended else tokens), ended)
-        if len(found) >= n:
+SPEAKERS = [r"(?:^|\n\n)(Human|Assistant):[ \t]*",                 # HH-RLHF: an empty line before each turn
+            r"(?:^|\n)(Human|User|Assistant|AI|Bot|System):[ \t]*"]
+PEOPLE, MACHINES = {"Human", "User"}, {"Assistant", "AI", "Bot"}
+
+
+def turns_of(prompt, templates):
+    """A dialogue -> [(speaker, what was said), ...]. [] where the prompt is no dialogue.
+
+    The last "Assistant:", after which the answers begin, is left out. What comes before the first turn has no speaker.
+    A template is looked through only if the prompt does not begin with a speaker, because the template of a dialogue
+    could also be found around all of its turns.
+    """
+    for pattern in SPEAKERS:
+        whole = re.match(pattern, prompt)
+        start, *rest = re.split(pattern, prompt if whole else instruction_of(prompt, templates))
+        speakers = rest[::2]
+        if PEOPLE & set(speakers) and MACHINES & set(speakers):
+            turns = zip(["", *speakers], [start, *rest[1::2]])
+            return [(speaker, said.strip()) for speaker, said in turns if said.strip()]
+    return []
+
+
+def title_of(prompt, templates):
+    """The last turn, or the beginning of the instruction: enough to recognise a prompt in a list."""
+    turns = turns_of(prompt, templates)
+    return (turns[-1][1] if turns else instruction_of(prompt, templates)).strip()[:300]
+
+
+# ---- answers from a file ---------------------------------------------------------------------------------------------
+
+def read_items(path):
+    """The items of a file whose rows have answers: comparisons in any form, whose verdicts are ignored, or rows
+    {"prompt", "responses": [...]}. Prints how many rows have fewer than two different answers and are left out."""
+    items, alike = {}, 0
+    for where, value in read_jsonl(path):
+        item = given_item(value, where)
+        require(len(item["responses"]) <= MOST, f"{where}: more than {MOST} different answers, too many for the page")
+        if len(item["responses"]) < 2:
+            alike += 1
+        else:
+            items[item["item"]] = item          # several people's votes on the same answers are one item
+    if alike:
+        print(f"{path}: left out {alike} rows with fewer than two different answers")
+    require(items, f"{path}: no row has two different answers")
+    return list(items.values())
+
+
+def given_item(value, where):
+    prompt = text_field(value, "prompt", where, allow_empty=False)
+    names = [name for name in ("chosen", "rejected") if name in value]
+    texts = [value[name] for name in names] or field(value, "responses", where)
+    require(isinstance(texts, list), f"{where}: responses must be a list of texts")
+    K = len(texts)
+    models = value["models"] if is_list_of(str, value.get("models"), K) else []
+    first = {text(texts[k], "response", where): k for k in reversed(range(K))}      # equal texts are one answer
+    kept, finished = sorted(first.values()), finished_field(value, K, where)
+    responses = [texts[k] for k in kept]
+    return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses,
+            "finished": [finished[k] for k in kept], "models": [models[k] for k in kept if models]}
+
+
+class Given:
+    """Items that are all there from the start, with the interface of a Sampler."""
+
+    error = None
+
+    def __init__(self, items):
+        self.prompts, self.items = [item["prompt"] for item in items], items
+
+    def want(self, number):
+        pass
+
+    def stop(self):
+        pass
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+def sample(policy, prompt, n, rng, args):
+    """n answers with different texts -> {text: finished}. Fewer if the model keeps repeating itself."""
+    prompts, answers = [policy.tokenizer.encode_ordinary(prompt)] * n, {}
+    stop = stop_of("", policy.tokenizer)
+    for _ in range(ROUNDS):
+        for ids, finished in respond(policy.model, prompts, args.max_response, stop, rng, args.temperature):
+            answers.setdefault(decode(policy.tokenizer, ids), finished)
+        if len(answers) >= n:
             break
-    return dict(list(found.items())[:n])
+    return dict(list(answers.items())[:n])
 
 
-class Sampler(threading.Thread):
-    """Makes the items, one per prompt and in that order, on a thread of its own and a few ahead of the people.
+class Sampler:
+    """Makes one item per prompt, in the order of the prompts, in a thread of its own that works a few items ahead.
 
     An item is {"item", "prompt", "responses", "finished", "models"}. It is written to its file before anyone sees it,
-    so that everyone, and every later run, sees the same answers.
+    so everyone sees the same answers, also after a restart.
     """
 
     def __init__(self, prompts, policies, K, journal, args):
-        super().__init__(daemon=True)
         self.prompts, self.policies, self.K, self.args, self.journal = prompts, policies, K, args, journal
-        self.wanted, self.stopped, self.error = 0, False, None
-        self.changed = threading.Condition()
         names = {policy.name for policy in policies}
         for row, prompt in zip(journal.rows, prompts):
-            if row.get("prompt") != prompt or not set(row.get("models", [])) <= names:
-                raise UserError(f"{journal.path} was sampled from other prompts or models; give --out another name")
-        self.items = journal.rows[:len(prompts)]            # a copy, that grows
+            require(row.get("prompt") == prompt and set(row.get("models", [])) <= names,
+                    f"{journal.path} was sampled from other prompts or models; give --out another name")
+        self.items = journal.rows[:len(prompts)]            # a copy, to which the thread adds
+        self.ordered = len(self.items)                      # how many items are made, or waiting to be made
+        self.thread, self.error = ThreadPoolExecutor(max_workers=1), None
 
-    def sample(self, index):
-        prompt, answers = self.prompts[index], []
-        for i, policy in enumerate(self.policies):
-            n = len(range(i, self.K, len(self.policies)))   # K answers, dealt out to the policies in turn
-            rng = generator(self.args.seed, 11, index, i)
-            answers += [(text, ended, policy.name) for text, ended in draw(policy, prompt, n, rng, self.args).items()]
-        responses, finished, models = map(list, zip(*answers)) if answers else ([], [], [])
-        return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses, "finished": finished,
-                "models": models}
+    def want(self, number):
+        """Someone looks at item `number`, counted from 1. Keeps AHEAD more of them coming."""
+        while self.ordered < min(number + AHEAD, len(self.prompts)):
+            self.thread.submit(self.add_item, self.ordered)
+            self.ordered += 1
 
-    def run(self):
+    def add_item(self, index):
+        if self.error:                                      # no items after one that is missing
+            return
         try:
-            while len(self.items) < len(self.prompts):
-                with self.changed:
-                    self.changed.wait_for(lambda: self.stopped or len(self.items) < self.wanted + AHEAD)
-                if self.stopped:
-                    return
-                item = self.sample(len(self.items))
-                self.journal.append(item)
-                self.items.append(item)
-        except Exception as error:                          # people must learn of it, not wait for ever
+            item = self.make_item(index)
+            self.journal.append(item)
+            self.items.append(item)
+        except Exception as error:                          # the page shows it; otherwise people would wait for nothing
             self.error = f"sampling stopped: {type(error).__name__}: {error}"
             print(self.error, file=sys.stderr)
 
-    def want(self, number):
-        """Someone looks at item `number`, counted from 1."""
-        with self.changed:
-            self.wanted = max(self.wanted, number)
-            self.changed.notify()
+    def make_item(self, index):
+        prompt, responses, finished, models = self.prompts[index], [], [], []
+        for i, policy in enumerate(self.policies):
+            n = len(range(i, self.K, len(self.policies)))   # the policies take turns until there are K answers
+            answers = sample(policy, prompt, n, generator(self.args.seed, 11, index, i), self.args)
+            responses += answers.keys()
+            finished += answers.values()
+            models += [policy.name] * len(answers)
+        return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses, "finished": finished,
+                "models": models}
 
     def stop(self):
-        with self.changed:
-            self.stopped = True
-            self.changed.notify()
-        if self.is_alive():
-            self.join()
+        """Returns when the item that is being made is on the disk."""
+        self.thread.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What votes say: counts, agreement, position bias, pace, and who wins. The statistics are pure functions.
+"""What votes say: counts, agreement, position bias, pace, and which model wins.
 
     python -m minirlhf.tools.feedback stats FILE
 """
@@ -8,11 +8,10 @@ import statistics
 from collections import Counter, defaultdict
 from itertools import combinations
 
-import numpy as np
-
-from minirlhf.data import comparison, is_list_of, read_jsonl
+from minirlhf.data import comparison, read_jsonl
+from minirlhf.files.jsonl import is_list_of
+from minirlhf.tools.evaluate.stats import rate, sign_test, wilson
 from minirlhf.tools.feedback.votes import item_id, sidecar
-from minirlhf.tools.evaluate.stats import sign_test, wilson
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -26,40 +25,22 @@ def cohen_kappa(first, second):
     return (observed - chance) / (1 - chance) if chance < 1 else math.nan
 
 
-def bradley_terry(wins, tolerance=1e-10):
-    """Strengths s with P(i beats j) = sigmoid(s_i - s_j), most likely given wins[i][j], times i beat j; mean 0.
-
-    The minorise-maximise steps of Hunter 2004 (Annals of Statistics 32), equation 3. None where no finite strengths are
-    the most likely: some group of models has never lost to, or never met, the others (Ford 1957).
-    """
-    wins = np.asarray(wins, dtype=float)
-    M = len(wins)
-    reach = np.linalg.matrix_power((wins > 0) + np.eye(M), M) > 0       # [i, j]: i beat one who beat ... j
-    if not reach.all():
-        return None
-    games, p = wins + wins.T, np.ones(M)
-    for _ in range(100_000):
-        new = wins.sum(axis=1) / (games / (p[:, None] + p[None, :])).sum(axis=1)
-        new /= np.exp(np.log(new).mean())
-        done = np.abs(np.log(new / p)).max() < tolerance
-        p = new
-        if done:
-            break
-    return np.log(p).tolist()
-
-
 # ---- votes -----------------------------------------------------------------------------------------------------------
 
 def read_votes(path):
-    """The votes of a comparisons file: dicts with item, annotator, ranks, responses, and order, models, seconds where
-    known. A row with several annotators' rankings (data/tiny/annotate.py) becomes a vote of each."""
+    """The votes of a comparisons file: dicts with item, annotator, prompt, responses, ranks and models ([] if unknown),
+    and with order and seconds where known. A row with the rankings of several annotators, as data/tiny/annotate.py
+    writes them, becomes a vote of each."""
     votes = []
     for where, value in read_jsonl(path):
         row = comparison(value, where)
+        models = value.get("models")
         base = {**value, "item": item_id(row.prompt, row.responses), "prompt": row.prompt, "responses": row.responses,
-                "ranks": row.ranks, "annotator": value.get("annotator", "")}
-        rankings = value.get("annotators", [])
-        names = value.get("names") or [f"annotator {i}" for i in range(1, len(rankings) + 1)]
+                "ranks": row.ranks, "annotator": str(value.get("annotator", "")),
+                "models": models if is_list_of(str, models, len(row.ranks)) else []}
+        rankings = value["annotators"] if isinstance(value.get("annotators"), list) else []
+        known = is_list_of(str, value.get("names"), len(rankings))
+        names = value["names"] if known else [f"annotator {i}" for i in range(1, len(rankings) + 1)]
         several = [{**base, "annotator": name, "ranks": tuple(ranks)} for name, ranks in zip(names, rankings)
                    if is_list_of(int, ranks, len(row.ranks))]
         votes += several or [base]
@@ -72,118 +53,99 @@ def verdicts(ranks):
 
 
 def agreements(votes):
-    """{(name, name): (verdicts of one, verdicts of the other)} on all pairs of answers both have judged."""
+    """{(name, name): [(verdict of one, verdict of the other), ...]} on all pairs of answers that both have judged."""
     by_item = defaultdict(dict)
     for vote in votes:
         by_item[vote["item"]][vote["annotator"]] = verdicts(vote["ranks"])
-    both = defaultdict(lambda: ([], []))
+    both = defaultdict(list)
     for given in by_item.values():
         for a, b in combinations(sorted(given), 2):
-            both[a, b][0].extend(given[a])
-            both[a, b][1].extend(given[b])
+            both[a, b] += zip(given[a], given[b])
     return dict(both)
 
 
 def first_places(votes):
-    """How often the best answer stood at each shown position (a shared first place is split), and of how many votes."""
-    places = defaultdict(float)
-    known = [vote for vote in votes
-             if len(vote.get("order", [])) == len(vote["ranks"]) and len(set(vote["ranks"])) > 1]
-    for vote in known:
-        best = [position for position, k in enumerate(vote["order"]) if vote["ranks"][k] == 1]
-        for position in best:
-            places[position] += 1 / len(best)
-    return dict(sorted(places.items())), known
+    """{position on the page: [(share, chance), ...]}, a pair for each vote.
+
+    share: how much of the first place the answer shown there got, which tied answers divide between them. chance: the
+    share without a position bias. Votes without an order, and votes that call all answers equal, are left out.
+    """
+    places = defaultdict(list)
+    for vote in votes:
+        ranks, order, K = vote["ranks"], vote.get("order"), len(vote["ranks"])
+        best = [k for k in range(K) if ranks[k] == min(ranks)]
+        if is_list_of(int, order, K) and len(best) < K:
+            for position, k in enumerate(order):
+                places[position].append(((k in best) / len(best), 1 / K))
+    return dict(places)
+
+
+def remarks(rows):
+    """{flag: items that carry it}, with the notes under "with a note"."""
+    items = defaultdict(set)
+    for row in rows:
+        flags = row["flags"] if isinstance(row.get("flags"), list) else []
+        for flag in [*map(str, flags), *(["with a note"] if row.get("note") else [])]:
+            items[flag].add(str(row.get("item")))
+    return {flag: len(items[flag]) for flag in sorted(items)}
 
 
 def model_names(votes):
-    return sorted({model for vote in votes for model in vote.get("models", [])})
-
-
-def win_matrix(votes, names):
-    """wins[i][j]: how often an answer of model i was preferred to one of model j; a tie is half a win for each."""
-    wins = np.zeros((len(names), len(names)))
-    for vote in votes:
-        models = [names.index(model) for model in vote.get("models", [])]
-        for (i, j), verdict in zip(combinations(models, 2), verdicts(vote["ranks"])):
-            if i != j:
-                wins[i, j] += (1 + verdict) / 2
-                wins[j, i] += (1 - verdict) / 2
-    return wins
+    return sorted({model for vote in votes for model in vote["models"]})
 
 
 def duel(votes, ours, theirs):
-    """(wins, ties, losses) of one model against another, in prompts and not in votes: several people who judge one
-    prompt, or several answers to it, are not independent, so their verdicts are added up first."""
-    by_prompt = defaultdict(list)
+    """(wins, ties, losses) of one model against another, counted in prompts. Several people's votes on a prompt, and
+    several answers to it, are not independent, so their verdicts are added up first."""
+    totals = defaultdict(int)
     for vote in votes:
-        for (a, b), verdict in zip(combinations(vote.get("models", []), 2), verdicts(vote["ranks"])):
+        for (a, b), verdict in zip(combinations(vote["models"], 2), verdicts(vote["ranks"])):
             if {a, b} == {ours, theirs}:
-                by_prompt[vote["prompt"]].append(verdict if a == ours else -verdict)
-    totals = [sum(given) for given in by_prompt.values()]
-    return sum(t > 0 for t in totals), sum(t == 0 for t in totals), sum(t < 0 for t in totals)
+                totals[vote["prompt"]] += verdict if a == ours else -verdict
+    signs = [(total > 0) - (total < 0) for total in totals.values()]
+    return signs.count(1), signs.count(0), signs.count(-1)
 
 
 # ---- python -m minirlhf.tools.feedback stats FILE --------------------------------------------------------------------
 
 def print_stats(path):
-    votes, skips = read_votes(path), sidecar(path, "skips")
-    said = [verdict for vote in votes for verdict in verdicts(vote["ranks"])]
-    print(f"{path}: {len(votes)} votes on {len({vote['item'] for vote in votes})} items, {len(said)} pairs of answers")
+    votes, skips_file = read_votes(path), sidecar(path, "skips")
+    skips = [row for _, row in read_jsonl(skips_file)] if skips_file.exists() else []
+    pairs = [verdict for vote in votes for verdict in verdicts(vote["ranks"])]
     all_ties = sum(len(set(vote["ranks"])) == 1 for vote in votes)
-    print(f"  ties       {said.count(0)} of {len(said)} pairs; {all_ties} votes are all ties")
-    print(f"  skips      {sum(1 for _ in read_jsonl(skips)) if skips.exists() else 0}")
-    print_annotators(votes)
-    print_agreement(votes)
-    print_positions(votes)
-    print_models(votes)
+    print(f"{path}: {len(votes)} votes on {len({vote['item'] for vote in votes})} items, {len(pairs)} pairs of answers")
+    print(f"  ties       {pairs.count(0)} of {len(pairs)} pairs; {all_ties} votes are all ties")
+    print(f"  skips      {len(skips)}")
+    for flag, n in remarks(votes + skips).items():
+        print(f"  flag       {flag}: {n} items")
 
-
-def print_annotators(votes):
     for name in sorted({vote["annotator"] for vote in votes}):
         own = [vote for vote in votes if vote["annotator"] == name]
         seconds = [vote["seconds"] for vote in own if isinstance(vote.get("seconds"), (int, float))]
-        pace = ""
-        if seconds and statistics.median(seconds) > 0:
-            pace = f", half within {statistics.median(seconds):.1f} s, {3600 / statistics.median(seconds):.0f} an hour"
+        median = statistics.median(seconds or [0])
+        pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
         print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
 
+    for (a, b), both in agreements(votes).items():
+        same = rate([first == second for first, second in both])
+        print(f"  agreement  {a} and {b}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
+              f"kappa {cohen_kappa(*zip(*both)):.3f}")
 
-def print_agreement(votes):
-    for (a, b), (first, second) in agreements(votes).items():
-        same, n = sum(x == y for x, y in zip(first, second)), len(first)
-        low, high = wilson(same, n)
-        print(f"  agreement  {a} and {b}: {same / n:.3f} of {n} pairs [{low:.3f}, {high:.3f}], "
-              f"kappa {cohen_kappa(first, second):.3f}")
+    for position, counts in first_places(votes).items():
+        shares, chances = zip(*counts)
+        best = rate(shares)
+        print(f"  position   {position + 1}: best in {best.value:.3f} of {best.n} votes "
+              f"[{best.low:.3f}, {best.high:.3f}]; {statistics.mean(chances):.3f} without bias")
 
-
-def print_positions(votes):
-    places, known = first_places(votes)
-    for position in range(max((len(vote["ranks"]) for vote in known), default=0)):
-        sizes = [len(vote["ranks"]) for vote in known if len(vote["ranks"]) > position]
-        best, n, expected = places.get(position, 0), len(sizes), statistics.mean(1 / K for K in sizes)
-        low, high = wilson(best, n)
-        print(f"  position   {position + 1}: best in {best / n:.3f} of {n} votes [{low:.3f}, {high:.3f}]; "
-              f"{expected:.3f} without bias")
-
-
-def print_models(votes):
-    names = model_names(votes)
-    for ours, theirs in combinations(names, 2):
+    for ours, theirs in combinations(model_names(votes), 2):
         print_duel(votes, ours, theirs)
-    if len(names) > 2:
-        strengths = bradley_terry(win_matrix(votes, names))
-        if strengths is None:
-            print("  strength   not determined: a model won, or lost, all its comparisons, or two were never compared")
-        for strength, name in sorted(zip(strengths or [], names), reverse=True):
-            print(f"  strength   {name}: {strength:+.3f} (Bradley-Terry, mean 0)")
 
 
 def print_duel(votes, ours, theirs):
     wins, ties, losses = duel(votes, ours, theirs)
     n = wins + ties + losses
     if n:
-        rate, (low, high) = (wins + ties / 2) / n, wilson(wins + ties / 2, n)
+        low, high = wilson(wins + ties / 2, n)
         print(f"  {ours} against {theirs}: {wins} wins, {ties} ties, {losses} losses on {n} prompts\n"
-              f"    win rate {rate:.3f}, 95 % interval [{low:.3f}, {high:.3f}] (Wilson, a tie is half a win); "
-              f"sign test p = {sign_test(wins, losses):.2g}")
+              f"    win rate {(wins + ties / 2) / n:.3f}, 95 % interval [{low:.3f}, {high:.3f}] "
+              f"(Wilson, a tie is half a win); sign test p = {sign_test(wins, losses):.2g}")

@@ -1,54 +1,62 @@
-"""The files that people's votes go into, and why none of them is lost.
+"""The files that votes are written to, and why no vote is lost.
 
     my_comparisons.jsonl         a row per vote: comparisons, as minirlhf.data and train_rm.py read them
-    my_comparisons.skips.jsonl   a row per skip; apart, because a skip says nothing about the answers
-    my_comparisons.items.jsonl   what was sampled for people to see, whether or not anyone has seen it yet
+    my_comparisons.skips.jsonl   a row per skip, in a file of its own because a skip says nothing about the answers
+    my_comparisons.items.jsonl   everything that was sampled, whether or not anyone has seen it yet
+    my_comparisons.server.jsonl  the address of the page with its token, readable by you alone; it outlives the server
 
 A vote has, beside prompt, responses, ranks and finished: "item" (a hash of prompt and responses), "models" (which model
-wrote each response), "annotator", "order" (responses[order[0]] was shown first), "seconds" and "time" (UTC).
-There is at most one vote per item and annotator: a vote that arrives twice is the same vote.
+wrote each response), "order" (responses[order[0]] was shown first), "annotator", "seconds" and "time" (UTC).
+There is at most one vote per item and annotator. What an annotator remarked on an item is in the vote, or in the skip,
+as "flags" (some of FLAGS) and "note".
 
-A row is appended in one write and on the disk (fsync) before append() returns. Should the machine die inside that
-write, the half line at the end was never confirmed to anyone; it is cut off at the next start. Undo rewrites the file
-under another name and renames it, so at every moment the file is either the old or the new one, whole.
+append() writes a row in one go and returns when it is on the disk (fsync). If the machine stops during that write,
+the file ends in half a line. Nobody was told that this vote is saved, and the next start cuts it off. Undo and revising
+write a new file and rename it, so the file is at every moment either the old one or the new one, complete.
 """
 
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
+from minirlhf.data import comparison
+from minirlhf.files.jsonl import json_object
 from minirlhf.running.errors import UserError
-from minirlhf.data import comparison, read_jsonl
 
 try:
     import fcntl
-except ImportError:                 # Windows: two servers on one file are then not noticed
+except ImportError:                 # Windows: there, two servers on one file are not noticed
     fcntl = None
+
+FLAGS = ("all bad", "prompt broken")        # what an annotator can say about an item, beside a note of their own
 
 
 def to_line(row):
-    """A dict -> its line of JSON, as bytes with the line end."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    """A dict -> its line of JSON, as bytes. Half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace") + b"\n"
 
 
-def comparison_row(prompt, responses, ranks, finished=None, where="new row", **extra):
-    """A checked row of a comparisons file: ranks 1 is best, equal is a tie; finished None: all ended by themselves.
+def comparison_row(prompt, responses, ranks, finished=None, /, **extra):
+    """A row of a comparisons file, checked. Rank 1 is best, equal ranks are a tie; finished None means all of them.
 
-    Everything that writes comparisons goes through here, people's votes, imported and simulated ones. UserError, which
-    begins with `where`, says what is wrong.
+    Votes, imported rows and simulated rows are all made here.
     """
-    row = {"prompt": prompt, "responses": list(responses), "ranks": list(ranks)}
-    if finished is not None:
-        row["finished"] = list(finished)
-    row |= extra
-    comparison(row, where)
+    finished = {} if finished is None else {"finished": finished}
+    row = {"prompt": prompt, "responses": list(responses), "ranks": list(ranks), **finished, **extra}
+    comparison(row, "new row")
     return row
 
 
 def item_id(prompt, responses):
-    """The name of one thing to vote on: the same text has the same name in every file and run."""
+    """The name of an item. The same texts get the same name in every file and run."""
     return hashlib.sha256(json.dumps([prompt, list(responses)]).encode()).hexdigest()[:16]
+
+
+def in_file_order(shown, order):
+    """Values in the order shown -> in the order of the file, where shown[p] belongs to responses[order[p]]."""
+    return [shown[order.index(k)] for k in range(len(order))]
 
 
 def sidecar(path, name):
@@ -58,83 +66,104 @@ def sidecar(path, name):
 
 
 class Journal:
-    """A JSONL file that grows by whole rows. Not locked: the caller lets one thread in at a time."""
+    """A JSONL file that grows row by row. It has no lock: the caller lets one thread in at a time."""
 
     def __init__(self, path):
         self.path = Path(path)
         self.rows = recover(self.path)
 
     def append(self, row):
-        """Returns once the row is on the disk. OSError (a full disk, say) leaves the file as it was."""
+        """Returns once the row is on the disk. After an OSError (say, the disk is full) the file is as before."""
         line, new = to_line(row), not self.path.exists()
         with open(self.path, "ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                if file.write(line) < len(line):
-                    raise OSError(f"{self.path}: the disk is full")
+                complete = file.write(line) == len(line)
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
                 raise
+            if not complete:
+                file.truncate(size)
+                raise OSError(f"{self.path}: the disk is full")
         if new:
             sync_folder(self.path.parent)
         self.rows.append(row)
 
-    def remove(self, row):
-        """Takes the last such row out: the whole file under another name, then the rename."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        last = max(i for i, line in enumerate(lines) if json.loads(line) == row)
+    def remove(self, row, *instead):
+        """Removes a row, which must be one of self.rows, by way of a new file that replaces the old one. The rows in
+        `instead` are added at its end in the same step."""
+        rows = [other for other in self.rows if other is not row] + list(instead)
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:
-            file.writelines(lines[:last] + lines[last + 1:])
+            file.writelines(map(to_line, rows))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
         sync_folder(self.path.parent)
-        self.rows.remove(row)
+        self.rows = rows
 
 
-def lock(path):
-    """Keeps a second server off these files until the file that is returned is closed, by a kill -9 at the latest.
+def lock(out):
+    """Keeps a second server away from the files of `out` while the returned file is open. A kill -9 closes it too.
 
-    To be held before a journal is opened: recover() would take another server's half-written line for a broken one.
-    path must not be a file that remove() replaces.
+    Take the lock before you open a journal: recover() would take another server's half-written line for a broken one.
+    What is locked is the items file, because remove() never replaces it.
     """
+    path = sidecar(out, "items")
+    file = open(path, "ab")
     try:
-        file = open(path, "ab")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
     except BlockingIOError:
-        raise UserError(f"{path}: another feedback server is writing to these files") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        url = read_address(out).get("url")
+        raise UserError(f"{path}: another feedback server is writing to these files; "
+                        + (f"its page is {url}" if url else "stop it, or give --out another name")) from None
+    return file
+
+
+def write_address(out, **address):
+    """Keeps the address of the page, with its token, where only the owner can read it."""
+    handle, temporary = tempfile.mkstemp(dir=Path(out).parent)          # readable by the owner only
+    with open(handle, "wb") as file:
+        file.write(to_line(address))
+    os.replace(temporary, sidecar(out, "server"))
+
+
+def read_address(out):
+    """What write_address() kept, or {}. A file that others can read, or could have written, is not trusted."""
+    path = sidecar(out, "server")
+    try:
+        with open(path, "rb") as file:
+            info = os.fstat(file.fileno())
+            private = os.name != "posix" or (info.st_uid == os.getuid() and not info.st_mode & 0o077)
+            return json_object(file.read(), path) if private else {}
+    except (OSError, UserError):
+        return {}
 
 
 def recover(path):
-    """The rows of a file, [] if there is none. A last line that was cut off in the middle of a write is removed."""
-    if not path.exists():
-        return []
-    data, rows = path.read_bytes(), []
-    try:
-        for _, row in read_jsonl(path):
-            rows.append(row)
-    except UserError:
-        # Only an unterminated last line that begins as ours do can be ours; any other is for a person to look at.
-        end = data.rfind(b"\n") + 1
-        if len(rows) != data.count(b"\n") or not b'{"'.startswith(data[end:end + 2]) or end == len(data):
-            raise
-        os.truncate(path, end)
-        print(f"{path}: cut off {len(data) - end} bytes of a last line that was never written to its end")
+    """The rows of a file, [] if there is none. If a crash left half a line at the end, that is removed."""
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    rows = [json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    if not rest:
         return rows
-    if data and not data.endswith(b"\n"):           # whole, but an editor left out the line end
+    try:
+        rows.append(json_object(rest, f"{path}:{len(lines) + 1}"))
+    except UserError:
+        if not b'{"'.startswith(rest[:2]):          # not the beginning of a line of ours: leave the file as it is
+            raise
+        os.truncate(path, len(data) - len(rest))
+        print(f"{path}: cut off {len(rest)} bytes, the beginning of a last line that was not written completely")
+    else:                                           # complete, but an editor left out the line end
         with open(path, "ab") as file:
             file.write(b"\n")
     return rows
 
 
 def sync_folder(folder):
-    """A new or renamed file is safe only when its folder is on the disk too."""
+    """A new or renamed file survives a crash only when its folder is on the disk too."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)

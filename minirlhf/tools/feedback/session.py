@@ -1,0 +1,171 @@
+"""Who sees which item, and what each person says about it."""
+
+import random
+import time
+from collections import defaultdict
+from datetime import datetime, timezone
+from threading import Lock
+
+from minirlhf.files.jsonl import is_list_of, text
+from minirlhf.running.errors import UserError, require
+from minirlhf.tools.feedback.items import instruction_of, title_of, turns_of
+from minirlhf.tools.feedback.votes import Journal, comparison_row, in_file_order, sidecar
+
+HOLD = 900              # with --people: an item on someone's screen is kept for that person for this many seconds
+
+
+class Session:
+    """Hands out items and writes down what people say about them.
+
+    next, vote, write, skip, undo, past and revise are the actions of the page. They take and return what JSON can hold.
+    The server holds `lock` around each call, because two of them must not run at the same time.
+    """
+
+    def __init__(self, mode, out, sampler, templates, seed, people, guidelines=""):
+        self.mode, self.sampler, self.templates, self.seed, self.people = mode, sampler, templates, seed, people
+        self.guidelines = guidelines                # text that the page shows at the first visit
+        self.lock = Lock()
+        self.votes, self.skips = Journal(out), Journal(sidecar(out, "skips"))
+        self.done = defaultdict(dict)               # annotator -> {item: (journal, row)}, the latest one last
+        self.held = defaultdict(dict)               # item -> {annotator: until when}
+        rows = [(journal, row) for journal in (self.votes, self.skips) for row in journal.rows
+                if all(isinstance(row.get(name), str) for name in ("item", "annotator", "time"))]
+        for journal, row in sorted(rows, key=lambda pair: pair[1]["time"]):
+            done, name = self.done[row["annotator"]], row["item"]
+            if name in done and done[name][0] is not journal:       # a crash between the two steps of record()
+                done[name][0].remove(done[name][1])
+            done.pop(name, None)                                    # the latest one last
+            done[name] = journal, row
+
+    # ---- handing out items ----
+
+    def next(self, annotator):
+        """This person's progress, with the first item still to do, or {"waiting": True}, or {"finished": True}."""
+        items, done = list(self.sampler.items), self.done[annotator]        # a copy, because the sampler adds to it
+        own = [done[item["item"]] for item in items if item["item"] in done]
+        votes = sum(journal is self.votes for journal, _ in own)
+        free = [number for number, item in enumerate(items) if self.is_free(item, annotator)]
+        unsampled = len(self.sampler.prompts) - len(items)
+        state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done),
+                 "total": len(own) + len(free) + unsampled}
+        if free:
+            self.sampler.want(free[0] + 1)
+            return state | self.show(items[free[0]], annotator)
+        self.sampler.want(len(items) + 1)
+        if unsampled and self.sampler.error:
+            raise RuntimeError(self.sampler.error)
+        return {**state, "waiting" if unsampled else "finished": True}
+
+    def is_free(self, item, annotator):
+        """Whether this person can get the item. Ranking needs two answers; writing needs none."""
+        name = item["item"]
+        if name in self.done[annotator] or (self.mode != "write" and len(item["responses"]) < 2):
+            return False
+        voted = {other for other, done in self.done.items() if name in done and done[name][0] is self.votes}
+        looking = {other for other, until in self.held[name].items() if until > time.monotonic()}
+        return not self.people or len((voted | looking) - {annotator}) < self.people
+
+    def show(self, item, annotator):
+        """What the page needs to show an item. The names of the models are not part of it."""
+        self.held[item["item"]][annotator] = time.monotonic() + HOLD
+        order = self.order(item, annotator)
+        return {"item": item["item"], "instruction": instruction_of(item["prompt"], self.templates),
+                "turns": turns_of(item["prompt"], self.templates),
+                "answers": [item["responses"][k] for k in order], "cut": [not item["finished"][k] for k in order]}
+
+    def order(self, item, annotator):
+        """A random order of the answers. It depends on person and item only, so a reload does not change it."""
+        K = len(item["responses"])
+        return random.Random(f"{self.seed} {annotator} {item['item']}").sample(range(K), K)
+
+    def find(self, name):
+        for item in self.sampler.items:
+            if item["item"] == name:
+                return item
+        raise UserError("there is no such item")
+
+    # ---- what people say ----
+
+    # seconds: how long the person took. remarks: the flags and the note, where there are any. revise: replace what this
+    # person said before.
+
+    def vote(self, annotator, name, ranks, seconds, remarks={}, revise=False):
+        """ranks are in the order shown. 1 is best, equal ranks are a tie, no rank is left out."""
+        item = self.find(name)
+        order = self.order(item, annotator)
+        whole = is_list_of(int, ranks, len(order)) and self.mode != "write"
+        require(whole and sorted(set(ranks)) == list(range(1, len(set(ranks)) + 1)),
+                f"ranks must be {len(order)} whole numbers that count from 1 without a gap")
+        row = comparison_row(item["prompt"], item["responses"], in_file_order(ranks, order), item["finished"],
+                             item=name, models=item["models"], order=order)
+        return self.record(self.votes, row, annotator, seconds, remarks, revise)
+
+    def write(self, annotator, name, response, seconds, remarks={}, revise=False):
+        """The ideal answer. It gets the leading space of the draft, or one if the prompt does not end in a space."""
+        item = self.find(name)
+        require(self.mode == "write" and isinstance(response, str) and response.strip(), "the answer is empty")
+        text(response, "response", "the answer")
+        draft = (item["responses"] or ["" if item["prompt"][-1].isspace() else " "])[0]
+        space = draft[:len(draft) - len(draft.lstrip())]
+        row = {"prompt": item["prompt"], "response": space + response.strip().replace("\r\n", "\n"), "item": name}
+        return self.record(self.votes, row, annotator, seconds, remarks, revise)
+
+    def skip(self, annotator, name, seconds, remarks={}, revise=False):
+        row = {"prompt": self.find(name)["prompt"], "item": name}
+        return self.record(self.skips, row, annotator, seconds, remarks, revise)
+
+    def record(self, journal, row, annotator, seconds, remarks, revise):
+        """Saves a row. Sending a vote twice is harmless: a second one is ignored, or replaces the first if `revise`."""
+        done, name = self.done[annotator], row["item"]
+        old_journal, old = done.get(name, (None, None))
+        if old and not revise:
+            return {"saved": True}
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        row |= {"annotator": annotator, "seconds": seconds, "time": now, **remarks}
+        if old_journal is journal:
+            journal.remove(old, row)
+        else:
+            journal.append(row)
+        done.pop(name, None)                                        # the latest one last
+        done[name] = journal, row
+        if old and old_journal is not journal:                      # last, so that no crash can lose both
+            old_journal.remove(old)
+        return {"saved": True}
+
+    def undo(self, annotator):
+        """Removes this person's latest vote or skip. Returns what it said, so that the page can start from it."""
+        done = self.done[annotator]
+        if not done:
+            return {"undone": None}
+        name, (journal, row) = list(done.items())[-1]
+        journal.remove(row)
+        del done[name]
+        return {"undone": name, **self.said(annotator, row)}
+
+    def said(self, annotator, row):
+        """What a vote or skip says, with the ranks in the order that the page shows."""
+        ranks = [row["ranks"][k] for k in self.order(row, annotator)] if "ranks" in row else None
+        return {"ranks": ranks, "response": row.get("response"), "flags": row.get("flags", []),
+                "note": row.get("note", "")}
+
+    # ---- what this person said before ----
+
+    def past(self, annotator):
+        """This person's votes and skips on items that can be shown, the latest first, as the page lists them."""
+        prompts = {item["item"]: item["prompt"] for item in self.sampler.items}
+        return {"past": [{"item": name, "skipped": journal is self.skips, "time": row["time"],
+                          "title": title_of(prompts[name], self.templates), "best": best_of(row)[:300],
+                          "flags": row.get("flags", []), "note": row.get("note", "")}
+                         for name, (journal, row) in reversed(self.done[annotator].items()) if name in prompts]}
+
+    def revise(self, annotator, name):
+        """Shows an item again with what this person said. That stays saved until something else replaces it."""
+        require(isinstance(name, str) and name in self.done[annotator], "you have not voted on this item")
+        _, row = self.done[annotator][name]
+        return self.show(self.find(name), annotator) | {"undone": name, **self.said(annotator, row)}
+
+
+def best_of(row):
+    """The text that a vote calls the best, or the first such text. "" for a skip, and where all are equal."""
+    ranks = row.get("ranks", [])
+    return row["responses"][ranks.index(1)] if len(set(ranks)) > 1 else row.get("response", "")
