@@ -1,0 +1,210 @@
+"""Converts the files that people have into this project's JSONL: demonstrations, comparisons or prompts.
+
+    python -m minirlhf.tools.convert FILE --out FILE [--split 0.1]
+
+It reads CSV with a header, a JSON array, and JSONL, also compressed with gzip. The fields of the first row decide the
+format (minirlhf/files/formats.py lists them), and all rows must have these fields. It prints what it took for what. A
+row that breaks the format is an error. A row that cannot be used is dropped and counted.
+
+Lists of messages become text as in Anthropic's HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ...". The last answer is the
+response, and everything before it is the prompt. Rows with an instruction use Stanford's template (data/alpaca).
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from data.alpaca import prepare as alpaca
+from data.common import array_objects, keep, raw_lines, text_field
+from data.hh_rlhf.prepare import ASSISTANT, HUMAN
+from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
+from minirlhf.files.formats import BOM, OTHERS, OURS, formats_of, header_of
+from minirlhf.files.jsonl import is_dialogue
+from minirlhf.files.tensors import json_object, read_json, write_json, write_whole
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, require, run_main
+
+TEXTS = ("prompt", "response", "chosen", "rejected")
+RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
+MADE_OF = {"messages": "messages -> prompt, response", "chosen": "chosen, rejected -> prompt, chosen, rejected",
+           "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
+                          "in front"}
+DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
+             "is the prompt, messages after it are left out")
+
+
+class Dropped(Exception):
+    """The reason why a row cannot be used."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def load(path):
+    """A file -> (what kind it is, [(where, row)])."""
+    lines = [(where, line.removeprefix(BOM)) for where, line in raw_lines(path)]
+    start = lines[0][1].lstrip()[:1]
+    if start == b"[":
+        return "a JSON array", list(array_objects(path, b"".join(line for _, line in lines)))
+    if start == b"{":
+        return "JSONL", [(where, json_object(line, where)) for where, line in lines if line.strip()]
+    return csv_rows(path, [line for _, line in lines])
+
+
+def csv_rows(path, lines):
+    delimiter, names = header_of(lines[0])
+    check_format(names, f"{path}:1")
+    reader = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
+    rows, where, n = [], f"{path}:1", len(set(names))
+    try:
+        for cells in filter(None, reader):                      # an empty line is no row
+            require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
+                    "A text that contains the delimiter must be in double quotes")
+            rows.append((where, dict(zip(names, cells))))
+            where = f"{path}:{reader.line_num + 1}"             # a text in quotes may have several lines
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: the row that begins here is not CSV in UTF-8 ({error})") from None
+    return f"CSV with a header, separated by {delimiter!r}", rows[1:]
+
+
+def check_format(names, where):
+    """The fields of the one format that a row has."""
+    found = formats_of(names)
+    require(len(found) == 1, f"{where}: the fields found ({', '.join(names) or 'none'}) fit {len(found)} of the known "
+            f"formats, and must fit exactly one. The known formats: {'; '.join(map(', '.join, OURS + OTHERS))}")
+    return found[0]
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+def convert(fields, value, where, counts):
+    """One row -> a row of ours. alpaca.demonstration returns a string where a row is dropped, we raise Dropped."""
+    if "instruction" in fields:
+        return alpaca.demonstration({"input": "", **value}, where, Counter())
+    kept = (*fields, "finished") if fields in OURS[1:4] else fields
+    row = {RENAMED.get(name, name): value[name] for name in kept if name in value}
+    if any(map(is_dialogue, row.values())):
+        row = split_dialogues(row, where, counts)
+    texts = {name: text_field(row, name, where) for name in row if name in TEXTS}
+    if "prompt" not in row:
+        is_hh = any(ASSISTANT in text for text in texts.values())
+        row = split_dialogues(row, where, counts) if is_hh else split_common(row, counts)
+    return useful(row, where, counts)
+
+
+def split_dialogues(row, where, counts):
+    """Dialogues, as texts or as lists of messages -> a row. Each side continues the list in "prompt", if any."""
+    require(len(set(map(is_dialogue, row.values()))) == 1,
+            f"{where}: {' and '.join(row)} must all be texts, or all be lists of messages")
+    counts[DIALOGUES] += 1
+    start = row.pop("prompt", [])
+    sides = {name: split_dialogue(start, side, where) for name, side in row.items()}
+    prompts = {prompt for prompt, _ in sides.values()} or {as_text(start, where)}
+    if len(prompts) > 1:
+        raise Dropped("the two sides have different prompts")
+    return {"prompt": prompts.pop(), **{name: response for name, (_, response) in sides.items()}}
+
+
+def split_dialogue(start, side, where):                         # -> (prompt, response)
+    if isinstance(side, str):
+        prompt, mark, response = side.rpartition(ASSISTANT)
+        return prompt + mark, response
+    answers = [i for i, message in enumerate(side) if message["role"] == "assistant"]
+    if not answers:
+        raise Dropped("no answer in a list of messages")
+    return as_text(start + side[:answers[-1]], where), text_field(side[answers[-1]], "content", where)
+
+
+def as_text(messages, where):
+    speakers = [{"user": "Human"}.get(message["role"], message["role"].capitalize()) for message in messages]
+    turns = [f"\n\n{speaker}: {text_field(message, 'content', where)}" for speaker, message in zip(speakers, messages)]
+    return "".join(turns) + ASSISTANT
+
+
+def split_common(row, counts):
+    """Two texts that begin with the same words, which are the prompt."""
+    counts["rows have no prompt: it is what both sides begin with, in whole words"] += 1
+    common = os.path.commonprefix(list(row.values())) + "x"
+    prompt = common.removesuffix(common.split()[-1]).rstrip()           # without the word that is cut off
+    return {"prompt": prompt, **{name: side.removeprefix(prompt) for name, side in row.items()}}
+
+
+def useful(row, where, counts):
+    """The row with a space before a response that would run into its prompt. Dropped if it teaches nothing."""
+    reasons = {"empty prompt": not row["prompt"].removesuffix(ASSISTANT).strip(),
+               "empty response": not row.get("response", "none").strip(),
+               "identical sides": "chosen" in row and row["chosen"].strip() == row["rejected"].strip()}
+    for reason in filter(reasons.get, reasons):
+        raise Dropped(reason)
+    bare = [name for name in TEXTS[1:] if row.get(name) and not row[name][0].isspace()]
+    space = "" if row["prompt"][-1].isspace() else " "
+    row |= {name: space + row[name] for name in bare}
+    counts["responses got a space in front, since neither they nor their prompt have one"] += len(bare) * len(space)
+    read = demonstration if "response" in row else comparison if len(row) > 1 else prompt_only
+    read(row, where)
+    return row
+
+
+# ---- the whole file --------------------------------------------------------------------------------------------------
+
+def convert_all(rows, fields, counts):
+    """Yields each row of ours, or the reason to drop it."""
+    for where, value in rows:
+        require(set(fields) <= set(value),
+                f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
+        for part in alpaca.instances(value, where) if "instances" in fields else [value]:
+            try:
+                yield convert(fields, part, where, counts)
+            except Dropped as reason:
+                yield str(reason)
+
+
+def templates_of(fields, counts):
+    """What meta.json says, so that the tools can find the instruction in a prompt."""
+    if "instruction" in fields:
+        return {"template": alpaca.TEMPLATE, "template_with_input": alpaca.TEMPLATE_WITH_INPUT}
+    return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if counts[DIALOGUES] else {}
+
+
+def write(files, rows, heldout, templates):
+    """Writes the rows, those with a held-out prompt to the second file, and meta.json if there are templates."""
+    meta = files[0].with_name("meta.json")
+    require(not meta.exists() or read_json(meta).get("template") == templates.get("template"),
+            f"{meta}: other data here have another template. Choose an --out in another folder")
+    meta.parent.mkdir(parents=True, exist_ok=True)
+    if templates and not meta.exists():
+        write_json(meta, templates)
+        print(f"{meta} has the template. It holds for all data in this folder")
+    for file, second in zip(files, (False, True)):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if (row["prompt"] in heldout) == second]
+        write_whole(file, map(str.encode, lines))
+        print(f"{len(lines):>8,}  rows written to {file}")
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m minirlhf.tools.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="CSV, a JSON array or JSONL, also compressed with gzip")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    parser.add_argument("--split", type=float, choices=(0.5, 0.25, 0.2, 0.1, 0.05, 0.02, 0.01), help="share of "
+                        "the prompts for a second file, FILE_test. 0.1 takes those that --heldout auto holds out")
+    args = parser.parse_args(argv)
+    one_in = round(1 / args.split) if args.split else 0
+    files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
+    for file in files:
+        require(not file.exists(), f"{file} exists and is not overwritten. Choose another --out")
+    kind, rows = load(args.file)
+    where, first = rows[0] if rows else (args.file, {})
+    fields, counts = check_format(first, where), Counter(read=0)
+    print(f"{kind}: {MADE_OF.get(fields[0]) or ', '.join(f'{name} -> {RENAMED.get(name, name)}' for name in fields)}")
+    print(f"not used: {', '.join(name for name in first if name not in (*fields, 'finished')) or 'nothing'}")
+    kept = keep(convert_all(rows, fields, counts), counts)
+    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items()))
+    prompts = {row["prompt"] for row in kept}
+    heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
+    require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
+    write(files, kept, heldout, templates_of(fields, counts))
+
+
+if __name__ == "__main__":
+    run_main(main)
