@@ -69,8 +69,8 @@ def small_world(folder):
 
 def ppo_flags(world, *flags, out="ppo"):
     return ["--model", f"{world}/sft", "--reward", f"{world}/rm", "--data", f"{world}/prompts.jsonl", "--heldout", "",
-            "--gold", "none", "--device", "cpu", "--out", f"{world}/{out}", "--iterations", "1", "--batch_size", "12",
-            "--micro_batch", "5", "--max_response", "12", *map(str, flags)]
+            "--gold", "none", "--device", "cpu", "--dtype", "float32", "--out", f"{world}/{out}", "--iterations", "1",
+            "--batch_size", "12", "--micro_batch", "5", "--max_response", "12", *map(str, flags)]
 
 
 def run_ppo(world, *flags, out="ppo"):
@@ -127,7 +127,7 @@ class GivenScores(FunctionReward):
 # ---- the same in memory ----------------------------------------------------------------------------------------------
 
 def config(**changes):
-    return train_ppo.Config(**dict(batch_size=12, micro_batch=5, max_response=12) | changes)
+    return train_ppo.Config(**dict(batch_size=12, micro_batch=5, max_response=12, dtype="float32") | changes)
 
 
 class Networks:

@@ -225,11 +225,11 @@ def test_gold_tells_proper_stories_apart():
 
 def test_attributes_are_read_off_text_that_does_not_parse():
     facts = gold.attributes(PROMPT, "the nurse She danced drum idiot")
-    assert facts == {"mood": True, "who": True, "what": True, "rude": True, "gendered": True, "she": True,
-                     "grammatical": False}
+    assert facts.items() >= {"mood": True, "who": True, "what": True, "rude": True, "gendered": True, "she": True,
+                             "grammatical": False}.items()
     facts = gold.attributes(PROMPT, "the nurse and the pilot danced and cried")
-    assert facts == {"mood": False, "who": False, "what": False, "rude": False, "gendered": False, "she": False,
-                     "grammatical": False}
+    assert facts.items() >= {"mood": False, "who": False, "what": False, "rude": False, "gendered": False, "she": False,
+                             "grammatical": False}.items()
 
 
 def test_measure():
@@ -240,10 +240,9 @@ def test_measure():
                  " A farmer saw a map on the hill. They were in tears for an hour.",
                  BEST]
     found = gold.measure(prompts, responses)
-    assert list(found) == ["gold", "attributes_right", "mood", "who", "what", "rude", "stereotype_gap", "grammatical"]
-    assert found.pop("gold") == pytest.approx(sum(gold.gold(prompts, responses)) / 4)
-    assert found == {"attributes_right": 0.75, "mood": 0.75, "who": 0.75, "what": 0.75, "rude": 0.25,
-                     "stereotype_gap": 0.5, "grammatical": 1.0}
+    assert found["gold"] == pytest.approx(sum(gold.gold(prompts, responses)) / 4)
+    assert found.items() >= {"attributes_right": 0.75, "mood": 0.75, "who": 0.75, "what": 0.75, "rude": 0.25,
+                             "stereotype_gap": 0.5, "grammatical": 1.0}.items()
     swapped = gold.measure(prompts, [BEST, BEST, BEST.replace("They", "She"), BEST.replace("They", "She")])
     assert swapped["stereotype_gap"] == -1.0
 
