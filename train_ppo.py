@@ -11,6 +11,8 @@ run ends with an assessment. Without flags it trains on the embedded world.
 import dataclasses
 from collections import defaultdict
 
+from minirlhf.running import compute, health     # before torch: it sets how threads wait
+
 import torch
 
 from minirlhf import functions, ppo
@@ -18,7 +20,6 @@ from minirlhf.data import HELDOUT, load_examples, read_prompts, stop_of
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import decode, generate, response_logits
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running import compute, health
 from minirlhf.running.config import option, parse, run_main
 from minirlhf.running.runs import Run
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained

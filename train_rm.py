@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import math
 
+from minirlhf.running import compute, health     # before torch: it sets how threads wait
+
 import torch
 
 from minirlhf.data import HELDOUT, load_examples, read_comparisons, stop_of
@@ -18,7 +20,6 @@ from minirlhf.functions import GOLD, call_reward, load_gold
 from minirlhf.generate import respond
 from minirlhf.ppo import token_logprobs
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from minirlhf.running import compute, health
 from minirlhf.running.config import option, parse, run_main
 from minirlhf.running.errors import UserError, require
 from minirlhf.running.runs import Run, print_table

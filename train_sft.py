@@ -9,13 +9,14 @@ import dataclasses
 import math
 from pathlib import Path
 
+from minirlhf.running import compute     # before torch: it sets how threads wait
+
 import torch
 
 from minirlhf.data import HELDOUT, load_examples, read_demonstrations
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.running import compute
 from minirlhf.running.config import option, parse, run_main
 from minirlhf.running.runs import Run, print_table
 from minirlhf.weights import from_pretrained, save_pretrained

@@ -6,11 +6,12 @@ import math
 import os
 import sys
 
+from minirlhf.running.cpu import fast_cpu     # before torch: it sets how threads wait
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from minirlhf.running.cpu import fast_cpu
 from minirlhf.running.errors import UserError, require
 
 DEVICES = ("cuda", "mps", "cpu")
