@@ -76,11 +76,26 @@ def difference_of_rates(first, second):
                     gap + math.hypot(a.high - a.value, b.value - b.low), a.n + b.n)
 
 
-def t_limit(df, z=Z):
-    """The two-sided 95 % limit of Student's t with df degrees of freedom: Abramowitz and Stegun 26.7.5, accurate to
-    0.03 from df = 3 on."""
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+def student(df):
+    """Student's t with df degrees of freedom: limits from 0 up, and P(|T| <= limit) of each (arrays).
+
+    With t = sqrt(df) tan(angle) the density is cos(angle)^(df - 1), which is summed numerically.
+    """
+    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
+    within = np.cumsum(np.cos(angle) ** (df - 1))
+    return math.sqrt(df) * np.tan(angle), within / within[-1]
+
+
+def t_limit(df):
+    """The two-sided 95 % limit."""
+    limits, within = student(df)
+    return float(np.interp(0.95, within, limits))
+
+
+def t_probability(t, df):
+    """The two-sided probability of a t at least this far from 0."""
+    limits, within = student(df)
+    return float(1 - np.interp(abs(t), limits, within))
 
 
 def difference_of_means(first, second):
@@ -88,7 +103,7 @@ def difference_of_means(first, second):
     gap, n = float(np.mean(first) - np.mean(second)), (len(first), len(second))
     variances = [float(np.var(group, ddof=1)) / len(group) for group in (first, second)]
     total = sum(variances)
-    df = total**2 / sum(v**2 / (k - 1) for v, k in zip(variances, n)) if total else math.inf
+    df = total**2 / sum(v**2 / (k - 1) for v, k in zip(variances, n)) if total else 1.0
     half = t_limit(df) * math.sqrt(total)
     return Estimate(gap, gap - half, gap + half, sum(n))
 
