@@ -159,22 +159,22 @@ def run_job(job):
     copy_tree(job.patch, tree)
     folder.mkdir(parents=True, exist_ok=True)
     sft, rm = shared_models(job.seed, job.out, job.loud)
-    row = {"patch": job.label, "seed": job.seed, "iterations": job.iterations}
-    models, begun = {"sft": sft, "rm": rm}, time.time()
+    row, begun = {"patch": job.label, "seed": job.seed, "iterations": job.iterations}, time.time()
+    (tree / "out").mkdir()
+    for kind, model in (("sft", sft), ("rm", rm)):              # where the scripts look for them
+        (tree / "out" / kind).symlink_to(model)
     for script, flags in job.patch.runs:
-        last = folder / SCRIPTS[script]
-        ours = {"train_sft.py": [], "train_rm.py": ["--model", models["sft"]],
-                "train_ppo.py": ["--model", models["sft"], "--reward", models["rm"]]}[script]
-        if job.iterations and script == "train_ppo.py":
-            ours += ["--iterations", job.iterations]
-        flags = [{"out/sft": models["sft"], "out/rm": models["rm"]}.get(flag, flag) for flag in flags]
+        kind = SCRIPTS[script]
+        last, link = folder / kind, tree / "out" / kind
+        shorter = ["--iterations", job.iterations] if job.iterations and kind == "ppo" else []
         shutil.rmtree(last, ignore_errors=True)
         try:
-            run_script(tree, script, [*ours, *flags, "--seed", job.seed, "--out", last],
+            run_script(tree, script, [*flags, *shorter, "--seed", job.seed, "--out", last],
                        None if job.loud else folder / "log.txt")
         except UserError as error:
             return row | {"failed": str(error)}
-        models |= {SCRIPTS[script]: last} if "--model" not in flags else {}
+        link.unlink(missing_ok=True)                            # a script after this one builds on what it made
+        link.symlink_to(last)
     seconds = round(time.time() - begun)
     report = report_of(last) if "ppo" in report_of(last) else measure(last, sft, rm, job.seed)
     figures = report["ppo"] | {"win_rate": report["win_rate"], "kl": report["kl"]}
