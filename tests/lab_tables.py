@@ -1,0 +1,104 @@
+"""Writes the tables of minirlhf/patches/README.md and DETAILS.md from minirlhf/patches/results.jsonl and signs.jsonl.
+
+    python tests/lab_tables.py
+
+results.jsonl is what `experiment run` writes. signs.jsonl says of each bug which column of the log shows it. A table
+stands between <!-- NAME --> and <!-- end -->. tests/test_lab_tables.py compares the documents with what this writes.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minirlhf.files.jsonl import read_jsonl                     # noqa: E402
+from minirlhf.tools import experiment                           # noqa: E402
+
+README, DETAILS = ROOT / "minirlhf/patches/README.md", ROOT / "minirlhf/DETAILS.md"
+SHORT = 20          # iterations of the runs of ablations and bugs
+
+
+def rows_with(iterations):
+    file = experiment.PATCHES / "results.jsonl"
+    return [row for row in experiment.read_results(file) if row["iterations"] == iterations]
+
+
+def measured(kind, iterations):
+    """The patches of a kind that have results, the best gold first."""
+    rows = [row for row in rows_with(iterations) if row["patch"].startswith(kind)]
+    golds = {name: [row.get("gold", -1) for row in rows if row["patch"] == name] for name in {row["patch"] for row in rows}}
+    return sorted(golds, key=lambda name: -sum(golds[name]) / len(golds[name]))
+
+
+def link(line, folder=""):
+    """The first cell of a table's row as a link to its patch."""
+    return re.sub(r"^\| ((?:algo|ablate|bug)_\w+) ", rf"| [\1]({folder}\1.patch) ", line)
+
+
+def results_table(kind, iterations):
+    return [link(line) for line in experiment.table(rows_with(iterations), ["default", *measured(kind, iterations)])]
+
+
+def verdict(gap):
+    """What an interval allows to say."""
+    low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups()) if "[" in gap else (-1, 1)
+    return "**lower gold**" if high < 0 else "**higher gold**" if low > 0 else "no effect seen"
+
+
+def bugs_table():
+    """One row per bug: gold, what shows it, from which iteration on, and whether the log's warnings say it."""
+    rows = rows_with(SHORT)
+    golds = {name: [row["gold"] for row in rows if row["patch"] == name and "gold" in row]
+             for name in {"default", *measured("bug_", SHORT)}}
+    signs = {row["patch"]: row for _, row in read_jsonl(experiment.PATCHES / "signs.jsonl")}
+    lines = ["| | gold | what shows it | good run | with the bug | from iteration | warning |", "|" + "---|" * 7,
+             f"| default | {experiment.summary(golds['default'])} | | | | | |"]
+    for name in measured("bug_", SHORT):
+        own, sign = golds[name], signs.get(name, {})
+        cells = [experiment.summary(own) or "stops", *(sign.get(key) for key in ("column", "good", "bug", "iteration", "health"))]
+        cells = ["" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(link(f"| {name} | {' | '.join(cells[:-1])} | {cells[-1] or 'silent'} |"))
+    return lines
+
+
+def effects_table():
+    """For every detail of DETAILS.md: its ablations, and what they changed."""
+    rows = rows_with(SHORT)
+    default = {row["seed"]: row for row in rows if row["patch"] == "default" and "gold" in row}
+    lines = ["| detail | taken away or changed by | gold minus default | measured effect |", "|---|---|---|---|"]
+    for number in range(1, 34):
+        found = [name for name in experiment.names() if not name.startswith("algo_")
+                 and re.search(rf"\bdetails? (\d+(, | and ))*{number}\b", experiment.read_patch(name).field("Source"))]
+        for name in found:
+            own = [row for row in rows if row["patch"] == name and "gold" in row]
+            gap = experiment.against_default(own, default)
+            failed = next((row["failed"] for row in rows if row["patch"] == name and "failed" in row), "")
+            effect = verdict(gap) if gap else failed or "not measured"
+            lines.append(f"| {number} | [{name}](patches/{name}.patch) | {gap} | {effect} |")
+        if not found:
+            lines.append(f"| {number} | | | not measured: no patch takes it away |")
+    return lines
+
+
+TABLES = {
+    README: {"algorithms": lambda: results_table("algo_", 0), "ablations": lambda: results_table("ablate_", SHORT),
+             "bugs": bugs_table},
+    DETAILS: {"effects": effects_table},
+}
+
+
+def filled(document):
+    """The text of a document with its tables as they should be."""
+    text = document.read_text()
+    for name, make in TABLES[document].items():
+        block = f"<!-- {name} -->\n" + "\n".join(make()) + "\n<!-- end -->"
+        text, n = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+        assert n == 1, f"{document}: one <!-- {name} --> ... <!-- end -->"
+    return text
+
+
+if __name__ == "__main__":
+    for document in TABLES:
+        document.write_text(filled(document))
