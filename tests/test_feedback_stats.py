@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, first_places, print_stats, read_votes,
-                                           verdicts)
+from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, first_places, longer_preferred, print_stats,
+                                           read_votes, verdicts)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
@@ -58,6 +58,17 @@ def test_position_bias_is_seen_where_it_stood_not_where_it_is_written(tmp_path):
     assert first_places(read_votes(write(tmp_path, rows))) == {0: [(1, 1 / 2)] * 10, 1: [(0, 1 / 2)] * 10}
     places = first_places(read_votes(write(tmp_path, [vote("p", [1, 1, 2], order=[2, 0, 1])])))
     assert places == {0: [(0, 1 / 3)], 1: [(0.5, 1 / 3)], 2: [(0.5, 1 / 3)]}
+
+
+def test_who_prefers_long_answers_is_counted_in_pairs_of_different_length(tmp_path, capsys):
+    answers = ["a", "bb", "ccc", "ddd"]
+    rows = [comparison_row("p", answers, [4, 3, 2, 1], annotator="long"),
+            comparison_row("p", answers, [1, 2, 3, 3], annotator="short"),
+            comparison_row("p", answers, [1, 1, 2, 1], annotator="mixed")]
+    votes = read_votes(write(tmp_path, rows))
+    assert [longer_preferred([vote]) for vote in votes] == [[True] * 5, [False] * 5, [False, False]]
+    print_stats(tmp_path / "votes.jsonl")
+    assert "length     mixed: prefers the longer answer in 0.000 of 2 pairs" in capsys.readouterr().out
 
 
 def test_a_duel_is_counted_in_prompts_whoever_and_however_many_judged_them(tmp_path):

@@ -321,10 +321,10 @@ def test_the_consensus_orders_by_the_sum_of_ranks():
             assert (sums[i] == sums[j]) == (row["ranks"][i] == row["ranks"][j])
 
 
-def test_annotators_without_noise_are_right(monkeypatch):
-    monkeypatch.setattr(annotate, "NOISE", 0)
+def test_annotators_without_noise_are_right():
     responses = [BEST.replace("They", "She"), BEST, "", ""]
-    row = annotate.annotate(PROMPT, responses, random.Random(0), [True, True, True, False])
+    finished = [True, True, True, False]
+    row = annotate.annotate(PROMPT, responses, random.Random(0), finished, annotate.Panel(noise=0))
     assert row == {"prompt": PROMPT, "responses": responses, "ranks": [2, 1, 3, 3],
                    "finished": [True, True, True, False], "annotators": [[2, 1, 3, 3]] * 3}
 

@@ -1,30 +1,51 @@
-"""Simulated annotators: they all want the same thing, but each judges with some noise.
+"""Simulated annotators: the careful ones all want the same thing, but each judges with some noise.
 
     python data/tiny/annotate.py [--model out/sft] [--n 4000] [--n_test 512] [--k 4] [--seed 1] [--out data/tiny]
 
 samples K answers to each prompt from the model, lets the annotators rank them, and writes comparisons.jsonl (training
-prompts) and comparisons_test.jsonl (held-out prompts).
+prompts) and comparisons_test.jsonl (held-out prompts). Other annotators can be asked, and more or fewer of them:
+
+    python data/tiny/annotate.py --annotators careful careful short --noise 0.05 --n 1000 --n_test 0 --out out/short
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
 from minirlhf.data import stop_of
+from minirlhf.files.tensors import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, respond
 from minirlhf.running.compute import generator
 from minirlhf.weights import from_pretrained
 
-N_ANNOTATORS = 3
 MAX_RESPONSE = 48   # tokens; a story has at most 34
 NOISE = 0.115       # standard deviation of one judgement: two annotators then agree on about 80 % of the pairs
+KINDS = {
+    "careful": "judges by gold, with noise",
+    "random": "does not look at the answers",
+    "short": "likes short answers, whatever they say",
+    "adversarial": "ranks as a careful one does, but the worst first",
+}
+CONSENSUS = {
+    "sum": "by the sum of the ranks",
+    "majority": "by how many other answers most annotators rank below it, less those that most rank above",
+}
+
+
+class Panel(NamedTuple):
+    """Who judges, and how the rankings of all annotators become one."""
+    annotators: tuple[str, ...] = ("careful", "careful", "careful")
+    noise: float = NOISE
+    consensus: str = "sum"
 
 
 def ranking(values: list[float]) -> list[int]:
@@ -33,12 +54,36 @@ def ranking(values: list[float]) -> list[int]:
     return [1 + order.index(value) for value in values]
 
 
-def annotate(prompt: str, responses: list[str], rng: random.Random, finished: list[bool] | None = None) -> dict:
-    """One row of comparisons. `annotators` holds each annotator's ranks. `ranks` is their consensus: the sums of those
-    ranks, ranked again. `finished` says which responses ended with EOS, and is written only if one did not."""
+def judge(kind: str, truth: list[float], responses: list[str], rng: random.Random, noise: float) -> list[float]:
+    """How good one annotator of this kind finds each answer. truth: the gold of each."""
+    if kind == "random":
+        return [rng.random() for _ in responses]
+    if kind == "short":
+        return [-len(response) for response in responses]
+    sign = {"careful": 1, "adversarial": -1}[kind]
+    return [sign * (value + rng.gauss(0, noise)) for value in truth]
+
+
+def consensus(rankings: list[list[int]], rule: str) -> list[int]:
+    """One ranking out of those of all annotators (see CONSENSUS)."""
+    if rule == "sum":
+        return ranking([-sum(ranks) for ranks in zip(*rankings)])
+
+    def verdict(i, j):
+        votes = sum((ranks[i] < ranks[j]) - (ranks[i] > ranks[j]) for ranks in rankings)
+        return (votes > 0) - (votes < 0)
+
+    K = range(len(rankings[0]))
+    return ranking([sum(verdict(i, j) for j in K) for i in K])
+
+
+def annotate(prompt: str, responses: list[str], rng: random.Random, finished: list[bool] | None = None,
+             panel: Panel = Panel()) -> dict:
+    """One row of comparisons. `annotators` holds each annotator's ranks, `ranks` their consensus. `finished` says which
+    responses ended with EOS, and is written only if one did not."""
     truth = gold([prompt] * len(responses), responses)
-    annotators = [ranking([value + rng.gauss(0, NOISE) for value in truth]) for _ in range(N_ANNOTATORS)]
-    row = {"prompt": prompt, "responses": responses, "ranks": ranking([-sum(ranks) for ranks in zip(*annotators)])}
+    annotators = [ranking(judge(kind, truth, responses, rng, panel.noise)) for kind in panel.annotators]
+    row = {"prompt": prompt, "responses": responses, "ranks": consensus(annotators, panel.consensus)}
     if finished and not all(finished):
         row["finished"] = finished
     return row | {"annotators": annotators}
@@ -46,7 +91,7 @@ def annotate(prompt: str, responses: list[str], rng: random.Random, finished: li
 
 def agreement(rows: list[dict]) -> float:
     """How often two annotators put two answers in the same order: the mean over all pairs of annotators and all pairs
-    of answers to the same prompt that differ in gold."""
+    of answers to the same prompt that differ in gold. nan with a single annotator."""
     same = []
     for row in rows:
         truth = gold([row["prompt"]] * len(row["responses"]), row["responses"])
@@ -54,7 +99,7 @@ def agreement(rows: list[dict]) -> float:
             if truth[i] != truth[j]:
                 same += [(first[i] < first[j]) == (second[i] < second[j])
                          for first, second in combinations(row["annotators"], 2)]
-    return sum(same) / len(same)
+    return sum(same) / len(same) if same else math.nan
 
 
 def sample(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
@@ -62,7 +107,7 @@ def sample(model_folder: str, prompts: list[str], K: int, seed: int) -> list[lis
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
     stop = stop_of("", tokenizer)
-    answers = respond(model, ids, R=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
+    answers = respond(model, ids, limit=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
     texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]
     return [texts[i:i + K] for i in range(0, len(texts), K)]
 
@@ -73,28 +118,42 @@ def read_prompts(path: Path, n: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
-def main():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Lets simulated annotators rank sampled answers.")
-    parser.add_argument("--model", default="out/sft", help="the model to sample from")
+    kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
+    rules = ", ".join(f"{rule} ({what})" for rule, what in CONSENSUS.items())
+    parser.add_argument("--model", default="out/sft", help="the model to sample from, such as out/sft or out/ppo")
     parser.add_argument("--n", type=int, default=4000, help="number of training prompts")
-    parser.add_argument("--n_test", type=int, default=512, help="number of held-out prompts")
+    parser.add_argument("--n_test", type=int, default=512, help="number of held-out prompts; 0 writes no such file")
     parser.add_argument("--k", type=int, default=4, help="answers per prompt")
+    parser.add_argument("--annotators", nargs="+", choices=KINDS, default=Panel().annotators, metavar="KIND",
+                        help=f"one or more: {kinds} [careful careful careful]")
+    parser.add_argument("--noise", type=float, default=NOISE,
+                        help="standard deviation of a judgement, in units of gold [%(default)s]")
+    parser.add_argument("--consensus", choices=CONSENSUS, default="sum",
+                        help=f"how several rankings become one: {rules} [%(default)s]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    panel = Panel(tuple(args.annotators), args.noise, args.consensus)
     splits = (("prompts.jsonl", "comparisons.jsonl", args.n, args.seed),
               ("prompts_test.jsonl", "comparisons_test.jsonl", args.n_test, args.seed + 1))
     for source, target, n, seed in splits:
+        if n == 0:
+            continue
         rng = random.Random(seed)
         prompts = read_prompts(HERE / source, n)
         rows = []
         for prompt, answers in zip(prompts, sample(args.model, prompts, args.k, seed), strict=True):
             responses, finished = map(list, zip(*answers))
-            rows.append(annotate(prompt, responses, rng, finished))
+            rows.append(annotate(prompt, responses, rng, finished, panel))
         lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-        (args.out / target).write_bytes("".join(lines).encode())
+        write_whole(args.out / target, (line.encode() for line in lines))
         print(f"{args.out / target}: {len(rows)} rows, annotators agree on {agreement(rows):.3f} of the pairs")
 
 

@@ -1,4 +1,4 @@
-"""What votes say: counts, agreement, position bias, pace, and which model wins.
+"""What votes say: counts, agreement, bias to a length or a position, pace, and which model wins.
 
     python -m minirlhf.tools.feedback stats FILE
 """
@@ -80,6 +80,16 @@ def first_places(votes):
     return dict(places)
 
 
+def longer_preferred(votes):
+    """Whether the longer answer, in characters, was preferred: one for each pair of different lengths and no tie."""
+    found = []
+    for vote in votes:
+        lengths = combinations(map(len, vote["responses"]), 2)
+        found += [verdict == (a > b) - (a < b) for verdict, (a, b) in zip(verdicts(vote["ranks"]), lengths)
+                  if verdict and a != b]
+    return found
+
+
 def remarks(rows):
     """{flag: items that carry it}, with the notes under "with a note"."""
     items = defaultdict(set)
@@ -125,6 +135,10 @@ def print_stats(path):
         median = statistics.median(seconds or [0])
         pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
         print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
+        if longer := longer_preferred(own):
+            best = rate(longer)
+            print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of {best.n} "
+                  f"pairs [{best.low:.3f}, {best.high:.3f}]")
 
     for (a, b), both in agreements(votes).items():
         same = rate([first == second for first, second in both])

@@ -1,0 +1,290 @@
+"""What labels are worth: reward models from fewer, noisier and otherwise collected comparisons, measured against gold.
+
+    python data/tiny/labels.py run [--seeds 1 2 3] [--jobs 2]      trains what labels.jsonl has no row for yet
+    python data/tiny/labels.py table                               prints the tables of data/README.md
+    python data/tiny/labels.py write                               puts them into data/README.md
+
+Each seed has its own SFT model. For each condition annotate.py samples answers of that model and lets its annotators
+rank them, and train_rm.py learns from the rankings. For some conditions PPO follows. A row of labels.jsonl holds what
+one condition gave with one seed. All reward models are judged on the same pairs: those of comparisons_test.jsonl.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+from annotate import CONSENSUS, Panel, agreement
+from minirlhf.files.jsonl import read_jsonl
+from minirlhf.files.tensors import read_json, write_whole
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import require, run_main
+from minirlhf.running.runs import read_rows
+from minirlhf.tools.evaluate.stats import rate
+from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
+
+ROWS, GUIDE = HERE / "labels.jsonl", ROOT / "data/README.md"
+VISITS = 2400           # prompts that a reward model reads in all, within 4 to 20 passes
+ANSWERS = 128           # answers in a batch of the reward model, whatever K is
+WINDOW = 8              # iterations of PPO that are averaged
+LOCKS = defaultdict(threading.Lock)
+
+
+# ---- the conditions --------------------------------------------------------------------------------------------------
+
+class Condition(NamedTuple):
+    prompts: int = 1000
+    k: int = 4                          # answers to each prompt
+    panel: Panel = Panel()
+    ppo: bool = False
+    after: str = ""                     # a condition whose PPO model writes the answers; its comparisons are kept
+
+
+ONE, THREE = ("careful",), ("careful",) * 3
+NOISES = {"near-perfect": 0.02, "default": 0.115, "large": 0.4}
+SIZES = (100, 250, 500, 1000, 2000, 4000)
+WITH_PPO = (100, 500, 1000, 4000)
+BAD = ("random", "short", "adversarial")
+
+
+def conditions():
+    """{name: Condition}. A condition comes after the one that it builds on."""
+    found = {f"{n} prompts": Condition(n, ppo=n in WITH_PPO) for n in SIZES}
+    found |= {"2 answers": Condition(2000, k=2), "8 answers": Condition(500, k=8)}
+    for name, noise in NOISES.items():
+        found[f"{name}, one"] = Condition(1200, panel=Panel(ONE, noise))
+        found[f"{name}, three"] = Condition(400, panel=Panel(THREE, noise))
+    found |= {"coin, one": Condition(1200, panel=Panel(("random",))),
+              "coin, three": Condition(400, panel=Panel(("random",) * 3))}
+    for kind in BAD:
+        for rule in CONSENSUS:
+            found[f"third {kind}, {rule}"] = Condition(panel=Panel(("careful", "careful", kind), consensus=rule))
+    found |= {"third left out": Condition(panel=Panel(("careful", "careful"))),
+              "two rounds": Condition(500, ppo=True, after="500 prompts")}
+    return found
+
+
+CONDITIONS = conditions()
+
+
+# ---- running them ----------------------------------------------------------------------------------------------------
+
+def run_script(folder, script, *words, **flags):
+    """Runs a script with one thread. Its output goes to a log in the folder. UserError if it fails."""
+    words += tuple(f"--{name}={value}" for name, value in flags.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{Path(script).stem}.log"
+    with open(log, "w", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, ROOT / script, *words], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    require(code == 0, f"{script} stopped with exit code {code}; {log} has its message")
+
+
+def train(folder, stage, script, **flags):
+    """A training run in folder/stage, unless it is there and finished."""
+    if not (folder / stage / "report.json").exists():
+        run_script(folder, script, out=folder / stage, **flags)
+        (folder / stage / "state.pt").unlink(missing_ok=True)   # only for --resume, and most of the size
+    return folder / stage
+
+
+def build(name, seed, out):
+    """Makes comparisons, reward model and PPO model of a condition, as far as they are missing -> their folder."""
+    condition, folder = CONDITIONS[name], out / str(seed) / name.replace(", ", "_").replace(" ", "_")
+    first = build(condition.after, seed, out) if condition.after else None
+    with LOCKS[out / str(seed)]:
+        sft = train(out / str(seed), "sft", "train_sft.py", seed=seed)
+    with LOCKS[folder]:
+        comparisons, rows = folder / "comparisons.jsonl", condition.prompts
+        if not comparisons.exists():
+            panel = condition.panel
+            run_script(folder, "data/tiny/annotate.py", "--annotators", *panel.annotators, noise=panel.noise,
+                       consensus=panel.consensus, model=first / "ppo" if first else sft, n=condition.prompts, n_test=0,
+                       k=condition.k, seed=seed, out=folder)
+        if first:
+            rows += CONDITIONS[condition.after].prompts
+            write_whole(folder / "both.jsonl", [(first / comparisons.name).read_bytes(), comparisons.read_bytes()])
+            comparisons = folder / "both.jsonl"
+        reward = train(folder, "rm", "train_rm.py", model=sft, data=comparisons, seed=seed,
+                       heldout=HERE / "comparisons_test.jsonl", epochs=min(20, max(4, VISITS // rows)),
+                       batch_size=ANSWERS // condition.k)
+        if condition.ppo:
+            train(folder, "ppo", "train_ppo.py", model=sft, reward=reward, seed=seed,
+                  heldout=HERE / "prompts_test.jsonl")
+    return folder
+
+
+def measure(folder):
+    """What the files of a condition say -> the measured part of a row."""
+    votes = read_votes(folder / "comparisons.jsonl")                    # by "annotator 1", "annotator 2", ...
+    row = {"rm_accuracy_gold": read_json(folder / "rm/report.json")["rm_accuracy_gold"],
+           "agreement": agreement(rows_of(folder / "comparisons.jsonl"))}
+    for name in {vote["annotator"] for vote in votes}:
+        own = [vote for vote in votes if vote["annotator"] == name]
+        row[f"longer_{name[-1]}"] = rate(longer_preferred(own)).value
+    for (a, b), both in agreements(votes).items():
+        row[f"kappa_{a[-1]}{b[-1]}"] = cohen_kappa(*zip(*both))
+    if (folder / "ppo").exists():
+        row |= measure_ppo(folder / "ppo")
+    return {name: round(row[name], 4) for name in sorted(row) if not math.isnan(row[name])}
+
+
+def measure_ppo(folder):
+    """Gold, score and KL on held-out prompts, and how far gold fell in training after its highest mean of WINDOW."""
+    report = read_json(folder / "report.json")["ppo"]
+    gold = [row["objective/gold"] for row in read_rows(folder / "metrics.jsonl")]
+    means = [statistics.fmean(gold[i:i + WINDOW]) for i in range(max(1, len(gold) - WINDOW + 1))]
+    return {"gold": report["gold"], "score": report["score"], "kl": report["kl"], "gold_fell": max(means) - means[-1]}
+
+
+def run(args):
+    """Every condition with every seed that has no row yet, --jobs at a time. Stopped and started again, it goes on."""
+    have, lock = {(row["condition"], row["seed"]) for row in rows_of(args.rows)}, threading.Lock()
+
+    def one(each):
+        begun, (name, seed) = time.time(), each
+        row = {"condition": name, "seed": seed, **measure(build(name, seed, args.out.resolve()))}
+        line = json.dumps(row | {"seconds": round(time.time() - begun)})
+        with lock, open(args.rows, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:     # after an error it starts nothing new and lets what runs end
+        list(pool.map(one, [each for each in product(args.only or CONDITIONS, args.seeds) if each not in have]))
+
+
+def rows_of(path):
+    return [row for _, row in read_jsonl(path)] if Path(path).exists() else []
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+# The 97.5 % point of Student's t for this many seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+ACCURACY, GOLD = ("accuracy against gold", "rm_accuracy_gold"), ("gold after PPO", "gold")
+AGREE = ("two annotators agree", "agreement")
+
+
+class Table(NamedTuple):
+    head: str
+    rows: dict                          # {label: (condition, the condition that it is compared with)}
+    columns: tuple                      # (heading, name of the measured value)
+    compared: dict                      # {heading of a column with differences: name of the measured value}
+
+
+def tables():
+    sizes = {f"{n:,}": (f"{n} prompts", "1000 prompts") for n in SIZES}
+    levels = {f"{level}, {noise}": level for level, noise in NOISES.items()} | {"coin-flip": "coin"}
+    third = {"careful": "1000 prompts", "left out": "third left out"} | {
+        f"{kind}, {rule} of three": f"third {kind}, {rule}" for rule in CONSENSUS for kind in BAD}
+    rounds = {"500 in one round": "500 prompts", "1,000 in one round": "1000 prompts",
+              "500, and 500 on PPO's answers": "two rounds"}
+    seen = {kind: (f"third {kind}, sum", "1000 prompts") for kind in BAD}
+    return {
+        "size": Table("prompts with four answers", sizes, (ACCURACY,), {"more than 1,000": ACCURACY[1]}),
+        "ppo": Table("prompts with four answers", {label: sizes[label] for label in (f"{n:,}" for n in WITH_PPO)},
+                     (GOLD, ("gold lost in training", "gold_fell"), ("score", "score"), ("KL", "kl")),
+                     {"more gold than 1,000": "gold"}),
+        "answers": Table("answers to a prompt", {
+            "2, to 2,000 prompts": ("2 answers", "1000 prompts"), "4, to 1,000 prompts": ("1000 prompts",) * 2,
+            "8, to 500 prompts": ("8 answers", "1000 prompts")}, (ACCURACY,), {"more than 4": ACCURACY[1]}),
+        "noise": Table("noise of one annotator", {
+            label: (f"{level}, one", "default, one") for label, level in levels.items()}, (ACCURACY,),
+            {"more than default": ACCURACY[1]}),
+        "people": Table("noise of three annotators", {
+            label: (f"{level}, three", f"{level}, one") for label, level in levels.items()}, (AGREE, ACCURACY),
+            {"more than one annotator": ACCURACY[1]}),
+        "bad": Table("third annotator, consensus", {label: (name, "1000 prompts") for label, name in third.items()},
+                     (ACCURACY,), {"more than careful": ACCURACY[1]}),
+        "signs": Table("third annotator", {"careful": ("1000 prompts",) * 2} | seen, (
+            ("kappa of 1 and 2", "kappa_12"), ("of 1 and 3", "kappa_13"), ("of 2 and 3", "kappa_23"),
+            ("1 prefers the longer", "longer_1"), ("3 does", "longer_3")), {}),
+        "rounds": Table("prompts", {label: (name, "1000 prompts") for label, name in rounds.items()},
+                        (ACCURACY, GOLD, ("gold lost in training", "gold_fell"), ("KL", "kl")),
+                        {"more gold than 1,000 in one round": "gold"}),
+    }
+
+
+def values_of(rows, condition, metric):
+    """{seed: value}"""
+    return {row["seed"]: row[metric] for row in rows if row["condition"] == condition and metric in row}
+
+
+def estimate(values, signed=False):
+    """A mean over seeds with its 95 % interval. Of differences (signed) it says where 0 is inside the interval."""
+    if not values:
+        return "-"
+    mean, n = statistics.fmean(values), len(values)
+    digits, sign = 3 if abs(mean) < 2 else 1, "+" if signed else ""
+    if n == 1:
+        return f"{mean:{sign}.{digits}f}"
+    half = T95[n] * statistics.stdev(values) / math.sqrt(n)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}" + " (could be 0)" * (signed and abs(mean) <= half)
+
+
+def line_of(table, rows, label):
+    """One line of a table in Markdown. Differences are paired: each seed with itself."""
+    condition, base = table.rows[label]
+    cells = [estimate(list(values_of(rows, condition, metric).values())) for _, metric in table.columns]
+    for metric in table.compared.values():
+        these, those = values_of(rows, condition, metric), values_of(rows, base, metric)
+        gaps = [these[seed] - those[seed] for seed in these if seed in those]
+        cells.append("" if condition == base else estimate(gaps, signed=True))
+    return f"| {' | '.join([label, *cells])} |"
+
+
+def markdown(table, rows):
+    """A table of the guide, and below it the number of seeds and the time that its runs took."""
+    headings = [table.head, *(heading for heading, _ in table.columns), *table.compared]
+    used = {name for pair in table.rows.values() for name in pair}
+    own = [row for row in rows if row["condition"] in used]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines += [line_of(table, rows, label) for label in table.rows]
+    seeds, minutes = len({row["seed"] for row in own}), sum(row["seconds"] for row in own) / 60
+    return "\n".join([*lines, "", f"{seeds} seeds, {len(own)} runs, {minutes:.0f} minutes of one core."])
+
+
+def filled(text, rows):
+    """The guide with every table between its markers, <!-- table NAME --> and <!-- end -->, made from these rows."""
+    every = tables()
+    found = re.findall(r"<!-- table (\w+) -->", text)
+    require(sorted(found) == sorted(every), f"{GUIDE}: has the tables {', '.join(found)}, not {', '.join(every)}")
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+                  lambda mark: f"{mark[1]}{markdown(every[mark[2]], rows)}\n{mark[3]}", text, flags=re.DOTALL)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=("run", "table", "write"))
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the measured rows [data/tiny/labels.jsonl]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of run [1 2 3]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each [%(default)s]")
+    parser.add_argument("--only", nargs="+", choices=CONDITIONS, metavar="NAME", help="only these conditions [all]")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/labels", help="folder of all models [out/labels]")
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        return run(args)
+    rows = rows_of(args.rows)
+    if args.command == "write":
+        return write_whole(GUIDE, [filled(GUIDE.read_text(encoding="utf-8"), rows).encode()])
+    for name, table in tables().items():
+        print(f"{name}\n\n{markdown(table, rows)}\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
