@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -41,6 +40,7 @@ VISITS = 2400           # prompts that a reward model reads in all, within 4 to 
 ANSWERS = 128           # answers in a batch of the reward model, whatever K is
 WINDOW = 8              # iterations of PPO that are averaged
 LOCKS = defaultdict(threading.Lock)
+SPENT = threading.local()       # .seconds of a processor, by the scripts that this thread has run
 
 
 # ---- the conditions --------------------------------------------------------------------------------------------------
@@ -88,9 +88,12 @@ def run_script(folder, script, *words, **flags):
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{Path(script).stem}.log"
     with open(log, "w", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, ROOT / script, *words], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    require(code == 0, f"{script} stopped with exit code {code}; {log} has its message")
+        process = subprocess.Popen([sys.executable, ROOT / script, *words], stdout=file, stderr=subprocess.STDOUT,
+                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)                     # on Linux and macOS
+    process.returncode = os.waitstatus_to_exitcode(status)
+    SPENT.seconds = getattr(SPENT, "seconds", 0) + usage.ru_utime + usage.ru_stime
+    require(process.returncode == 0, f"{script} stopped with exit code {process.returncode}; {log} has its message")
 
 
 def train(folder, stage, script, **flags):
@@ -155,9 +158,9 @@ def run(args):
     have, lock = {(row["condition"], row["seed"]) for row in rows_of(args.rows)}, threading.Lock()
 
     def one(each):
-        begun, (name, seed) = time.time(), each
+        SPENT.seconds, (name, seed) = 0, each
         row = {"condition": name, "seed": seed, **measure(build(name, seed, args.out.resolve()))}
-        line = json.dumps(row | {"seconds": round(time.time() - begun)})
+        line = json.dumps(row | {"seconds": round(SPENT.seconds)})
         with lock, open(args.rows, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -247,14 +250,14 @@ def line_of(table, rows, label):
 
 
 def markdown(table, rows):
-    """A table of the guide, and below it the number of seeds and the time that its runs took."""
+    """A table of the guide, and below it the number of seeds and the processor time of its runs."""
     headings = [table.head, *(heading for heading, _ in table.columns), *table.compared]
     used = {name for pair in table.rows.values() for name in pair}
     own = [row for row in rows if row["condition"] in used]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [line_of(table, rows, label) for label in table.rows]
     seeds, minutes = len({row["seed"] for row in own}), sum(row["seconds"] for row in own) / 60
-    return "\n".join([*lines, "", f"{seeds} seeds, {len(own)} runs, {minutes:.0f} minutes of one core."])
+    return "\n".join([*lines, "", f"{seeds} seeds, {len(own)} runs, {minutes:.0f} minutes of one processor."])
 
 
 def filled(text, rows):
