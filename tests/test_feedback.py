@@ -710,6 +710,24 @@ def test_items_are_sampled_a_few_ahead_and_the_same_after_a_restart(tmp_path, po
     assert second.items == first.items == rows_of(tmp_path, "x.items.jsonl")
 
 
+def test_sample_makes_all_items_that_rank_would_show_and_goes_on_where_it_stopped(tmp_path, policy_folder, capsys):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Story {i}."}) + "\n" for i in range(7)))
+    flags = ["--policy", policy_folder, "--prompts", tmp_path / "prompts.jsonl", "--answers", 3, "--max_response", 8]
+
+    def run(name, *more):
+        main([*map(str, ["sample", *flags, "--out", tmp_path / name, *more])])
+        return rows_of(tmp_path, name.replace(".jsonl", ".items.jsonl"))
+    all_at_once = run("a.jsonl")
+    assert [row["prompt"] for row in all_at_once] == [f"Story {i}." for i in range(7)]
+    assert all(len(set(row["responses"])) == 3 for row in all_at_once)
+    assert run("b.jsonl", "--n", 4) == all_at_once[:4] and run("b.jsonl") == all_at_once
+    assert "b.items.jsonl: answers to 7 prompts" in capsys.readouterr().out
+    assert run("b.jsonl") == all_at_once
+    assert len(read_items(tmp_path / "b.items.jsonl")) == 7
+    with pytest.raises(UserError, match="--answers must be from 2 to 9"):
+        run("c.jsonl", "--answers", 1)
+
+
 def test_failed_sampling_is_shown_and_no_item_is_left_out(tmp_path, policy_folder, capsys):
     broken = sampler(tmp_path, policy_folder, [f"Tell story {i}." for i in range(9)])
     make_item = broken.make_item

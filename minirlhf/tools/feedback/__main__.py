@@ -5,7 +5,9 @@
     python -m minirlhf.tools.feedback write --prompts FILE --out my_demonstrations.jsonl [--policy out/sft]
     python -m minirlhf.tools.feedback judge --a out/sft --b out/ppo --prompts FILE --out my_judgement.jsonl
     python -m minirlhf.tools.feedback stats my_comparisons.jsonl
-    python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR             to Label Studio
+    python -m minirlhf.tools.feedback sample --policy out/sft --out my_comparisons.jsonl    all answers, not yet ranked
+    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR       to Label Studio, or with votes:
+    python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
 
 rank, write and judge serve a page on this machine only. Started again with the same flags, they continue where they
@@ -84,9 +86,30 @@ def rank(args):
     if args.answers_from:
         return rank_given(args)
     args.policy = args.policy or ["out/sft"]
+    check_answers(args)
+    collect("rank", args.policy, args.answers, args)
+
+
+def check_answers(args):
     require(2 <= args.answers <= items.MOST and len(args.policy) <= args.answers,
             "--answers must be from 2 to 9, and not less than the number of policies")
-    collect("rank", args.policy, args.answers, args)
+
+
+def sample(args):
+    """Samples for every prompt what rank would show, into the items file beside --out. Started again, it goes on."""
+    args.policy = args.policy or ["out/sft"]
+    args.prompts = args.prompts or prompts_for(args.policy[0], "data")
+    check_answers(args)
+    policies, prompts = load("rank", args.policy, args.answers, args)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        journal = Journal(sidecar(out, "items"))
+        sampler = items.Sampler(prompts, policies, args.answers, journal, args)
+        for index in range(len(sampler.items), len(prompts)):
+            journal.append(sampler.make_item(index))
+    print(f"{journal.path}: answers to {len(prompts)} prompts. Rank them here with rank --out {out}, or elsewhere "
+          "after export")
 
 
 def judge(args):
@@ -132,6 +155,12 @@ COMMANDS = {
                                     'sampled ones; --prompts and --answers are not used [none]'),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **page_flags(out="my_comparisons.jsonl"),
+    }),
+    "sample": (sample, "sample all that rank would show, for Label Studio or for later", {
+        "--policy": dict(nargs="+", default=[], help="model folders to sample from [out/sft]"),
+        "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
+        **{flag: settings for flag, settings in page_flags(out="my_comparisons.jsonl").items()
+           if flag not in ("--guidelines", "--people", "--port", "--no_browser")},
     }),
     "write": (lambda args: collect("write", args.policy, 1, args), "write ideal answers", {
         "--policy": dict(nargs=1, default=[], help="a model folder, whose answers are drafts to edit [none]"),
