@@ -36,7 +36,7 @@ from minirlhf.tools.evaluate.stats import rate
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 
 ROWS, GUIDE = HERE / "labels.jsonl", ROOT / "data/README.md"
-VISITS = 2400           # prompts that a reward model reads in all, within 4 to 20 passes
+VISITS = 4000           # prompts that a reward model reads in all, within 4 to 20 passes
 ANSWERS = 128           # answers in a batch of the reward model, whatever K is
 WINDOW = 8              # iterations of PPO that are averaged
 LOCKS = defaultdict(threading.Lock)
