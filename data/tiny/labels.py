@@ -27,12 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 from annotate import CONSENSUS, Panel, agreement
-from minirlhf.files.jsonl import read_jsonl
 from minirlhf.files.tensors import read_json, write_whole
 from minirlhf.running.config import Parser
 from minirlhf.running.errors import require, run_main
 from minirlhf.running.runs import read_rows
-from minirlhf.tools.evaluate.stats import rate
+from minirlhf.tools.evaluate.stats import rate, t_limit
+from minirlhf.tools.experiment import read_results, summary
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 
 ROWS, GUIDE = HERE / "labels.jsonl", ROOT / "data/README.md"
@@ -134,7 +134,7 @@ def measure(folder):
     """What the files of a condition say -> the measured part of a row."""
     votes = read_votes(folder / "comparisons.jsonl")                    # by "annotator 1", "annotator 2", ...
     row = {"rm_accuracy_gold": read_json(folder / "rm/report.json")["rm_accuracy_gold"],
-           "agreement": agreement(rows_of(folder / "comparisons.jsonl"))}
+           "agreement": agreement(read_results(folder / "comparisons.jsonl"))}
     for name in {vote["annotator"] for vote in votes}:
         own = [vote for vote in votes if vote["annotator"] == name]
         row[f"longer_{name[-1]}"] = rate(longer_preferred(own)).value
@@ -155,7 +155,7 @@ def measure_ppo(folder):
 
 def run(args):
     """Every condition with every seed that has no row yet, --jobs at a time. Stopped and started again, it goes on."""
-    have, lock = {(row["condition"], row["seed"]) for row in rows_of(args.rows)}, threading.Lock()
+    have, lock = {(row["condition"], row["seed"]) for row in read_results(args.rows)}, threading.Lock()
 
     def one(each):
         SPENT.seconds, (name, seed) = 0, each
@@ -169,14 +169,8 @@ def run(args):
         list(pool.map(one, [each for each in product(args.only or CONDITIONS, args.seeds) if each not in have]))
 
 
-def rows_of(path):
-    return [row for _, row in read_jsonl(path)] if Path(path).exists() else []
-
-
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
-# The 97.5 % point of Student's t for this many seeds.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 ACCURACY, GOLD = ("accuracy against gold", "rm_accuracy_gold"), ("gold after PPO", "gold")
 AGREE = ("two annotators agree", "agreement")
 
@@ -226,16 +220,16 @@ def values_of(rows, condition, metric):
     return {row["seed"]: row[metric] for row in rows if row["condition"] == condition and metric in row}
 
 
-def estimate(values, signed=False):
-    """A mean over seeds with its 95 % interval. Of differences (signed) it says where 0 is inside the interval."""
-    if not values:
-        return "-"
-    mean, n = statistics.fmean(values), len(values)
-    digits, sign = 3 if abs(mean) < 2 else 1, "+" if signed else ""
-    if n == 1:
-        return f"{mean:{sign}.{digits}f}"
-    half = T95[n] * statistics.stdev(values) / math.sqrt(n)
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}" + " (could be 0)" * (signed and abs(mean) <= half)
+def estimate(values):
+    return summary(values, digits=3 if not values or abs(statistics.fmean(values)) < 2 else 1) or "-"
+
+
+def difference(gaps):
+    """A mean difference with its 95 % interval over seeds (Student's t). It says where 0 is inside the interval."""
+    if len(gaps) < 2:
+        return f"{gaps[0]:+.3f}" if gaps else "-"
+    mean, half = statistics.fmean(gaps), t_limit(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{mean:+.3f} ± {half:.3f}" + " (could be 0)" * (abs(mean) <= half)
 
 
 def line_of(table, rows, label):
@@ -245,7 +239,7 @@ def line_of(table, rows, label):
     for metric in table.compared.values():
         these, those = values_of(rows, condition, metric), values_of(rows, base, metric)
         gaps = [these[seed] - those[seed] for seed in these if seed in those]
-        cells.append("" if condition == base else estimate(gaps, signed=True))
+        cells.append("" if condition == base else difference(gaps))
     return f"| {' | '.join([label, *cells])} |"
 
 
@@ -282,7 +276,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "run":
         return run(args)
-    rows = rows_of(args.rows)
+    rows = read_results(args.rows)
     if args.command == "write":
         return write_whole(GUIDE, [filled(GUIDE.read_text(encoding="utf-8"), rows).encode()])
     for name, table in tables().items():
