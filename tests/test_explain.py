@@ -111,7 +111,7 @@ def talk(monkeypatch, capsys, text, *args):
 def test_chat_prints_the_table_and_its_columns_add_up(world, explainer, monkeypatch, capsys):
     write_jsonl(world / "test.jsonl", [{"prompt": "hij"}])
     out = talk(monkeypatch, capsys, "abc\n\n", f"{world}/ppo", "--explain", "--prompts", f"{world}/test.jsonl").out
-    tables = out.split("token ")[1:]
+    tables = re.split("^token ", out, flags=re.MULTILINE)[1:]
     assert len(tables) == 2 and "hij" in tables[0]              # the empty line asked one of the prompts
     for table, prompt, seed in zip(tables, ("abc", "hij"), (1, 2)):
         header, *lines = table.splitlines()
@@ -124,6 +124,26 @@ def test_chat_prints_the_table_and_its_columns_add_up(world, explainer, monkeypa
         score = numbers(next(line for line in lines if line.startswith("score")))[0]
         assert abs(reward.sum() - (score - explainer.beta * kl.sum())) < 1e-3 * (len(rows) + 1)
         assert logp.max() < 0
+
+
+@pytest.mark.parametrize("response", ["cdefghij", "cdef", "c", ""])
+def test_the_first_block_shows_five_tokens_as_actions_in_states(explainer, response):
+    """The first four and the last, or all if there are no more. What stands in a row is of one and the same token."""
+    ids, columns, _ = explainer.explain("ab", response)
+    lines = explainer.table("ab", response)
+    end, table = lines.index(""), next(i for i, line in enumerate(lines) if line.startswith("token "))
+    header, *rows = lines[:end]
+    shown = [t for t in range(len(ids)) if t < 4 or t == len(ids) - 1]
+    assert header.split() == ["state", "action", "V(state)", "reward", "return", "advantage"]
+    assert rows.count("...") == (len(ids) > 5)
+    text = [*response, "<|endoftext|>"]
+    for t, row in zip(shown, [row for row in rows if row != "..."], strict=True):
+        state, action = re.findall(r"'([^']*)'", row)
+        assert state == "..." + "ab" + response[:t] and action == text[t]
+        expected = [float(columns[name][t]) for name in ("value", "reward", "return", "advantage")]
+        np.testing.assert_allclose(numbers(row), expected, atol=6e-4)
+    assert [line.split()[0] for line in lines[end + 1:table - 1]] == header.split()        # a sentence for each
+    assert all(len(line) <= 120 for line in lines)
 
 
 def test_a_prompt_that_does_not_fit_ends_no_conversation(world, monkeypatch, capsys):

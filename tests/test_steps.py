@@ -438,7 +438,10 @@ def check_sft_loss(sft_loss):
 
 def test_sft_learns_the_response_and_its_eos_and_not_the_prompt():
     check_sft_loss(train_sft.sft_loss)
-    with pytest.raises(AssertionError):                                 # prompts learned too
+
+
+def test_a_loss_on_the_prompts_is_noticed():
+    with pytest.raises(AssertionError):
         check_sft_loss(mutant(train_sft.sft_loss, "[e.prompt for e in examples]", "[e.prompt[:1] for e in examples]",
                               "[e.responses[0] for e", "[e.prompt[1:] + e.responses[0] for e"))
 

@@ -220,6 +220,9 @@ def check_estimates_kl(estimator, never_negative):
 def test_trap_06_k1_and_k3_estimate_the_exact_kl():
     check_estimates_kl(lambda logprobs, ref_logprobs: logprobs - ref_logprobs, never_negative=False)
     check_estimates_kl(ppo.kl_k3, never_negative=True)
+
+
+def test_trap_06_another_sign_is_noticed():
     for old, new in (("= ref_logprobs - logprobs", "= logprobs - ref_logprobs"), ("- log_ratio", "+ log_ratio")):
         changed = mutant(ppo.kl_k3, old, new)
         with pytest.raises(AssertionError):

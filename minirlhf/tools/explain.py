@@ -18,6 +18,15 @@ from minirlhf.running.errors import require
 from minirlhf.running.runs import newest_state, read_run
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
+FIRST_LOOK = 5          # tokens that the block above the table shows: the first four, and the last
+SENTENCES = {           # of its columns
+    "state": "what the policy has read: the prompt, and its answer up to here",
+    "action": "the token that the policy draws next",
+    "V(state)": "the reward that the value model expects from here on. It is a V, not a Q: the action is not known yet",
+    "reward": "-beta KL of the action. The last one also has the score, because only a whole answer can be judged",
+    "return": "the reward from here on, as GAE estimates it. The value model is trained on it",
+    "advantage": "return - V(state): how much better the action of this row is than expected. It trains that action",
+}
 COLUMNS = ("logp", "ref_logp", "KL", "reward", "value", "advantage", "return")
 
 
@@ -80,10 +89,22 @@ class Explainer:
         columns = dict(zip(COLUMNS, (logp, ref_logp, kl, reward, value, advantage, returns), strict=True))
         return response_ids, {name: column[0] for name, column in columns.items()}, float(score)
 
+    def first_look(self, prompt, tokens, columns):
+        """The lines of a block that shows some tokens as actions in states, and what its columns mean."""
+        header = f"{'state':<29}{'action':<15}" + "".join(f"{name:>10}" for name in list(SENTENCES)[2:])
+        numbers, rows = [columns[name].tolist() for name in ("value", "reward", "return", "advantage")], []
+        for t, token in enumerate(tokens):
+            state, action = prompt + self.tokenizer.decode(tokens[:t]), self.tokenizer.decode([token])
+            rows.append(f"{'...' + state[-22:]!r:<29}{action!r:<15}" + "".join(f"{x[t]:>+10.3f}" for x in numbers))
+        if len(rows) > FIRST_LOOK:
+            rows[FIRST_LOOK - 1:-1] = ["..."]
+        return [header, *rows, "", *(f"{name:<11}{sentence}" for name, sentence in SENTENCES.items()), ""]
+
     def table(self, prompt, response=None, seed=1):
-        """The lines of the table."""
+        """The lines of the block and of the table."""
         tokens, columns, score = self.explain(prompt, response, seed)
-        lines = [f"{'token':<14}" + "".join(f"{name:>10}" for name in COLUMNS)]
+        lines = self.first_look(prompt, tokens, columns)
+        lines.append(f"{'token':<14}" + "".join(f"{name:>10}" for name in COLUMNS))
         for token, *numbers in zip(tokens, *(column.tolist() for column in columns.values())):
             lines.append(f"{self.tokenizer.decode([token])!r:<14}" + "".join(f"{number:>+10.3f}" for number in numbers))
         lines.append(f"score {score:+.3f} at the last token, beta {self.beta:.3g}, KL {columns['KL'].sum():.3f} nats "

@@ -1,0 +1,242 @@
+"""Exercises: write one function of the book yourself. The project's own tests check it.
+
+    python -m minirlhf.tools.exercise list               all exercises in the order of COURSE.md
+    python -m minirlhf.tools.exercise blank gae          writes out/exercises/gae/minirlhf/ppo.py, gae without its body
+    python -m minirlhf.tools.exercise check gae          tests your file: exit code 0 if everything passes, 1 if not
+    python -m minirlhf.tools.exercise solution gae       how your file differs from ours
+
+You edit the file that `blank` names. `check` puts it into a temporary copy of the repository, whose own files stay as
+they are.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from minirlhf.files.tensors import write_whole
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.running.runs import move_aside
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("out/exercises")
+TIME_LIMIT = 120        # seconds for the tests of one exercise. They take less than 20, on a busy machine longer
+MOST_LINES = 24         # of the first failure
+
+
+class Exercise(NamedTuple):
+    file: str           # where the function is
+    minutes: int
+    difficulty: str
+    tests: str          # a file in tests/ and names of tests in it, the most telling one first
+    only: str = ""      # of tests with several cases, those with this word in their name
+
+
+RANKING_LOSS = """test_reward.py
+    test_absolute_values_of_the_losses
+    test_each_loss_is_what_its_name_says
+    test_a_tie_says_nothing_about_the_two_and_their_order_does_not_matter
+    test_what_stands_where_there_is_no_answer_changes_no_loss_gradient_or_accuracy
+    test_gradients_of_the_ranking_losses"""
+
+EXERCISES = {           # the functions, in the order of the course
+    "position_ids": Exercise("minirlhf/gpt2.py", 5, "easy", """test_gpt2.py
+        test_positions_skip_the_pads
+        test_pads_change_nothing_on_either_side"""),
+    "attention_mask": Exercise("minirlhf/gpt2.py", 15, "hard", """test_gpt2.py
+        test_no_position_sees_what_comes_after_it
+        test_pads_change_nothing_on_either_side
+        test_what_is_under_a_pad_does_not_matter
+        test_the_cache_changes_nothing
+        test_a_row_of_pads_gives_no_nan_and_no_nan_gradient"""),
+    "KVCache.extend": Exercise("minirlhf/gpt2.py", 10, "medium", """test_gpt2.py
+        test_the_cache_changes_nothing
+        test_the_cache_works_without_a_mask
+        test_the_cache_keeps_the_rows_it_is_told_to"""),
+    "sample_token": Exercise("minirlhf/generate.py", 10, "medium", """test_generate.py
+        test_sampled_frequencies_are_the_distribution
+        test_the_ends_of_the_interval_give_tokens_that_are_possible
+        test_cached_sampling_is_naive_sampling_without_a_cache"""),
+    "response_logprobs": Exercise("minirlhf/generate.py", 15, "hard", """test_generate.py
+        test_log_probabilities_of_responses_are_the_full_softmax_by_hand
+        test_sampling_and_scoring_agree_on_what_was_sampled"""),
+    "sft_loss": Exercise("train_sft.py", 5, "easy", """test_steps.py
+        test_sft_learns_the_response_and_its_eos_and_not_the_prompt"""),
+    "encode": Exercise("minirlhf/data.py", 5, "easy", """test_data.py
+        test_encode_adds_exactly_one_eos_and_text_can_never_inject_one
+        test_an_unfinished_answer_is_read_back_without_eos"""),
+    "preferred": Exercise("minirlhf/reward.py", 5, "medium", """test_reward.py
+        test_accuracy_counts_strict_pairs_and_equal_rewards_half
+        test_a_tie_says_nothing_about_the_two_and_their_order_does_not_matter
+        test_what_stands_where_there_is_no_answer_changes_no_loss_gradient_or_accuracy"""),
+    "at_last_token": Exercise("minirlhf/reward.py", 5, "medium", """test_reward.py
+        test_the_last_token_is_found_wherever_the_pads_are
+        test_the_score_depends_on_the_prompt_and_on_every_token_of_the_response"""),
+    "pair_loss": Exercise("minirlhf/reward.py", 10, "medium", RANKING_LOSS, "pairs"),
+    "choice_losses": Exercise("minirlhf/reward.py", 15, "hard", RANKING_LOSS, "best or plackett_luce"),
+    "plackett_luce_loss": Exercise("minirlhf/reward.py", 5, "easy", RANKING_LOSS, "plackett_luce"),
+    "normalise": Exercise("train_rm.py", 15, "hard", """test_steps.py
+        test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_samples"""),
+    "token_rewards": Exercise("minirlhf/ppo.py", 10, "medium", """test_ppo.py
+        test_the_kl_is_paid_at_every_token_and_the_score_comes_at_the_last
+        test_what_stands_under_the_mask_reaches_no_statistic_reward_or_advantage"""),
+    "kl_k3": Exercise("minirlhf/ppo.py", 5, "easy", """test_traps.py
+        test_trap_06_k1_and_k3_estimate_the_exact_kl"""),
+    "gae": Exercise("minirlhf/ppo.py", 15, "hard", """test_ppo.py
+        test_gae_is_the_quadratic_definition_on_ragged_rows
+        test_with_lambda_one_the_return_is_the_reward_to_go_whatever_the_values
+        test_what_stands_under_the_mask_reaches_no_statistic_reward_or_advantage"""),
+    "whiten": Exercise("minirlhf/ppo.py", 5, "medium", """test_ppo.py
+        test_whitening_is_whitening_of_the_compacted_vector
+        test_what_stands_under_the_mask_reaches_no_statistic_reward_or_advantage"""),
+    "policy_losses": Exercise("minirlhf/ppo.py", 10, "medium", """test_ppo.py
+        test_losses_and_their_gradients
+        test_the_gradient_of_the_first_step_is_the_policy_gradient""", "policy"),
+    "value_losses": Exercise("minirlhf/ppo.py", 5, "medium", """test_ppo.py
+        test_losses_and_their_gradients""", "value"),
+    "adaptive_beta": Exercise("minirlhf/ppo.py", 5, "easy", """test_ppo.py
+        test_adaptive_beta_in_absolute_values"""),
+}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def read_function(path, name):
+    """(text of the file, syntax tree of its function or Class.method). UserError names the file and what is wrong."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        node = ast.parse(source)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there yet: python -m minirlhf.tools.exercise blank {name} writes it") from None
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except ValueError as error:                                 # not UTF-8, or a null byte
+        raise UserError(f"{path}: {error}") from None
+    for part in name.split("."):
+        node = next((child for child in node.body if getattr(child, "name", "") == part), None)
+        require(node, f"{path}: {name} is gone. Its first line must stay as it was")
+    return source, node
+
+
+def blank(name):
+    """Writes the learner's file: ours, in which the body of the function raises an error."""
+    file = EXERCISES[name].file
+    source, function = read_function(ROOT / file, name)
+    lines, docstring = source.splitlines(keepends=True), function.body[0]
+    todo = " " * docstring.col_offset + 'raise NotImplementedError("your code replaces this line")\n'
+    lines[docstring.end_lineno:function.end_lineno] = [todo]
+    move_aside(FOLDER / name)
+    path = FOLDER / name / file
+    path.parent.mkdir(parents=True)
+    write_whole(path, ["".join(lines).encode()])
+    print(f"{path}:{docstring.end_lineno + 1} is where you write {name}. Then run\n"
+          f"    python -m minirlhf.tools.exercise check {name}")
+
+
+def solution(name):
+    """Prints what differs between the learner's file and ours, theirs with - and ours with +."""
+    path = FOLDER / name / EXERCISES[name].file
+    theirs, ours = (read_function(each, name)[0].splitlines() for each in (path, ROOT / EXERCISES[name].file))
+    lines = difflib.unified_diff(theirs, ours, "yours", "ours", lineterm="")
+    print("\n".join(lines) or f"{path} is the same as ours")
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+def run_tests(exercise, path):
+    """Runs the tests with the learner's file in a copy of the tree: [(name, case, failure or None)], in their order."""
+    file, *names = exercise.tests.split()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        unneeded = shutil.ignore_patterns("__pycache__", "*.png", "*.jsonl")
+        for part in ("minirlhf", "tests", "data/tiny"):
+            shutil.copytree(ROOT / part, folder / part, ignore=unneeded)
+        for script in ROOT.glob("train_*.py"):
+            shutil.copy(script, folder)
+        shutil.copy(path, folder / exercise.file)
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--rootdir", folder,
+                   "--basetemp", folder / "tmp", "--junitxml", folder / "results.xml", "-k", exercise.only,
+                   *(f"tests/{file}::{name}" for name in names)]
+        try:
+            done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTEST_ADDOPTS": ""}, timeout=TIME_LIMIT,
+                                  capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return [("the tests end", "", f"not within {TIME_LIMIT} seconds. Does a loop never end?")]
+        require((folder / "results.xml").exists(), f"pytest did not run: {(done.stderr + done.stdout)[-300:].strip()}")
+        return [read_case(case) for case in ElementTree.parse(folder / "results.xml").iter("testcase")]
+
+
+def read_case(case):
+    """test_gae_is_right[1-0.5] -> ("gae is right", "1-0.5", failure); a failure begins where our code last was."""
+    name, _, parameters = case.get("name").partition("[")
+    problem = next((child for child in case if child.tag in ("failure", "error")), None)
+    if problem is not None:
+        lines = (problem.text or problem.get("message")).splitlines()
+        first = next((i for i, line in enumerate(lines) if line.startswith("E ")), len(lines))
+        ours = [i for i, line in enumerate(lines[:first]) if re.match(r"(tests|minirlhf|train_)\S*:\d+: ", line)]
+        problem = "\n".join(lines[ours[-1] if ours else 0:][:MOST_LINES])
+    return re.sub("^test ", "", name.replace("_", " ")), parameters.rstrip("]"), problem
+
+
+def check(name):
+    """Says which tests pass, and shows the first failure. Whether all pass."""
+    require(importlib.util.find_spec("pytest"), "check needs pytest: pip install -r tests/requirements.txt")
+    path = FOLDER / name / EXERCISES[name].file
+    read_function(path, name)
+    results = run_tests(EXERCISES[name], path)
+    require(results, f"the tests of {name} are gone from tests/{EXERCISES[name].tests.split()[0]}")
+    for sentence in dict.fromkeys(sentence for sentence, *_ in results):
+        failed = [failure is not None for each, _, failure in results if each == sentence]
+        cases = f" ({sum(failed) or len(failed)}{' of ' + str(len(failed)) if any(failed) else ''} cases)"
+        print(("FAILS   " if any(failed) else "passes  ") + sentence + cases * (len(failed) > 1))
+    failures = [result for result in results if result[2]]
+    if failures:
+        sentence, case, failure = failures[0]
+        print(f"\nThe first failure: {sentence}{f', case {case}' if case else ''}\n{failure}")
+    print(f"\n{name}: {'not yet' if failures else 'right'}")
+    return not failures
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def print_list():
+    for name, exercise in EXERCISES.items():
+        begun = "begun" if (FOLDER / name).exists() else ""
+        print(f"{name:<20}{exercise.minutes:>3} min  {exercise.difficulty:<8}{exercise.file:<24}{begun}".rstrip())
+
+
+def known(name):
+    """The name of an exercise. UserError suggests similar ones."""
+    lower = {each.lower(): each for each in EXERCISES}
+    near = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
+    guess = f"did you mean {' or '.join(near)}?" if near else "python -m minirlhf.tools.exercise list shows all"
+    require(name in EXERCISES, f"there is no exercise {name!r}; {guess}")
+    return name
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m minirlhf.tools.exercise", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands.add_parser("list", help="all exercises, in the order of the course")
+    for command, help in (("blank", "write a file in which one function has no body"), ("check", "test your file"),
+                          ("solution", "how your file differs from ours")):
+        commands.add_parser(command, help=help).add_argument("name", metavar="NAME")
+    args = parser.parse_args(argv)
+    if args.command == "list":
+        return print_list()
+    passed = {"blank": blank, "check": check, "solution": solution}[args.command](known(args.name))
+    if args.command == "check":
+        sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    run_main(main)
