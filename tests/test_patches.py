@@ -92,9 +92,8 @@ def test_a_patched_script_runs(patch, trained, tmp_path):
     changed = {name for name in sft if not torch.equal(sft[name], policy[name])}
     assert changed and sft.keys() == policy.keys()
     if patch.stem == "algo_lora":
-        assert changed == {name for name in sft if name.endswith((
-            "c_attn.weight", "c_proj.weight", "c_fc.weight"))}
-        assert max(int(torch.linalg.matrix_rank(policy[name] - sft[name], rtol=1e-3)) for name in changed) == 8
+        assert changed == {name for name in sft if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+        assert all(torch.linalg.matrix_rank(policy[name] - sft[name], rtol=1e-3) <= 8 for name in changed)
 
 
 # ---- the methods are what they say -----------------------------------------------------------------------------------
