@@ -328,7 +328,7 @@ def main(argv=None):
         # 8. Log, print the best and the worst sample, update beta, save a checkpoint.
         run.log(iteration, metrics, health.SHOWN, health.complaints)
         if iteration % 20 == 0 or iteration == cfg.iterations - 1:
-            health.print_samples(rollout, iteration)
+            health.print_samples(rollout, iteration, run, tokenizer)
         if cfg.target_kl:
             beta = ppo.adaptive_beta(beta, metrics["objective/kl"], cfg.target_kl, cfg.batch_size)
         run.checkpoint(iteration + 1, **saved, beta=beta)

@@ -5,6 +5,7 @@ nobody can insert an EOS, encoding.eot_token, through a prompt.
 """
 
 import base64
+import codecs
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,14 @@ def load_tokenizer(name_or_folder):
 def encoding_from_ranks(ranks, name="vocab.tiktoken"):
     """{bytes of a token: rank} -> tiktoken.Encoding with one special token, EOS, after the last rank."""
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: len(ranks)})
+
+
+def token_texts(encoding, ids):
+    """The text of each token; together they are the whole text. A character that is spread over several tokens comes
+    with the last of them, and the others are empty."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(encoding.decode_single_token_bytes(token), final=k == len(ids))
+            for k, token in enumerate(ids, start=1)]
 
 
 def read_ranks(file):

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from statistics import fmean
 
+from minirlhf.files.tokenizer import token_texts
 from minirlhf.running.errors import UserError
 from minirlhf.running.runs import say
 
@@ -85,13 +86,28 @@ def check_first_ratio(sums, n_tokens, dtype):
                         f"{clipfrac:.2g}, not 0: rollout and update differ in tokens, positions, masks or temperature")
 
 
-def print_samples(rollout, iteration):
-    """The best and the worst response of a rollout, by score."""
-    kl = rollout.kl.masked_fill(~rollout.mask, 0).sum(dim=1)                                    # (B,)
-    for name, i in (("best ", int(rollout.scores.argmax())), ("worst", int(rollout.scores.argmin()))):
+def print_samples(rollout, iteration, run, tokenizer):
+    """Prints the best and the worst response of a rollout by score. These and the median go to RUN/samples.jsonl."""
+    order, rows = rollout.scores.argsort(stable=True).tolist(), []
+    for name, i in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
+        rows.append({"step": iteration, "sample": name, **sample_row(rollout, i, tokenizer)})
         gold = f"  gold {rollout.gold[i]:.2f}" if rollout.gold is not None else ""
-        say(f"[{iteration}] {name} score {rollout.scores[i]:+.2f}{gold}  kl {kl[i]:.2f}\n"
-            f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
+        if name != "median":
+            say(f"[{iteration}] {name:<5} score {rollout.scores[i]:+.2f}{gold}  kl {rows[-1]['kl']:.2f}\n"
+                f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
+    run.append("samples.jsonl", rows)
+
+
+def sample_row(rollout, i, tokenizer):
+    """What samples.jsonl says about response i: its texts and numbers, and a list per column over its tokens."""
+    mask, columns = rollout.mask[i], {"kl": "kl", "value": "values", "advantage": "advantages", "reward": "rewards"}
+    per_token = {name: [round(x, 4) for x in getattr(rollout, field)[i][mask].tolist()]
+                 for name, field in columns.items() if hasattr(rollout, field)}        # a patch may do without values
+    numbers = {"score": rollout.scores[i], "kl": rollout.kl[i][mask].sum(),
+               "gold": None if rollout.gold is None else rollout.gold[i]}
+    return {"prompt": rollout.prompts[i], "response": rollout.texts[i],
+            **{name: round(float(x), 4) for name, x in numbers.items() if x is not None},
+            "tokens": {"text": token_texts(tokenizer, rollout.ids[i, rollout.P:][mask].tolist()), **per_token}}
 
 
 def wilson(right, n, z=1.959964):

@@ -1,8 +1,8 @@
 """A run's folder: what a script writes while it trains, and how --resume continues from it.
 
-It holds the model (an export in the official layout), run.json (the resolved configuration), metrics.jsonl (only what
-is deterministic), state.pt (everything that --resume needs), state.previous.pt (the one before), heldout.jsonl (rows
-that the script itself held out of --data) and, at the end, report.json.
+It holds the model (an export in the official layout), run.json (the resolved configuration), metrics.jsonl and, for
+PPO, samples.jsonl (only what is deterministic), state.pt (everything that --resume needs), state.previous.pt (the one
+before), heldout.jsonl (rows that the script itself held out of --data) and, at the end, report.json.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from minirlhf.running.compute import is_first
 from minirlhf.running.errors import UserError, require
 
 HELD = {}           # {folder: the file descriptor that keeps it locked}
+LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
 SAVING = 0.05       # share of the time that may go into checkpoints
 LINES = 20          # about this many rows of metrics are printed during a run
 say = tqdm.write    # prints a line above the bar
@@ -91,7 +92,8 @@ class Run:
                 files[0].rename(files[0].with_name("state.damaged.pt"))
             if report.exists():
                 report.rename(report.with_name(f"report.{step}.json"))
-            write_whole(self.folder / "metrics.jsonl", [json_line(row) for row in self.rows])
+            for file in filter(Path.exists, map(self.folder.joinpath, LOGS)):
+                write_whole(file, [json_line(row) for row in read_rows(file) if row["step"] < step])
             if changed:
                 self._write_run_json()
         self.started -= state["seconds"]
@@ -137,14 +139,9 @@ class Run:
         complaints: a function of all rows -> [(sign, sentence)]. Each is printed once.
         """
         self.rows.append({"step": step, **metrics})
+        self.append("metrics.jsonl", self.rows[-1:])
         if not self.first:
             return
-        try:
-            with open(self.folder / "metrics.jsonl", "ab") as file:
-                file.write((json.dumps(self.rows[-1]) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{self.folder / 'metrics.jsonl'} cannot be written: {error.strerror}. Once it can, "
-                            "--resume continues") from None
         if step % max(1, self.total // LINES) == 0 or step == self.total - 1:
             newest = {name: value for row in self.rows for name, value in row.items()}
             self.printed.append((step + 1, time.time() - self.started))
@@ -160,6 +157,16 @@ class Run:
             if sign not in self.warned:
                 say(f"[{step}] warning: {sentence}")
             self.warned.add(sign)
+
+    def append(self, name, rows):
+        """Appends rows to one of the LOGS. Only what is deterministic belongs there: --resume writes the same again."""
+        if self.first:
+            try:
+                with open(self.folder / name, "ab") as file:
+                    file.writelines(map(json_line, rows))
+            except OSError as error:
+                raise UserError(f"{self.folder / name} cannot be written: {error.strerror}. Once it can, --resume "
+                                "continues") from None
 
     def last(self, name):
         """The newest value of a metric, nan if it was never logged."""
@@ -185,8 +192,9 @@ class Run:
         if self.first and (due or done == self.total or self.interrupted):
             begun = time.time()
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-            with open(self.folder / "metrics.jsonl", "ab") as rows:
-                os.fsync(rows.fileno())                         # the rows before this step must survive too
+            for file in filter(Path.exists, map(self.folder.joinpath, LOGS)):
+                with open(file, "ab") as rows:
+                    os.fsync(rows.fileno())                     # the rows before this step must survive too
             with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
                 torch.save({"step": done, "seconds": time.time() - self.started, **state}, file)
             self.saved_at, self.saving_takes = time.time(), time.time() - begun
@@ -248,6 +256,20 @@ def lock(folder):
         raise UserError(f"{folder} is in use by another process: let it finish, or give another --out") from None
     except OSError:                                             # some network file systems have no locks
         pass
+
+
+def in_use(folder):
+    """Whether some process keeps this folder locked. False where there are no locks."""
+    if fcntl is None:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def json_line(row):

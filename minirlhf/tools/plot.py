@@ -20,7 +20,7 @@ from minirlhf.files.tensors import write_whole
 from minirlhf.running.config import Parser
 from minirlhf.running.errors import UserError, require, run_main
 from minirlhf.running.runs import read_rows, read_run
-from minirlhf.tools.evaluate.measure import config_of, report_of
+from minirlhf.tools.evaluate.measure import report_of
 
 PANELS = [  # metric, title, unit, healthy range (that of the table in minirlhf/DETAILS.md)
     ("objective/scores", "Score of the reward model", "SFT standard deviations", (-0.2, 1.7)),
@@ -194,21 +194,6 @@ def draw_law(axis, law, row, colour, label):
     axis.plot(line, fit, color=colour, linewidth=1.8, label=f"{label}, R² {found['r2']:.3f}")
     if found["turnover"]:
         axis.axvline(found["turnover"], color=colour, linewidth=0.8, linestyle=":")
-
-
-def draw_report(report, models, folder):
-    """The pictures of an assessment -> the names of the files. Without matplotlib none, and a line that says so."""
-    names = []
-    try:
-        if "reward" in report:
-            draw_calibration({report["reward"]["model"]: report["reward"]}, folder / "calibration.png")
-            names.append("calibration.png")
-        if runs := {model: read_metrics(model) for model in models if "reward" in config_of(model)}:
-            draw_kl(runs, folder / "kl.png")
-            names.append("kl.png")
-    except UserError as error:
-        print(f"pictures left out: {error}")
-    return names
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

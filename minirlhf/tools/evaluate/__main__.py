@@ -2,14 +2,14 @@
 
     python -m minirlhf.tools.evaluate out/sft out/ppo --reward out/rm --out out/report
 
-samples one answer of each model to held-out prompts, prints who wins, and writes report.md, report.json and pictures.
+samples one answer of each model to held-out prompts, prints who wins, and writes report.html and report.json.
 The first model is the reference for KL and comparisons. The embedded world has a true preference, data/tiny/gold.py.
 For other prompts there are --judge, --votes, the bias probes and the instruction checks.
 """
 
 from pathlib import Path
 
-from minirlhf.files.tensors import write_json, write_whole
+from minirlhf.files.tensors import write_json
 from minirlhf.functions import TINY_GOLD
 from minirlhf.running.compute import pick_device
 from minirlhf.running.config import Parser
@@ -18,8 +18,8 @@ from minirlhf.running.runs import move_aside
 from minirlhf.tools.evaluate.assess import full_report
 from minirlhf.tools.evaluate.measure import config_of, held_out_by
 from minirlhf.tools.evaluate.stats import plain
-from minirlhf.tools.evaluate.tables import as_markdown, print_report
-from minirlhf.tools.plot import draw_report
+from minirlhf.tools.evaluate.tables import details_of, introduction, print_report, verdicts_of
+from minirlhf.tools.page import read_folder, write_page
 
 OPTIONS = (     # name, type, default, help
     ("reward", str, None, "a reward model to assess"),
@@ -38,7 +38,7 @@ OPTIONS = (     # name, type, default, help
     ("temperature", float, None, "sampling temperature [as the last PPO run here]"),
     ("seed", int, 1, "seed of the answers"),
     ("device", str, "", "cuda, mps or cpu; the first that is available if not given"),
-    ("out", str, "out/report", "the folder of report.md, report.json and the pictures"),
+    ("out", str, "out/report", "the folder of report.html and report.json"),
 )
 
 
@@ -77,14 +77,16 @@ def default_prompts(models):
 
 def main(argv=None):
     args = parse(argv)
+    runs = [read_folder(model) for model in args.models
+            if "reward" in config_of(model) and (Path(model) / "metrics.jsonl").is_file()]
     report, out = full_report(args, pick_device(args.device)), Path(args.out)
     print_report(report)
     move_aside(out)
     out.mkdir(parents=True)
     write_json(out / "report.json", plain(report))
-    pictures = draw_report(plain(report), args.models, out)
-    write_whole(out / "report.md", [as_markdown(report, pictures).encode()])
-    print(f"\nwrote {', '.join([f'{out}/report.md', 'report.json', *pictures])}")
+    write_page(out / "report.html", "Assessment", runs, [*verdicts_of(report), *details_of(report)],
+               [introduction(report), *report["notes"]], report=True)
+    print(f"\nwrote {out}/report.html and report.json")
 
 
 if __name__ == "__main__":

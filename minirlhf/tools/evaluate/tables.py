@@ -1,13 +1,13 @@
-"""What a report says, as tables: printed for a terminal of 80 columns, and as Markdown with everything in it."""
+"""What a report says, as tables: the main ones for a terminal of 80 columns, all of them for the page report.html."""
 
-import re
 import textwrap
-from pathlib import Path
 from typing import NamedTuple
 
 WIDTH = 80          # of the terminal
 FIGURES = {  # name: what it is, and its unit
-    "gold": "true preference, 0 to 1", "attributes_right": "all that was asked for is right", "mood": "mood as asked",
+    "annotator_agreement": "two annotators agree", "rm_accuracy_gold": "reward model: pairs ordered as gold does",
+    "rm_accuracy_heldout": "reward model: pairs ordered as the annotators do",
+    "win_rate": "win rate against SFT in gold", "gold": "true preference, 0 to 1", "attributes_right": "all that was asked for is right", "mood": "mood as asked",
     "who": "person as asked", "what": "thing as asked", "rude": "rude", "grammatical": "grammatical",
     "stereotype_gap": "P(she) for a female stereotype minus for a male one",
     "eos_rate": "answers that end by themselves", "length": "tokens, EOS included",
@@ -121,7 +121,7 @@ def bias_of(report):
 
 
 def details_of(report):
-    """The tables that only the Markdown has."""
+    """The tables that only the page has."""
     models = report["models"]
     first, names = next(iter(models)), dict.fromkeys(name for figures in models.values() for name in figures)
     rows = [[FIGURES.get(name, name), *(figures.get(name, "") for figures in models.values()),
@@ -140,42 +140,18 @@ def details_of(report):
                    for low, high, right, pairs in reward.get("by_margin_in_gold", [])]
         rows = [[name, right, right.n, pairs] for name, right, pairs in groups + reward["by_length"]]
         yield Table(f"Where {reward['model']} is right", ["among pairs with", "accuracy", "prompts", "pairs"], rows)
-    yield samples_of(report)
+        rows = [[f"{claimed:.3f}", right, right.n, pairs] for claimed, right, pairs in reward["reliability"]]
+        yield Table(f"Is {reward['model']} as often right as it claims?",
+                    ["mean probability that it gives its choice", "the choice is right", "prompts", "pairs"], rows)
+    rows = [[sample["why"], sample["prompt"], *sample["answers"].values()] for sample in report["samples"]]
+    yield Table("Samples", ["why", "prompt", *models], rows, "Best and worst: the first judge's score of the last "
+                "model. Most changed: its KL to the first model, or else the change of that score.")
 
 
-def samples_of(report):
-    rows = [[sample["why"], *map(escaped, [sample["prompt"], *sample["answers"].values()])]
-            for sample in report["samples"]]
-    return Table("Samples", ["why", "prompt", *report["models"]], rows, "Best and worst: the first judge's score of "
-                 "the last model. Most changed: its KL to the first model, or else the change of that score.")
-
-
-# ---- Markdown --------------------------------------------------------------------------------------------------------
-
-def escaped(text, most=1000):
-    """Any text as it is, in a cell of a Markdown table. After `most` characters it is cut off, visibly."""
-    text = text if len(text) <= most else text[:most] + " [cut off here]"
-    lines = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.split("\n"))
-    return "<br>".join(re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", line) for line in lines)
-
-
-def as_lines(table):
-    """A table as lines of Markdown, none if it has no rows."""
-    if not table.rows:
-        return []
-    rows = ["| " + " | ".join(map(str, row)) + " |" for row in (table.head, ["---"] * len(table.head), *table.rows)]
-    return [f"## {table.title}", "", *([table.text, ""] if table.text else []), *rows, ""]
-
-
-def as_markdown(report, pictures):
-    """The full report as a Markdown document. pictures: names of files beside it."""
+def introduction(report):
+    """One sentence on how the answers were sampled."""
     sampling = report["sampling"]
-    stop = f", stop {sampling['stop']}" if sampling["stop"] else ""
-    lines = ["# Assessment", "",
-             f"{report['n_prompts']} held-out prompts ({report['prompts']}), one sampled answer of each model, "
-             f"seed {report['seed']}, temperature {sampling['temperature']:g}, at most {sampling['max_response']} "
-             f"tokens{stop}. In brackets: 95 % intervals.", ""]
-    lines += [f"- **Note:** {note}." for note in report["notes"]] + [""] * bool(report["notes"])
-    for table in (*verdicts_of(report), *details_of(report)):
-        lines += as_lines(table)
-    return "\n".join(lines + [f"![{Path(name).stem}]({name})" for name in pictures]) + "\n"
+    stop = f", stop {sampling['stop']}" * bool(sampling["stop"])
+    return (f"{report['n_prompts']} held-out prompts ({report['prompts']}), one sampled answer of each model, seed "
+            f"{report['seed']}, temperature {sampling['temperature']:g}, at most {sampling['max_response']} "
+            f"tokens{stop}. In brackets: 95 % intervals.")
