@@ -212,7 +212,7 @@ def test_a_run_killed_before_its_checkpoint_and_resumed_has_the_same_samples(wor
 
 
 def test_the_warnings_are_those_that_the_script_printed(world, capsys):
-    run_ppo(world, "--reward", f"{world}/reward.py:same", "--missing_eos", 0, "--iterations", 4, "--lr", 0, out="sick")
+    run_ppo(world, "--reward", f"{world}/reward.py:same", "--missing_eos", 0, "--iterations", 3, "--lr", 0, out="sick")
     printed = re.findall(r"^\[(\d+)\] warning: (.*)$", capsys.readouterr().out, re.MULTILINE)
     found = page_of(world / "sick").data["warnings"]
     assert [(str(warning["step"]), warning["text"]) for warning in found] == printed and len(printed) >= 2

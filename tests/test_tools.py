@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from minirlhf.tools.evaluate.stats import Estimate
 from minirlhf.tools.overoptimize import run_script
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 from small_world import write_jsonl
+from test_page import Page, fake_run
 
 TOKENIZER = load_tokenizer("data/tiny")
 PROMPTS = read_prompts("data/tiny/prompts_test.jsonl")[:12]
@@ -145,14 +145,19 @@ def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, wor
                for figures in report["models"].values() for figure in figures.values())
     assert report["votes"]["old against new"]["win_rate"]["value"] == 7 / 8 and report["reward"]["accuracy"]["n"] <= 30
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
-    text = (world / "report/report.md").read_text()
-    assert "ECE" in text and "sign test" in text
+    shown = Page(world / "report/report.html").data
+    cells = {cell for table in shown["tables"] for row in table["rows"] for cell in row}
+    assert "Win rate" in shown["tables"][0]["title"] and shown["report"] and shown["notes"][0].startswith("544 held-out")
+    assert {str(Estimate(**figure)) for figures in report["models"].values() for figure in figures.values()} <= cells
+    assert {f"{claimed:.3f}" for claimed, _, _ in report["reward"]["reliability"]} <= cells
     said = capsys.readouterr().out.split("\nwrote ")[0]
     order = ["Win rate", "old against new", "accuracy against", "flagged", "Each model", "perplexity"]
     places = [said.index(words) for words in order]
     assert places == sorted(places) and max(map(len, said.splitlines())) <= 80
     assert all(str(judge)[-8:] in said for judge in by) and said.count("Win rate of") == 2
-    assert 12 < len(report["samples"]) <= 20 and text.count("Samples") == 1
+    answers = next(table["rows"] for table in shown["tables"] if table["title"] == "Samples")
+    assert 12 < len(report["samples"]) <= 20 and answers == [
+        [row["why"], row["prompt"], *row["answers"].values()] for row in report["samples"]]
 
 
 def test_the_terminal_shows_any_names_in_80_columns(capsys):
@@ -186,15 +191,6 @@ def test_samples_are_the_best_the_worst_and_the_most_changed():
     assert [row["prompt"] for row in found] == ["p4", "p1", "p5"]
     assert len(assess.pick_samples({"old": old, "new": new}, scores, kls)) == 10        # no prompt twice
     assert [row["prompt"] for row in assess.pick_samples({"old": old}, {}, {}, n=2)] == ["p0", "p1"]
-
-
-def test_a_text_stays_what_it_is_in_a_table_of_markdown():
-    assert tables.escaped("a|b\n*c* <b> `x` [l](u) \x1b") == r"a\|b<br>\*c\* \<b\> \`x\` \[l\](u) \\x1b"
-    assert len(tables.escaped("x" * 5000)) < 1100 and "cut off" in tables.escaped("x" * 5000)
-    table = tables.samples_of({"models": {"m": 0}, "samples": [
-        {"why": "best", "prompt": "a | b\n\nc", "answers": {"m": "|\r\n---|"}}]})
-    rows = [line for line in tables.as_lines(table) if line.startswith("|")]
-    assert len(rows) == 3 and [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4, 4, 4]
 
 
 def run_folder(folder, **config):
@@ -374,11 +370,14 @@ def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
     assert partiality(world / "copy", tmp_path / "rm") is None
 
 
-def test_without_matplotlib_the_rest_is_written(folders, world, monkeypatch, capsys):
+def test_the_report_needs_no_matplotlib_and_has_the_curves_of_the_ppo_runs(folders, world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    evaluated(world, *folders, reward=world / "rm", out=world / "plain")
-    assert "pictures left out: plots need matplotlib" in capsys.readouterr().out
-    assert {file.name for file in (world / "plain").iterdir()} == {"report.json", "report.md"}
+    shutil.copytree(folders[1], fake_run(tmp_path / "ppo", reward="rm", data="x"), dirs_exist_ok=True)
+    evaluated(world, folders[0], tmp_path / "ppo", out=world / "plain")
+    assert {file.name for file in (world / "plain").iterdir()} == {"report.json", "report.html"}
+    found = Page(world / "plain/report.html")
+    assert [run["name"] for run in found.data["runs"]] == [str(tmp_path / "ppo")] and found.data["samples"]
+    assert len(found.chart("objective/kl")["lines"][0]["y"]) == 40 and found.data["live"] == 0
 
 
 def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):

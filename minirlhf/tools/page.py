@@ -130,8 +130,8 @@ def rounded(x):
 def headline(run):
     """How far a run is, in a few words."""
     done, win = run["rows"][-1]["step"] + 1 if run["rows"] else 0, figure_of(run["report"], "win_rate")
-    total = f" of {run['config']['iterations']:,}" if "iterations" in run["config"] else ""
-    return f"{done:,}{total} steps, {run['state']}" + f", win rate against SFT in gold {win}" * bool(win)
+    unit = f"of {run['config']['iterations']:,} iterations" if "iterations" in run["config"] else "steps"
+    return f"{done:,} {unit}, {run['state']}" + f", win rate against SFT in gold {win}" * bool(win)
 
 
 def report_tables(run):
