@@ -163,7 +163,7 @@ class Run:
         if self.first:
             try:
                 with open(self.folder / name, "ab") as file:
-                    file.writelines(map(json_line, rows))
+                    file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             except OSError as error:
                 raise UserError(f"{self.folder / name} cannot be written: {error.strerror}. Once it can, --resume "
                                 "continues") from None
