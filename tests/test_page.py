@@ -20,7 +20,8 @@ from small_world import TOKENIZER, read_metrics, run_ppo, small_world, write_jso
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- <script> \u2028 & ]]>"
-COLUMNS = re.findall(r"^\| `(\w+/\w+)`", (ROOT / "minirlhf/DETAILS.md").read_text().split("## A collapse")[0], re.MULTILINE)
+PART_1 = (ROOT / "minirlhf/DETAILS.md").read_text().split("## A collapse")[0]
+COLUMNS = re.findall(r"^\| `(\w+/\w+)`", PART_1, re.MULTILINE)
 
 
 # ---- runs that nobody trained ----------------------------------------------------------------------------------------
@@ -97,11 +98,13 @@ def test_the_curves_are_the_columns_that_the_documents_explain(tmp_path):
 
 def test_several_runs_share_the_pictures_and_keep_their_names(tmp_path):
     without = [{name: x for name, x in metrics(step).items() if name != "objective/gold"} for step in range(7)]
-    found = page_of(fake_run(tmp_path / "one"), fake_run(tmp_path / "two", rows=without, lr=0.5), out=tmp_path / "x.html")
+    folders = fake_run(tmp_path / "one"), fake_run(tmp_path / "two", rows=without, lr=0.5)
+    found = page_of(*folders, out=tmp_path / "x.html")
     assert [run["name"].split("/")[-1] for run in found.data["runs"]] == ["one", "two"]
     assert len({run["colour"] for run in found.data["runs"]}) == 2
     assert [len(line["y"]) for line in found.chart("objective/kl")["lines"]] == [40, 7]
-    assert [(line["run"], line["dashed"]) for line in found.chart("both")["lines"]] == [(0, False), (1, False), (0, True)]
+    both = found.chart("both")["lines"]
+    assert [(line["run"], line["dashed"]) for line in both] == [(0, False), (1, False), (0, True)]
     options = next(table for table in found.data["tables"] if table["title"] == "Options")
     assert ["lr", "0.0006", "0.5"] in options["rows"]
     assert {row["run"] for row in found.data["samples"]} == {0, 1}
@@ -123,7 +126,8 @@ def test_sft_and_reward_models_show_their_losses_and_accuracies(tmp_path):
 
 def test_the_assessment_begins_with_the_win_rate_and_has_every_interval(tmp_path):
     figures = {"gold": 0.6, "rude": 0.3, "ci": {"gold": [0.5, 0.7], "rude": [0.2, 0.4]}}
-    ppo = {"gold": 0.9, "rude": 0.0, "win_rate": 0.95, "ci": {"gold": [0.8, 0.95], "rude": [0, 0.1], "win_rate": [0.9, 1]}}
+    ppo = {"gold": 0.9, "rude": 0.0, "win_rate": 0.95,
+           "ci": {"gold": [0.8, 0.95], "rude": [0, 0.1], "win_rate": [0.9, 1]}}
     report = {"seconds": {"ppo": 3}, "rm_accuracy_gold": 0.9031, "win_rate": 0.95, "win_rate_ci": [0.9, 1.0], "kl": 5.0,
               "n_prompts": 544, "annotator_agreement": None, "sft": figures, "ppo": ppo}
     found = page_of(fake_run(tmp_path / "run", report=report))
@@ -146,7 +150,8 @@ def test_a_long_run_is_thinned_visibly_and_keeps_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "POINTS", 200)
     monkeypatch.setattr(page, "SAMPLES", 20_000)
     n = 2 * page.POINTS + 10
-    rows = [{"step": step, "loss/train": step, **({"loss/heldout": step} if step % 100 == 7 else {})} for step in range(n)]
+    rows = [{"step": step, "loss/train": step, **({"loss/heldout": step} if step % 100 == 7 else {})}
+            for step in range(n)]
     samples = [sample(step, texts=[" word"] * 100) for step in range(0, n, 20)]
     found = page_of(fake_run(tmp_path / "run", rows=rows, samples=samples))
     steps = found.data["runs"][0]["steps"]
@@ -163,8 +168,13 @@ def test_a_long_run_is_thinned_visibly_and_keeps_its_end(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = small_world(tmp_path_factory.mktemp("world"))
-    (folder / "reward.py").write_text("def same(prompts, responses):\n    return [1.0] * len(responses)\n"
-                                      "def short(prompts, responses):\n    return [1 / (1 + len(r)) for r in responses]\n")
+    (folder / "reward.py").write_text("""def same(prompts, responses):
+    return [1.0] * len(responses)
+
+
+def short(prompts, responses):
+    return [1 / (1 + len(response)) for response in responses]
+""")
     run_ppo(folder, "--iterations", 2, "--gold", f"{folder}/reward.py:short", "--missing_eos", -3)
     return folder
 
@@ -300,7 +310,8 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
 
 def test_a_run_without_a_step_is_a_page_without_curves(tmp_path):
     found = page_of(fake_run(tmp_path / "run", rows=[], samples=[]))
-    assert found.data["charts"] == found.data["samples"] == [] and found.data["runs"][0]["headline"].startswith("0 of 40")
+    assert found.data["charts"] == found.data["samples"] == []
+    assert found.data["runs"][0]["headline"].startswith("0 of 40")
 
 
 # ---- a run that goes on ----------------------------------------------------------------------------------------------

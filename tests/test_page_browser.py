@@ -83,22 +83,26 @@ def test_the_crosshair_shows_one_iteration_in_all_curves(tmp_path, browser, kind
 
 
 def test_the_curves_are_where_the_numbers_are(tmp_path, browser):
-    """From left to right with the iterations, up with the numbers, the healthy range behind, dots where points are few."""
-    opened(browser, fake_run(tmp_path / "run", rows=[metrics(step, **{"objective/kl": float(step)}) for step in range(9)]))
-    paths = browser.run("return [...document.querySelectorAll('.objective\\\\/kl .curve')].map(e => e.getAttribute('d'))")
+    """From left to right with the iterations, up with the numbers, before the healthy range, with dots where few."""
+    rows = [metrics(step, **{"objective/kl": float(step)}) for step in range(9)]
+    opened(browser, fake_run(tmp_path / "run", rows=rows))
+    paths = browser.run("return [...document.querySelectorAll('.objective\\\\/kl .curve')]"
+                        ".map(e => e.getAttribute('d'))")
     points = [tuple(map(float, pair.split())) for pair in paths[0].removeprefix("M").split("L")]
     assert len(points) == 9 and len(paths) == 2
     for axis, sign in ((0, 1), (1, -1)):
         gaps = [sign * (b[axis] - a[axis]) for a, b in zip(points, points[1:])]
         assert min(gaps) > 5 and max(gaps) - min(gaps) < 0.21
-    band = browser.run("const b = document.querySelector('.objective\\\\/kl .band'); return ['y', 'height'].map(n => +b.getAttribute(n))")
-    assert points[0][1] == pytest.approx(sum(band), abs=0.1) and points[8][1] == pytest.approx(band[0], abs=0.1)     # 0 to 8
+    top, height = browser.run("const band = document.querySelector('.objective\\\\/kl .band');"
+                              "return ['y', 'height'].map(name => +band.getAttribute(name))")
+    assert points[0][1] == pytest.approx(top + height, abs=0.1) and points[8][1] == pytest.approx(top, abs=0.1)  # 0, 8
 
 
 def colours(browser, card=1):
     """(red, green, blue, strength) of each token's background in a card."""
-    found = browser.run("return [...document.querySelectorAll(arguments[0])].map(e => getComputedStyle(e).backgroundColor)",
-                        f"#samples .box:nth-child({card}) .text:not(.soft) span")
+    found = browser.run(
+        "return [...document.querySelectorAll(arguments[0])].map(e => getComputedStyle(e).backgroundColor)",
+        f"#samples .box:nth-child({card}) .text:not(.soft) span")
     return [tuple(float(x) for x in colour.split("(")[1].rstrip(")").replace("/", ",").split(",")) for colour in found]
 
 
@@ -131,7 +135,8 @@ def test_hostile_text_is_shown_as_text_and_no_foreign_code_runs(tmp_path, browse
     hostile = fake_run(tmp_path / "run", samples=[sample(0, texts=[EVIL, "</span>"], prompt=EVIL)], data=EVIL,
                        report={"sft": {EVIL: 0.5, "ci": {EVIL: [0, 1]}}})
     opened(browser, hostile)
-    assert texts(browser, "#samples .soft") == [EVIL] and texts(browser, "#samples .text:not(.soft) span") == [EVIL, "</span>"]
+    assert texts(browser, "#samples .soft") == [EVIL]
+    assert texts(browser, "#samples .text:not(.soft) span") == [EVIL, "</span>"]
     assert browser.run("return [document.title, document.scripts.length, document.images.length]") == [
         str(hostile), 2, 0]
     assert errors(browser) == []
@@ -147,11 +152,13 @@ def test_hostile_text_is_shown_as_text_and_no_foreign_code_runs(tmp_path, browse
 def test_it_fits_a_phone_and_a_dark_room(tmp_path, browser, width, scheme):
     browser.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     ppo = {"gold": 0.9, "win_rate": 0.95, "ci": {"gold": [0.8, 0.95], "win_rate": [0.9, 1]}}
-    opened(browser, fake_run(tmp_path / "run", report={"sft": ppo, "ppo": ppo}, data="x" * 300), width=width, height=800)
+    folder = fake_run(tmp_path / "run", report={"sft": ppo, "ppo": ppo}, data="x" * 300)
+    opened(browser, folder, width=width, height=800)
     assert browser.run("return document.documentElement.scrollWidth") <= width
     lightness = [sum(map(int, colour.split("(")[1].rstrip(")").split(",")[:3])) for colour in browser.run(
         "return [getComputedStyle(document.body).color, getComputedStyle(document.querySelector('text')).fill]"
-        ".map(c => { const x = document.createElement('canvas').getContext('2d'); x.fillStyle = c; x.fillRect(0, 0, 1, 1);"
+        ".map(c => { const x = document.createElement('canvas').getContext('2d');"
+        " x.fillStyle = c; x.fillRect(0, 0, 1, 1);"
         " return 'rgb(' + [...x.getImageData(0, 0, 1, 1).data].join(',') + ')' })")]
     assert all((light > 380) == (scheme == "dark") for light in lightness)
     assert min(browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")) >= 40
@@ -168,7 +175,8 @@ def test_a_run_of_2000_iterations_is_small_and_opens_fast(tmp_path, browser):
     size = (folder / "page.html").stat().st_size
     print(f"{size / 1e6:.2f} MB, {min(times):.0f} ms")
     assert size < 3e6 and min(times) < 1000
-    assert browser.run("return document.querySelector('.objective\\\\/kl .curve').getAttribute('d').split('L').length") == 2000
+    curve = browser.run("return document.querySelector('.objective\\\\/kl .curve').getAttribute('d')")
+    assert curve.count("L") == 1999
     point(browser, ".objective\\/kl svg", 0)
     assert len({text.split(":")[0] for text in texts(browser, ".read")}) == 1
 

@@ -147,7 +147,8 @@ def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, wor
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
     shown = Page(world / "report/report.html").data
     cells = {cell for table in shown["tables"] for row in table["rows"] for cell in row}
-    assert "Win rate" in shown["tables"][0]["title"] and shown["report"] and shown["notes"][0].startswith("544 held-out")
+    assert "Win rate" in shown["tables"][0]["title"] and shown["report"]
+    assert shown["notes"][0].startswith("544 held-out")
     assert {str(Estimate(**figure)) for figures in report["models"].values() for figure in figures.values()} <= cells
     assert {f"{claimed:.3f}" for claimed, _, _ in report["reward"]["reliability"]} <= cells
     said = capsys.readouterr().out.split("\nwrote ")[0]

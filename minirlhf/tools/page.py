@@ -140,8 +140,8 @@ def report_tables(run):
     models = {model: found for model, found in report.items() if isinstance(found, dict) and "ci" in found}
     names = sorted(dict.fromkeys(name for found in models.values() for name in found["ci"]), key="win_rate".__ne__)
     rows = [[FIGURES.get(name, name), *(figure_of(found, name) for found in models.values())] for name in names]
-    yield Table(f"{run['name']}: the assessment", ["", *models], rows, f"On {report.get('n_prompts')} held-out prompts. "
-                "In brackets: 95 % intervals. tools.evaluate says more.")
+    yield Table(f"{run['name']}: the assessment", ["", *models], rows, f"On {report.get('n_prompts')} held-out "
+                "prompts. In brackets: 95 % intervals. tools.evaluate says more.")
     rows = [[FIGURES.get(name, name), figure_of(report, name)] for name, value in report.items()
             if type(value) in (int, float) and name not in names]
     yield Table(f"{run['name']}: reward model and other numbers", ["of report.json", ""], rows)

@@ -7,7 +7,8 @@ WIDTH = 80          # of the terminal
 FIGURES = {  # name: what it is, and its unit
     "annotator_agreement": "two annotators agree", "rm_accuracy_gold": "reward model: pairs ordered as gold does",
     "rm_accuracy_heldout": "reward model: pairs ordered as the annotators do",
-    "win_rate": "win rate against SFT in gold", "gold": "true preference, 0 to 1", "attributes_right": "all that was asked for is right", "mood": "mood as asked",
+    "win_rate": "win rate against SFT in gold", "gold": "true preference, 0 to 1",
+    "attributes_right": "all that was asked for is right", "mood": "mood as asked",
     "who": "person as asked", "what": "thing as asked", "rude": "rude", "grammatical": "grammatical",
     "stereotype_gap": "P(she) for a female stereotype minus for a male one",
     "eos_rate": "answers that end by themselves", "length": "tokens, EOS included",
