@@ -28,8 +28,9 @@ def rows_with(iterations):
 def measured(kind, iterations):
     """The patches of a kind that have results, the best gold first."""
     rows = [row for row in rows_with(iterations) if row["patch"].startswith(kind)]
-    golds = {name: [row.get("gold", -1) for row in rows if row["patch"] == name] for name in {row["patch"] for row in rows}}
-    return sorted(golds, key=lambda name: -sum(golds[name]) / len(golds[name]))
+    names = {row["patch"] for row in rows}
+    found = {name: [row.get("gold", -1) for row in rows if row["patch"] == name] for name in names}
+    return sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))
 
 
 def link(line, folder=""):
@@ -57,7 +58,8 @@ def bugs_table():
              f"| default | {experiment.summary(golds['default'])} | | | | | |"]
     for name in measured("bug_", SHORT):
         own, sign = golds[name], signs.get(name, {})
-        cells = [experiment.summary(own) or "stops", *(sign.get(key) for key in ("column", "good", "bug", "iteration", "health"))]
+        cells = [sign.get(key) for key in ("column", "good", "bug", "iteration", "health")]
+        cells = [experiment.summary(own) or "stops", *cells]
         cells = ["" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
         lines.append(link(f"| {name} | {' | '.join(cells[:-1])} | {cells[-1] or 'silent'} |"))
     return lines

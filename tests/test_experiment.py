@@ -1,4 +1,4 @@
-"""tools/experiment.py: patches are applied strictly, runs are measured once, and the table claims nothing of its own."""
+"""tools/experiment.py: patches fit or are refused, runs are measured once, and the table is the textbook's."""
 
 import json
 import math
@@ -29,7 +29,8 @@ run: train_rm.py --lr 1, train_ppo.py
 +sechs
  seven
 """
-BEFORE, AFTER = "one two three four five six seven".split(), ["one", "two", "drei", "", "four", "five", "six", "sechs", "seven"]
+BEFORE = ["one", "two", "three", "four", "five", "six", "seven"]
+AFTER = ["one", "two", "drei", "", "four", "five", "six", "sechs", "seven"]
 
 
 @pytest.fixture
@@ -79,7 +80,8 @@ def test_every_patch_of_ours_is_applied_as_git_does_it(tmp_path):
                 (tmp_path / name / kind / file).write_text((ROOT / file).read_text())
         experiment.apply_patch(patch, tmp_path / name / "ours")
         if patch.diff:
-            subprocess.run(["git", "apply", experiment.PATCHES / f"{name}.patch"], cwd=tmp_path / name / "gits", check=True)
+            file = experiment.PATCHES / f"{name}.patch"
+            subprocess.run(["git", "apply", file], cwd=tmp_path / name / "gits", check=True)
         for file in files:
             assert (tmp_path / name / "ours" / file).read_text() == (tmp_path / name / "gits" / file).read_text()
 
@@ -90,13 +92,14 @@ def rows_of(patch, golds):
 
 
 def test_the_table_has_the_paired_difference_of_the_textbook(capsys):
-    """Five pairs, t = 4.9497 with 4 degrees of freedom: p 0.0078, the limit 2.776."""
-    rows = rows_of("default", {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.9, 5: 0.8}) + rows_of("x", {1: 0.95, 2: 0.83, 3: 0.71, 4: 0.94, 5: 0.82})
+    """Five pairs with a mean of 0.03: t = 4.243 with 4 degrees of freedom, p 0.013, and the limit is 2.776."""
+    rows = rows_of("default", {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.9, 5: 0.8})
+    rows += rows_of("x", {1: 0.95, 2: 0.83, 3: 0.71, 4: 0.94, 5: 0.82})
     gaps = [0.05, 0.03, 0.01, 0.04, 0.02]
     error = math.sqrt(sum((gap - 0.03) ** 2 for gap in gaps) / 4 / 5)
     line = experiment.table(rows, ["default", "x"])[-1]
     assert f"+0.030 [{0.03 - 2.776 * error:+.3f}, {0.03 + 2.776 * error:+.3f}]" in line
-    assert "p 0.013" in line            # t = 0.03 / 0.00707 = 4.243
+    assert "p 0.013" in line
 
 
 def test_one_seed_has_no_interval_and_a_failure_is_told(capsys):
@@ -135,7 +138,8 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     """Runs are replaced by rows. The second command adds what is missing, the third nothing."""
     ran = []
     monkeypatch.setattr(experiment, "shared_models", lambda *_: (tmp_path, tmp_path))
-    monkeypatch.setattr(experiment, "run_job", lambda job: ran.append((job.label, job.seed)) or rows_of(job.label, {job.seed: 0.5})[0])
+    monkeypatch.setattr(experiment, "run_job",
+                        lambda job: ran.append((job.label, job.seed)) or rows_of(job.label, {job.seed: 0.5})[0])
     for seeds in (["1"], ["1", "2"], ["1", "2"]):
         experiment.main(["run", "algo_grpo", "--seeds", *seeds, "--out", str(tmp_path / "out")])
     assert ran == [("default", 1), ("algo_grpo", 1), ("default", 2), ("algo_grpo", 2)]
@@ -156,3 +160,4 @@ def test_an_experiment_from_nothing_and_one_that_fails(tmp_path, monkeypatch, ca
     assert 0.3 < rows["default"]["gold"] < 0.9 and 0.3 < rows["algo_grpo"]["gold"] < 0.9
     assert "--temperature" in rows["bug_none"]["failed"]
     assert "--temperature" in capsys.readouterr().out
+    assert "algo_grpo/1/ppo" in (tmp_path / "lab/bug_none.html").read_text()

@@ -28,11 +28,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from minirlhf.data import read_demonstrations, read_prompts
-from minirlhf.files.download import sha256_of
 from minirlhf.files.jsonl import read_jsonl
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.config import Parser
 from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.tools import page
 from minirlhf.tools.evaluate.assess import assess
 from minirlhf.tools.evaluate.measure import Sampling, config_of, gold_function, report_of
 from minirlhf.tools.evaluate.stats import t_limit, t_probability
@@ -187,8 +187,9 @@ def measure(policy, sft, rm, seed):
     prompts = ROOT / "data/tiny/prompts_test.jsonl"
     gold, facts_of = gold_function("auto", prompts)
     policy, reference = (from_pretrained(str(folder)) for folder in (policy, sft))
+    demonstrations = read_demonstrations(prompts.with_name("demonstrations_test.jsonl"))
     return assess(policy, reference, scalar_from_pretrained(str(rm)), load_tokenizer(str(sft)), read_prompts(prompts),
-                  Sampling(seed=seed), gold, facts_of, read_demonstrations(prompts.with_name("demonstrations_test.jsonl")))
+                  Sampling(seed=seed), gold, facts_of, demonstrations)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -234,7 +235,8 @@ def against_default(own, default):
 def table(rows, patches):
     """Lines of a Markdown table: a row per patch, means over seeds, and the difference in gold to the default."""
     default = {row["seed"]: row for row in rows if row["patch"] == "default" and "gold" in row}
-    lines = [f"| | seeds | {' | '.join(TABLE)} | gold minus default |".replace("_", " "), "|" + "---|" * (len(TABLE) + 3)]
+    heads = " | ".join(["", "seeds", *TABLE, "gold minus default"]).replace("_", " ")
+    lines = [f"|{heads} |", "|" + "---|" * (len(TABLE) + 3)]
     for name in patches:
         own = [row for row in rows if row["patch"] == name and "gold" in row]
         failed = next((row["failed"] for row in rows if row["patch"] == name and "failed" in row), "")
@@ -286,9 +288,13 @@ def compare(patches, args):
         copy_tree(patch, out / "trees" / label)
         shutil.rmtree(out / "trees" / label)
     every = [("default", read_patch("default")), *patches]
-    jobs = [Job(patch, label, seed, args.iterations, out, args.jobs == 1) for seed in args.seeds for label, patch in every]
+    jobs = [Job(patch, label, seed, args.iterations, out, args.jobs == 1)
+            for seed in args.seeds for label, patch in every]
     rows = run_all(jobs, out / "results.jsonl", args.jobs)
     print("\n".join(["", *table(rows, [label for label, _ in every])]))
+    runs = [str(run) for label, _ in every if (run := out / label / str(args.seeds[0]) / "ppo").is_dir()]
+    if runs:
+        page.main([*runs, "--out", str(out / f"{every[-1][0]}.html")])
 
 
 if __name__ == "__main__":
