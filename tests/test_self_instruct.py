@@ -1,10 +1,12 @@
 """Self-instruct: the numbered list and back, the rules, ROUGE-L, servers that misbehave, and kill -9."""
 
 import functools
+import importlib.util
 import json
 import os
 import random
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from small_world import LETTERS, TOKENIZER, letters_gpt2, write_jsonl
 
 from data.alpaca import prepare as alpaca
 from minirlhf.data import read_demonstrations
-from minirlhf.files.tokenizer import save_tokenizer
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.running.errors import UserError
 from minirlhf.tools import self_instruct
 from minirlhf.tools.self_instruct import (KEPT, RULES, Task, encode_list, parse_list, prompt_of, read_seeds, rouge_l,
@@ -449,19 +451,72 @@ def test_killed_again_and_again_a_model_of_ours_writes_the_same(writer, seeds, t
 
 # ---- a server that is not ours ---------------------------------------------------------------------------------------
 
-@pytest.mark.slow
-def test_transformers_serve_answers_to_the_client(seeds, tmp_path, monkeypatch):
-    """A random GPT-2 behind the server of transformers, which has chat only."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
+SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+
+
+@pytest.fixture
+def transformers_server(tmp_path, monkeypatch):
+    """`transformers serve` with a random GPT-2 in tmp_path/random: its address. It has the chat format only."""
+    for package in ("fastapi", "uvicorn", "accelerate"):
+        pytest.importorskip(package)
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server, url = serve_transformers(tmp_path)
+    save_tokenizer(load_tokenizer(ROOT / "data/tiny"), tmp_path)
+    tokenizer = GPT2TokenizerFast(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "random")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+                               eos_token_id=len(tokenizer) - 1)).save_pretrained(tmp_path / "random")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--host", "127.0.0.1", "--port", str(port),
+                               "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
-        with pytest.raises(UserError, match="nothing was kept"):
-            self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", url, "--endpoint_model",
-                                str(tmp_path / "random"), "--requests", "2", "--max_tokens", "20", "--out",
-                                str(tmp_path / "new")])
+        wait_for(port, server)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.kill()
+        server.wait()
+
+
+def wait_for(port, server):
+    end = time.monotonic() + 300
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("transformers serve did not start")
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_to_the_client(transformers_server, seeds, tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing was kept"):
+        self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", transformers_server, "--endpoint_model",
+                            str(tmp_path / "random"), "--requests", "3", "--batch_size", "1", "--max_tokens", "30",
+                            "--timeout", "300", "--out", str(tmp_path / "new")])
     rows = [json.loads(line) for line in (tmp_path / "new/requests.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and any(row["text"] for row in rows)
+    assert len(rows) == 3 and all(row["text"] and not row["complete"] for row in rows)
+
+
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+
+def test_the_tables_of_the_embedded_world(monkeypatch):
+    """The mean and Student's t of three seeds, by hand, and the change seed by seed."""
+    spec = importlib.util.spec_from_file_location("tiny_self_instruct", ROOT / "data/tiny/self_instruct.py")
+    world = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(world)
+    assert world.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"          # 4.303 * 1 / sqrt(3)
+    prompt = "Write a happy story about a nurse and a drum."
+    rows = [{"prompt": prompt, "response": " A nurse found a drum by the river. They danced and sang all day long."},
+            {"prompt": "Write a happy story about a nurse and a tuba.", "response": " A tuba."}]
+    assert (found := world.quality(rows))["gold"] == 1 and (found["new"], found["valid"]) == (2, 0.5)
+    numbers = {"gold": 0.5, "attributes_right": 0.25, "grammatical": 1.0}
+    found = {(200, writer, seed): {"sft": {**numbers, "gold": gold + seed / 10}, "generated": {**numbers, "valid": 1.0},
+                                   "counts": {"blocks": 1200, "parsed": 1100, "kept": 900}}
+             for writer, gold in (("none", 0.5), ("same", 0.6), ("stronger", 0.7)) for seed in (1, 2, 3)}
+    table = world.tables(found, [200], [1, 2, 3])
+    assert "| 200 | same | 1,100 / 1,200 | 900 | 1.000 ± 0.000 |" in table
+    assert "| 200 | none | 0.700 ± 0.248 |" in table and "| 200 | same | 0.800 ± 0.248 |" in table
+    assert "| 0.100 ± 0.000 |" in table and "| 0.200 ± 0.000 |" in table

@@ -107,8 +107,7 @@ def parse_block(block, k):
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
-KEPT, CUT_OFF, MALFORMED = "kept", "cut off", "not in the form of the list"
-TOO_SIMILAR = "too similar to a seed or to one kept before"
+KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
 RULES = {       # why a task is rejected: whether it is, given the task and the banned words. Ours are the last two.
     "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
     "instruction of more than 150 words": lambda task, _: len(task.instruction.split()) > 150,
@@ -143,29 +142,34 @@ def rouge_l(a, b):
 
 
 def similar_one(words, pool, most):
-    """The index of the first in the pool with a ROUGE-L above `most`, or None. Lengths alone rule many out."""
+    """The first instruction of the pool, {instruction: its words}, with a ROUGE-L above `most`. None if there is none.
+
+    The lengths alone rule many out: the lcs is at most as long as the shorter one.
+    """
     n = len(words)
-    return next((i for i, other in enumerate(pool) if 2 * min(n, len(other)) > most * (n + len(other))
+    return next((text for text, other in pool.items() if 2 * min(n, len(other)) > most * (n + len(other))
                  and rouge_l(words, other) > most), None)
 
 
 def judge(rows, seeds, args):
-    """Yields each block of each request in order, a dict with its fields and its "verdict": KEPT, or the reason."""
-    known = [seed.instruction for seed in seeds]
-    pool, banned = list(map(words_of, known)), list(filter(None, args.banned.split(",")))
+    """Yields each block of each request in order, a dict with its fields and its "verdict": KEPT, or the reason.
+
+    A task must be new against the seeds and against all that were kept before it.
+    """
+    pool = {seed.instruction: words_of(seed.instruction) for seed in seeds}
+    banned = list(filter(None, args.banned.split(",")))
     for row in rows:
         for block, task in parse_list(row["text"], SHOWN + 1, args.per_request, row["complete"]):
             if isinstance(task, str):
                 yield {"request": row["request"], "verdict": task, "block": block}
                 continue
-            found, words = {}, words_of(task.instruction)
-            verdict = next((reason for reason, broken in RULES.items() if broken(task, banned)), KEPT)
-            if verdict == KEPT and (similar := similar_one(words, pool, args.most_similar)) is not None:
-                verdict, found = TOO_SIMILAR, {"similar_to": known[similar]}
-            elif verdict == KEPT:
-                known.append(task.instruction)
-                pool.append(words)
-            yield {"request": row["request"], "verdict": verdict, **task._asdict(), **found}
+            words = words_of(task.instruction)
+            similar = similar_one(words, pool, args.most_similar)
+            last = TOO_SIMILAR if similar else KEPT
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, banned)), last)
+            if verdict == KEPT:
+                pool[task.instruction] = words
+            yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
 
 
 def funnel(rows, blocks):
@@ -224,7 +228,7 @@ class Endpoint:
     def ask(self, prompt, number):
         """(text, complete). What a retry may cure is tried ATTEMPTS times, with longer and longer waits."""
         for attempt in range(ATTEMPTS):
-            time.sleep(4 ** attempt if attempt and chat == self.chat else 0)
+            time.sleep(4 ** (attempt - 1) if attempt and chat == self.chat else 0)
             chat = self.chat                            # another thread may have found that there is only chat
             try:
                 return self.post(prompt, number, chat)
@@ -308,7 +312,7 @@ def open_folder(args, folder):
     options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     options["seed_tasks"] = sha256_of(args.seed_tasks)
     if args.resume:
-        before = read_json(folder / "meta.json").get("options", {})
+        before = read_json(folder / "meta.json")["options"]
         changed = [f"--{name}" for name in options if options[name] != before.get(name)]
         require(not changed, f"--resume: {folder} was started with other {', '.join(changed)}. Give it the same")
     else:
