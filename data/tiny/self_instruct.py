@@ -1,6 +1,6 @@
 """What self-instruct is worth in the embedded world, where the true preference is known.
 
-    python data/tiny/self_instruct.py [--out out/self_instruct] [--originals 200 1000] [--seeds 1 2 3]
+    python data/tiny/self_instruct.py [--out out/self_instruct] [--originals 200 1000] [--seeds 1 2 3] [--writers same]
 
 For each number of original demonstrations and each seed, a writer is trained: a small model that continues numbered
 lists of tasks. It sees the originals only ("same"), or all 5,000 demonstrations ("stronger", the case of Stanford
@@ -35,7 +35,8 @@ from minirlhf.tools.self_instruct import HEADER, SHOWN, Task, encode_list
 from minirlhf.weights import from_pretrained, save_pretrained
 
 PER_REQUEST, REQUESTS = 3, 400
-LISTS, LISTS_PER_STEP = 2400, 8         # a writer learns from this many lists, once
+LISTS = {"same": 2400, "stronger": 8000}        # how many lists a writer learns from, each once
+LISTS_PER_STEP = 8
 READ = 8000                             # demonstrations that each SFT reads in all, so all take as many steps
 WRITERS = ("none", "same", "stronger")
 SHOWN_NUMBERS = ("gold", "attributes_right", "grammatical")
@@ -54,12 +55,12 @@ def train(out, **flags):
     return out
 
 
-def train_writer(out, rows, seed):
+def train_writer(out, rows, n_lists, seed):
     """A new model that learns to write lists of tasks made of these demonstrations."""
     rng, n = random.Random(seed), SHOWN + PER_REQUEST
     tasks = [Task(row["prompt"], "", row["response"].strip()) for row in rows]
     head = HEADER.format(last=n) + "###\n1. Instruction:"
-    lists = [HEADER.format(last=n) + encode_list(rng.sample(tasks, n)) + "###" for _ in range(LISTS)]
+    lists = [HEADER.format(last=n) + encode_list(rng.sample(tasks, n)) + "###" for _ in range(n_lists)]
     out.mkdir(parents=True, exist_ok=True)
     data = write_rows(out / "lists.jsonl", [{"prompt": head, "response": text.removeprefix(head)} for text in lists])
     bpe.save(bpe.train(lists[:200], 767), out / "vocab.tiktoken")       # its own, in which the list is short
@@ -117,7 +118,7 @@ def one(out, n, seed, writer, rows):
     new, result = [], {}
     if writer != "none":
         source, known = ("stronger", rows) if writer == "stronger" else (f"writer_{n}", originals)
-        model = train_writer(out / f"{source}_{seed}", known, seed)
+        model = train_writer(out / f"{source}_{seed}", known, LISTS[writer], seed)
         new, counts = generate(folder / "new", model, seeds_file, seed)
         result = {"counts": counts, "generated": quality(new)}
     data = write_rows(folder / "demonstrations.jsonl", originals + new)
@@ -127,7 +128,7 @@ def one(out, n, seed, writer, rows):
     return result
 
 
-def tables(found, sizes, seeds):
+def tables(found, sizes, seeds, writers=WRITERS):
     """Markdown: what the writers wrote, and SFT without and with it. found: {(n, writer, seed): result}."""
     def column(n, writer, *path):
         values = []
@@ -141,7 +142,7 @@ def tables(found, sizes, seeds):
     lines = ["| originals | writer | parsed / tasks begun | kept | requests of this world | gold | all three right | "
              "grammatical |", "|---" * 8 + "|"]
     for n in sizes:
-        for writer in WRITERS[1:]:
+        for writer in writers[1:]:
             begun, parsed, kept = (statistics.mean(column(n, writer, "counts", name))
                                    for name in ("blocks", "parsed", "kept"))
             cells = [interval(column(n, writer, "generated", name)) for name in ("valid", *SHOWN_NUMBERS)]
@@ -150,7 +151,7 @@ def tables(found, sizes, seeds):
               "|---" * 6 + "|"]
     for n in sizes:
         before = column(n, "none", "sft", "gold")
-        for writer in WRITERS:
+        for writer in writers:
             cells = [interval(column(n, writer, "sft", name)) for name in SHOWN_NUMBERS]
             change = [after - own for after, own in zip(column(n, writer, "sft", "gold"), before)]
             cells.append("" if writer == "none" else interval(change))
@@ -163,12 +164,14 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/self_instruct"))
     parser.add_argument("--originals", type=int, nargs="+", default=[200, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--writers", nargs="+", choices=WRITERS[1:], default=WRITERS[1:])
     args = parser.parse_args()
+    writers = ("none", *args.writers)
     rows = [{"prompt": row.prompt, "response": row.responses[0]}
             for row in read_demonstrations(HERE / "demonstrations.jsonl")]
     found = {(n, writer, seed): one(args.out, n, seed, writer, rows)
-             for n in args.originals for seed in args.seeds for writer in WRITERS}
-    text = tables(found, args.originals, args.seeds)
+             for n in args.originals for seed in args.seeds for writer in writers}
+    text = tables(found, args.originals, args.seeds, writers)
     (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
