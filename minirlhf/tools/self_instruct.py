@@ -1,0 +1,368 @@
+"""Self-instruct: a language model writes new demonstrations from a few tasks that people wrote.
+
+    python -m minirlhf.tools.self_instruct --seed_tasks FILE --model FOLDER --requests N --out DIR
+    python -m minirlhf.tools.self_instruct --seed_tasks FILE --endpoint URL --endpoint_model NAME --requests N --out DIR
+
+Each request shows the model three of the seed tasks as a numbered list and asks it to continue the list (Wang et al.
+2022, "Self-Instruct"; the form and the rules are those of Stanford Alpaca, 2023). What it writes is cut into tasks. A
+task is kept if it passes the rules and is new: not too similar to any seed or any task kept before.
+
+    DIR/requests.jsonl          what the model wrote, a line per request, on the disk as soon as it is there
+    DIR/blocks.jsonl            every task that was found in it: kept, or the reason why not
+    DIR/demonstrations.jsonl    the kept ones, for train_sft.py
+    DIR/meta.json               the template, the options, and how many were rejected for what
+
+The last three are computed from the first one. So after a crash --resume continues to the same files.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.alpaca import prepare as alpaca
+from data.common import read_objects, text_field
+from minirlhf.files.download import sha256_of
+from minirlhf.files.tensors import json_object, read_json, write_json, write_whole
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.generate import decode, respond
+from minirlhf.running.compute import generator, pick_device
+from minirlhf.running.config import Parser
+from minirlhf.running.errors import UserError, require, run_main, shown
+from minirlhf.running.runs import lock, move_aside
+from minirlhf.tools.feedback.votes import Journal, to_line
+from minirlhf.weights import from_pretrained
+
+HEADER = ("Tasks for a language model: an instruction, an input (<noinput> if there is none) and an output. "
+          "Continue the list up to task {last}.\n\n")
+SHOWN, NO_INPUT = 3, "<noinput>"        # seed tasks in a prompt; what stands for an empty input
+ATTEMPTS, LARGEST = 5, 10_000_000       # tries of a request to a server; most bytes of its answer
+
+
+Task = namedtuple("Task", "instruction input output")      # texts; the input is "" where there is none
+
+
+# ---- the numbered list -----------------------------------------------------------------------------------------------
+
+def read_seeds(path):
+    """The seed tasks of a file, and whether its rows are demonstrations, {"prompt", "response"}."""
+    seeds, ours = [], {"prompt": "instruction", "response": "output"}
+    for where, value in read_objects(path):
+        renamed = {"input": "", **{ours.get(name, name): part for name, part in value.items()}}
+        for part in alpaca.instances(renamed, where):
+            instruction, input, output = (text_field(part, name, where).strip() for name in Task._fields)
+            require(instruction and output, f"{where}: a seed task needs an instruction and an output")
+            require("###" not in instruction + input + output,
+                    f"{where}: this task has ### in it, which separates the tasks of a list")
+            seeds.append(Task(" ".join(instruction.split()).rstrip(":"), input, output))
+    require(len(seeds) >= SHOWN, f"{path}: {len(seeds)} seed tasks are too few, a request shows {SHOWN}")
+    return seeds, "prompt" in value
+
+
+def encode_list(tasks, first=1):
+    """Tasks -> the text of a list with the numbers first, first + 1, ..."""
+    return "".join(f"###\n{k}. Instruction: {task.instruction}\n{k}. Input:\n{task.input or NO_INPUT}\n"
+                   f"{k}. Output:\n{task.output}\n" for k, task in enumerate(tasks, start=first))
+
+
+def prompt_of(tasks, per_request):
+    """The prompt that asks for `per_request` more tasks. It ends where the instruction of the first one begins."""
+    n = len(tasks)
+    return HEADER.format(last=n + per_request) + encode_list(tasks) + f"###\n{n + 1}. Instruction:"
+
+
+def parse_list(text, first, most, complete=True):
+    """The continuation of a list whose next number is `first` -> [(text of a block, Task or reason), ...].
+
+    complete: whether the model ended the text itself. If not, its last block is cut off. Blocks after `most` are not
+    looked at.
+    """
+    text = re.sub(rf"^\s*(###\s*)?{first}\.\s+Instruction:", "", text)          # a chat model may repeat this
+    blocks = f"{first}. Instruction:{text}".split("###") if text.strip() else []
+    found = [(block, parse_block(block, k)) for k, block in enumerate(blocks, start=first)]
+    if found and not complete:
+        found[-1] = blocks[-1], CUT_OFF
+    return [pair for pair in found[:most] if pair[0].strip()]
+
+
+def parse_block(block, k):
+    """The text of block number k -> Task, or the reason why it is none."""
+    before, *parts = re.split(rf"\b{k}\.\s+(Instruction|Input|Output):", block)
+    if before.strip() or parts[::2] != ["Instruction", "Input", "Output"]:
+        return MALFORMED
+    instruction, input, output = (part.strip() for part in parts[1::2])
+    return Task(instruction, "" if input.lower() == NO_INPUT else input, output)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
+RULES = {       # why a task is rejected: whether it is, given the task and the banned words. Ours are the last two.
+    "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
+    "instruction of more than 150 words": lambda task, _: len(task.instruction.split()) > 150,
+    "instruction with a banned word": lambda task, banned: any(
+        re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE) for word in banned),
+    "asks for a program": lambda task, _: task.instruction.startswith("Write a program"),
+    "begins with punctuation": lambda task, _: task.instruction[0].isascii() and not task.instruction[0].isalnum(),
+    "begins with a character that is not ASCII": lambda task, _: not task.instruction[0].isascii(),
+    "empty output": lambda task, _: not task.output,
+    "output repeats the instruction or the input": lambda task, _: task.output in (task.instruction, task.input),
+}
+
+
+def words_of(text):
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def rouge_l(a, b):
+    """ROUGE-L F1 of two lists of words (Lin 2004): 2 lcs / (len(a) + len(b)), lcs the longest common subsequence.
+
+    Bit i of `row` is 0 where the lcs is one longer for a[:i + 1] than for a[:i]. Each word of b updates the whole row
+    of the usual table with one addition (Hyyrö 2004).
+    """
+    places, ones = {}, (1 << len(a)) - 1
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    row = ones
+    for word in b:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & ones
+    return 2 * (len(a) - row.bit_count()) / max(len(a) + len(b), 1)
+
+
+def similar_one(words, pool, most):
+    """The first instruction of the pool, {instruction: its words}, with a ROUGE-L above `most`. None if there is none.
+
+    The lengths alone rule many out: the lcs is at most as long as the shorter one.
+    """
+    n = len(words)
+    return next((text for text, other in pool.items() if 2 * min(n, len(other)) > most * (n + len(other))
+                 and rouge_l(words, other) > most), None)
+
+
+def judge(rows, seeds, args):
+    """Yields each block of each request in order, a dict with its fields and its "verdict": KEPT, or the reason.
+
+    A task must be new against the seeds and against all that were kept before it.
+    """
+    pool = {seed.instruction: words_of(seed.instruction) for seed in seeds}
+    banned = list(filter(None, args.banned.split(",")))
+    for row in rows:
+        for block, task in parse_list(row["text"], SHOWN + 1, args.per_request, row["complete"]):
+            if isinstance(task, str):
+                yield {"request": row["request"], "verdict": task, "block": block}
+                continue
+            words = words_of(task.instruction)
+            similar = similar_one(words, pool, args.most_similar)
+            last = TOO_SIMILAR if similar else KEPT
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, banned)), last)
+            if verdict == KEPT:
+                pool[task.instruction] = words
+            yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
+
+
+def funnel(rows, blocks):
+    """{what: how many}, in the order in which tasks are lost."""
+    counts = Counter(block["verdict"] for block in blocks)
+    parsed = len(blocks) - counts[CUT_OFF] - counts[MALFORMED]
+    return {"requests": len(rows), "requests without an answer": sum(not row["text"].strip() for row in rows),
+            "blocks": len(blocks), CUT_OFF: counts[CUT_OFF], MALFORMED: counts[MALFORMED], "parsed": parsed,
+            **{reason: counts[reason] for reason in (*RULES, TOO_SIMILAR, KEPT)}}
+
+
+# ---- who writes: a model of ours, or a server ------------------------------------------------------------------------
+
+class Model:
+    """A model folder. Its EOS gets no probability, because a model after SFT would end after the first answer."""
+
+    def __init__(self, args):
+        self.args, self.tokenizer = args, load_tokenizer(args.model)
+        self.model = from_pretrained(args.model).to(pick_device(args.device))
+        logits, eos = self.model.logits, self.tokenizer.eot_token
+        self.model.logits = lambda x: logits(x).index_fill(-1, torch.tensor(eos, device=x.device), -torch.inf)
+
+    def write(self, prompts, start):
+        """[(text, complete), ...] for prompts of which the first is request `start`. "" where a prompt has no room."""
+        room, ids = self.model.config.n_positions - self.args.max_tokens, map(self.tokenizer.encode_ordinary, prompts)
+        short = {i: own for i, own in enumerate(ids) if len(own) <= room}
+        written = respond(self.model, list(short.values()), self.args.max_tokens, (-1, 0),  # -1: no token ends it
+                          generator(self.args.seed, 12, start), batch_size=self.args.batch_size)
+        texts = {i: decode(self.tokenizer, tokens) for i, (tokens, _) in zip(short, written)}
+        return [(texts.get(i, ""), False) for i in range(len(prompts))]
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would send the key to another address."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+class Endpoint:
+    """A server that speaks OpenAI's completions or chat format: llama.cpp, vLLM, Ollama, or a hosted one."""
+
+    def __init__(self, args):
+        self.args, self.url, self.chat = args, args.endpoint.rstrip("/"), args.chat
+        require(re.fullmatch(r"https?://[^/@\s]+(/.*)?/v1", self.url), "--endpoint must be http(s)://HOST/v1, and "
+                f"without a password. The key comes from ${args.key_variable}")
+        self.key = os.environ.get(args.key_variable, "").strip()
+        require(re.fullmatch("[!-~]*", self.key), f"${args.key_variable} has characters that are in no key")
+        self.opener = urllib.request.build_opener(NoRedirects)
+
+    def write(self, prompts, start):
+        """As Model.write, but one by one. All requests of a batch run at the same time."""
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            yield from threads.map(self.ask, prompts, range(start, start + len(prompts)))
+
+    def ask(self, prompt, number):
+        """(text, complete). What a retry may cure is tried ATTEMPTS times, with longer and longer waits."""
+        for attempt in range(ATTEMPTS):
+            time.sleep(4 ** (attempt - 1) if attempt and chat == self.chat else 0)
+            chat = self.chat                            # another thread may have found that there is only chat
+            try:
+                return self.post(prompt, number, chat)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {self.said(error)}"
+                if error.code == 404 and not chat:
+                    self.chat = True
+                elif error.code < 500 and error.code not in (408, 429):
+                    break
+            except (OSError, http.client.HTTPException, UserError) as error:        # among them a cut answer
+                problem = getattr(error, "reason", error)
+        raise UserError(f"{self.url}, request {number}: {problem}. --resume goes on from here")
+
+    def post(self, prompt, number, chat):
+        args = self.args
+        asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        body = {"model": args.endpoint_model, **asked, "max_tokens": args.max_tokens, "temperature": 1.0, "top_p": 1.0,
+                "seed": (args.seed * 1_000_003 + number) % 2**31, "stop": [f"\n{SHOWN + args.per_request + 1}. Instr"]}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        path = "/chat/completions" if chat else "/completions"
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with self.opener.open(request, timeout=args.timeout) as reply:
+            return answer_of(json_object(reply.read(LARGEST), "its answer", "file"))
+
+    def said(self, error):
+        """What the server says about an HTTPError, without the key, which some servers repeat."""
+        said = f"redirect to {error.headers['Location']}" if "Location" in error.headers else ""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            said = said or " ".join(error.read(LARGEST).decode(errors="replace").split())
+        return (said or error.reason).replace(self.key or "\0", "(the key)")[:300]
+
+
+def answer_of(value):
+    match value:
+        case ({"choices": [{"message": {"content": str(text) | (None as text)}} as choice, *_]}
+              | {"choices": [{"text": str(text) | (None as text)} as choice, *_]}):
+            return text or "", choice.get("finish_reason") == "stop"
+    raise UserError(f"its answer has no choices with a text: {shown(value)}")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+OPTIONS = (     # name, default, help
+    ("seed_tasks", "", '{"instruction", "input", "output"}, tasks like the 175 of Stanford, or {"prompt", "response"}'),
+    ("model", "", "who writes: a model folder, GPT-2 or GPT-J"),
+    ("endpoint", "", "or a server, http(s)://HOST/v1"),
+    ("endpoint_model", "", "the server's name for its model"),
+    ("key_variable", "OPENAI_API_KEY", "the environment variable with the server's key, if it wants one"),
+    ("requests", 100, "how often the model is asked. A retry is not a request"),
+    ("per_request", 3, "new tasks asked for in a request"),
+    ("banned", "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,"
+     "flowchart,diagram", "words that no instruction may have: what a model of texts cannot do"),
+    ("most_similar", 0.7, "reject an instruction whose ROUGE-L with another is above this; 0.99 rejects equal ones"),
+    ("max_tokens", 512, "most tokens that the model writes in a request"),
+    ("batch_size", 8, "requests at a time"),
+    ("timeout", 120.0, "seconds to wait for a server"),
+    ("seed", 1, "decides which seed tasks are shown and what a model of ours samples"),
+    ("device", "", "cuda, mps or cpu; the first available if empty"),
+    ("out", "", "the folder to write"),
+)
+MAY_CHANGE = ("key_variable", "requests", "timeout", "device", "out", "resume")     # with --resume
+
+
+def parse_args(argv):
+    parser = Parser(prog="python -m minirlhf.tools.self_instruct", description=__doc__)
+    for name, default, help in OPTIONS:
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
+    parser.add_argument("--chat", action="store_true", help="ask the server for chat. Without it, only where it has "
+                        "no completions")
+    parser.add_argument("--resume", action="store_true", help="go on after a crash, or with more --requests")
+    args = parser.parse_args(argv)
+    require(args.seed_tasks and args.out and bool(args.model) != bool(args.endpoint and args.endpoint_model),
+            "give --seed_tasks, --out, and either --model or --endpoint with --endpoint_model")
+    require(min(args.requests, args.per_request, args.max_tokens, args.batch_size, args.timeout) > 0,
+            "--requests, --per_request, --max_tokens, --batch_size and --timeout must be above 0")
+    return args
+
+
+def open_folder(args, folder):
+    """The journal of the requests in --out: a new one, or with --resume that of the same command."""
+    options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    options["seed_tasks"] = sha256_of(args.seed_tasks)
+    if args.resume:
+        before = read_json(folder / "meta.json")["options"]
+        changed = [f"--{name}" for name in options if options[name] != before.get(name)]
+        require(not changed, f"--resume: {folder} was started with other {', '.join(changed)}. Give it the same")
+    else:
+        move_aside(folder)
+        folder.mkdir(parents=True)
+        write_json(folder / "meta.json", {"options": options})
+    lock(folder)
+    return Journal(folder / "requests.jsonl")
+
+
+def request_all(writer, journal, seeds, args):
+    """Writes what the model answers to each request into the journal.
+
+    Which seeds a request shows depends on --seed and its number only. A model of ours samples a whole batch with one
+    generator, so it samples a batch again of which a crash left only a part.
+    """
+    size, done = args.batch_size, len(journal.rows)
+    first = done // size * size if args.model else done
+    for start in tqdm(range(first, args.requests, size), "requests", disable=None):
+        numbers = range(start, min(start + size, args.requests))
+        prompts = [prompt_of(random.Random(f"{args.seed} {i}").sample(seeds, SHOWN), args.per_request) for i in numbers]
+        for i, (text, complete) in zip(numbers, writer.write(prompts, start)):
+            if i >= len(journal.rows):
+                journal.append({"request": i, "text": text, "complete": complete})
+
+
+def demonstration(task, bare):
+    """A task as a row of ours: in Stanford's template, or without one where the seeds have none."""
+    if bare:
+        return {"prompt": "\n".join(filter(None, task[:2])), "response": " " + task.output}
+    return alpaca.demonstration(task._asdict(), "new task", Counter())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder, (seeds, bare) = Path(args.out), read_seeds(args.seed_tasks)
+    writer = Model(args) if args.model else Endpoint(args)
+    journal = open_folder(args, folder)
+    request_all(writer, journal, seeds, args)
+    rows = journal.rows[:args.requests]
+    blocks = list(judge(rows, seeds, args))
+    counts = funnel(rows, blocks)
+    write_whole(folder / "blocks.jsonl", map(to_line, blocks))
+    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items()))
+    require(counts[KEPT], f"{folder}: nothing was kept. {folder / 'blocks.jsonl'} has what the model wrote")
+    tasks = [Task(*(block[name] for name in Task._fields)) for block in blocks if block["verdict"] == KEPT]
+    write_whole(folder / "demonstrations.jsonl", [to_line(demonstration(task, bare)) for task in tasks])
+    templates = {} if bare else {"template": alpaca.TEMPLATE, "template_with_input": alpaca.TEMPLATE_WITH_INPUT}
+    write_json(folder / "meta.json", {**templates, **read_json(folder / "meta.json"), "counts": counts})
+
+
+if __name__ == "__main__":
+    run_main(main)

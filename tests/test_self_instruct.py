@@ -1,0 +1,522 @@
+"""Self-instruct: the numbered list and back, the rules, ROUGE-L, servers that misbehave, and kill -9."""
+
+import functools
+import importlib.util
+import json
+import os
+import random
+import signal
+import socket
+import string
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from small_world import LETTERS, TOKENIZER, letters_gpt2, write_jsonl
+
+from data.alpaca import prepare as alpaca
+from minirlhf.data import read_demonstrations
+from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.running.errors import UserError
+from minirlhf.tools import self_instruct
+from minirlhf.tools.self_instruct import (KEPT, RULES, Task, encode_list, parse_list, prompt_of, read_seeds, rouge_l,
+                                          words_of)
+from minirlhf.weights import save_pretrained
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("MINIRLHF_REAL_DATA") or "nowhere")
+real_data = pytest.mark.skipif(not REAL.is_dir(), reason="$MINIRLHF_REAL_DATA names no folder")
+SEEDS = [{"instruction": "Name  the capital\nof this country:", "input": "France", "output": "Paris."},
+         {"instruction": "Write two short lines about the sea.", "input": "", "output": "Blue, wide.\nIt sings."},
+         {"instruction": "Add these two numbers, please.", "input": "2\n40", "output": "42"},
+         {"instruction": "Say which of the words is a verb.", "input": "run, table", "output": "run: a verb"}]
+NEW = ("Give a synonym of the adjective.", "List three kinds of trees.", "Explain why leaves are green in summer.")
+KEY = "sk-secret-0123456789"
+REALLY_SLEEP = time.sleep                                       # tests replace time.sleep where the client waits
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def seeds(tmp_path):
+    write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
+    return tmp_path / "seeds.jsonl"
+
+
+def test_a_prompt_is_the_list_of_stanford(seeds):
+    tasks, bare = read_seeds(seeds)
+    _, _, tasks_of_the_prompt = prompt_of(tasks[:3], 2).partition("\n\n")
+    assert not bare and tasks_of_the_prompt == (
+        "###\n1. Instruction: Name the capital of this country\n1. Input:\nFrance\n1. Output:\nParis.\n"
+        "###\n2. Instruction: Write two short lines about the sea.\n2. Input:\n<noinput>\n2. Output:\nBlue, wide.\n"
+        "It sings.\n"
+        "###\n3. Instruction: Add these two numbers, please.\n3. Input:\n2\n40\n3. Output:\n42\n"
+        "###\n4. Instruction:")
+
+
+def round_trip(tasks):
+    text = encode_list(tasks, first=4).removeprefix("###\n4. Instruction:")
+    return [task for _, task in parse_list(text, first=4, most=len(tasks))]
+
+
+def test_encode_and_parse_are_inverse(seeds):
+    tasks, _ = read_seeds(seeds)
+    assert round_trip(tasks) == tasks
+    assert parse_list(encode_list(tasks, 4), 4, 9) == parse_list(" 4. Instruction:" + encode_list(tasks, 4).partition(
+        "Instruction:")[2], 4, 9), "a chat model may begin with the number that the prompt ends with"
+
+
+@real_data
+def test_all_175_seed_tasks_of_stanford_come_back():
+    lines = (REAL / "alpaca_seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()
+    given = [json.loads(line) for line in lines]
+    expected = [(" ".join(task["instruction"].split()).rstrip(":"), instance["input"].strip(),
+                 instance["output"].strip()) for task in given for instance in task["instances"]]
+    tasks, _ = read_seeds(REAL / "alpaca_seed_tasks.jsonl")
+    assert len(tasks) == 175 and round_trip(tasks) == expected
+
+
+@pytest.mark.parametrize("text, complete, expected", [
+    ("", True, []),
+    (" \n", False, []),
+    (" Say hi.\n4. Input:\n<NoInput>\n4. Output:\nHi.", True, [("Say hi.", "", "Hi.")]),
+    (" Say hi.\n4. Input:\n<noinput>\n4. Output:\nHi, it costs $20. Or 14. Output", False, ["cut off"]),
+    (" Say hi.\n4. Input: a\n4. Output: It costs $20. Bye\n###\n5. Instr", False,
+     [("Say hi.", "a", "It costs $20. Bye"), "cut off"]),
+    (" Say hi.\n4. Input:\nb\n4. Output:\nHi.\n###\n", False, [("Say hi.", "b", "Hi.")]),
+    (" Say hi.\n4. Output:\nHi.\n###\n6. Instruction: x\n6. Input:\n6. Output:\n", True, ["form", "form"]),
+    (" Say hi.\n4. Output:\nb\n4. Input:\nHi.", True, ["form"]),
+    (" Say hi.\n4. Input:\nb\n4. Output:\nHi.\n4. Output:\nHo.", True, ["form"]),
+    (" a\n4. Input:\nb\n4. Output:\nc###\n5. Instruction: d\n5. Input:\ne\n5. Output:\nf###\n6. Instruction: g", False,
+     [("a", "b", "c"), ("d", "e", "f")]),
+])
+def test_what_a_model_writes_is_cut_into_tasks(text, complete, expected):
+    found = [task for _, task in parse_list(text, first=4, most=2, complete=complete)]
+    assert len(found) == len(expected)
+    for got, wanted in zip(found, expected):
+        assert wanted in got if isinstance(wanted, str) else got == wanted
+
+
+@pytest.mark.parametrize("rows, said", [
+    (SEEDS[:2], "2 seed tasks are too few"),
+    ([*SEEDS, {"instruction": "Do it.", "input": "", "output": " "}], ":5: a seed task needs"),
+    ([*SEEDS, {"instruction": "Do it.", "input": "### A title", "output": "b"}], ":5: this task has ###"),
+    ([*SEEDS, {"instruction": "Do it.", "input": ""}], ":5: no \"output\""),
+])
+def test_seeds_that_cannot_be_used(tmp_path, rows, said):
+    write_jsonl(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=said):
+        read_seeds(tmp_path / "bad.jsonl")
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+def longest_common(a, b):
+    """By the definition, in exponential time."""
+    @functools.cache
+    def lcs(i, j):
+        if i == len(a) or j == len(b):
+            return 0
+        return lcs(i + 1, j + 1) + 1 if a[i] == b[j] else max(lcs(i + 1, j), lcs(i, j + 1))
+    return lcs(0, 0)
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
+    assert rouge_l(words_of("The cat sat on the mat."), words_of("the CAT is on the mat")) == pytest.approx(5 / 6)
+    rng = random.Random(1)
+    for _ in range(500):
+        a, b = ([rng.choice("abcd") for _ in range(rng.randint(1, 70 if rng.random() < 0.1 else 9))] for _ in "ab")
+        common = longest_common(a, b)
+        precision, recall = common / len(b), common / len(a)
+        f1 = 2 * precision * recall / (precision + recall) if common else 0
+        assert rouge_l(a, b) == pytest.approx(f1) == rouge_l(b, a)
+    assert rouge_l([], []) == 0 == rouge_l(["a"], [])
+
+
+GOOD = Task("Name the largest of these planets.", "Mars, Jupiter", "Jupiter")
+
+
+@pytest.mark.parametrize("reason, changes", [
+    (None, {}),
+    (None, {"instruction": "a " * 150}),
+    (None, {"instruction": "Describe a mapmaker's filesystem at home."}),
+    ("3 words", {"instruction": "Name three planets."}),
+    ("150 words", {"instruction": "a " * 151}),
+    ("banned", {"instruction": "Please go to the kitchen and cook."}),
+    ("banned", {"instruction": "Describe what the Image shows here."}),
+    ("program", {"instruction": "Write a program that adds numbers."}),
+    ("punctuation", {"instruction": "(Name the largest of them.)"}),
+    ("ASCII", {"instruction": "Écris le nom de la planète."}),
+    ("empty", {"output": ""}),
+    ("repeats", {"output": GOOD.input}),
+    ("repeats", {"output": GOOD.instruction}),
+])
+def test_each_rule_rejects_what_it_names_and_nothing_else(seeds, reason, changes):
+    verdict, = judge([GOOD._replace(**changes)], seeds)
+    assert verdict["verdict"] == KEPT if reason is None else reason in verdict["verdict"]
+
+
+def args_for(seeds, *flags):
+    return self_instruct.parse_args(["--seed_tasks", str(seeds), "--out", "x", "--model", "y", *flags])
+
+
+def judge(tasks, seeds, *flags):
+    """The verdicts on tasks that a model wrote in one request each."""
+    rows = [{"request": i, "complete": True, "text": encode_list([task], 4).removeprefix("###\n4. Instruction:")}
+            for i, task in enumerate(tasks)]
+    return list(self_instruct.judge(rows, read_seeds(seeds)[0], args_for(seeds, *flags)))
+
+
+def test_a_task_must_be_new_against_seeds_and_against_those_kept(seeds):
+    said = ["Name the capital of this big country", "Sing a song about old ships.", "Sing a song about old red ships.",
+            "Sing a song about old ships."]
+    found = judge([Task(text, "", "x") for text in said], seeds)
+    assert ["similar" in block["verdict"] for block in found] == [True, False, True, True]
+    assert [block.get("similar_to") for block in found] == ["Name the capital of this country", None, said[1], said[1]]
+    found = judge([Task(text, "", "x") for text in said], seeds, "--most_similar", "0.99")
+    assert ["similar" in block["verdict"] for block in found] == [False, False, False, True]
+    assert judge([Task("Draw a map of old ships.", "", "x")], seeds, "--banned", "")[0]["verdict"] == KEPT
+
+
+# ---- a server that can misbehave -------------------------------------------------------------------------------------
+
+def good_text(n=3):
+    """A continuation with n new tasks."""
+    tasks = [Task(text, "", f"Answer {i}") for i, text in enumerate(NEW[:n])]
+    return encode_list(tasks, 4).removeprefix("###\n4. Instruction:")
+
+
+def varied(seed):
+    """The same for the same seed: three tasks of words that seldom meet again."""
+    REALLY_SLEEP(0.03)
+    rng = random.Random(seed)
+    names = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(12)]
+    tasks = [Task(f"Say {' '.join(names[i:i + 4])} twice.", "", names[i]) for i in (0, 4, 8)]
+    return encode_list(tasks, 4).removeprefix("###\n4. Instruction:")
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers with what `plan` says, one entry a request, and then well. Keeps what it was asked."""
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        server.asked.append((self.path, body, self.headers.get("Authorization")))
+        plan = server.plan.pop(0) if server.plan else "good"
+        if plan == "slow":
+            REALLY_SLEEP(1)
+        if self.path.endswith("/chat/completions"):
+            choice = {"message": {"content": good_text()}, "finish_reason": "stop"}
+        else:
+            choice = {"text": server.texts(body["seed"]), "finish_reason": "stop"}
+        status, data = 200, json.dumps({"choices": [choice]})
+        if isinstance(plan, int):
+            status, data = plan, json.dumps({"error": {"message": f"wrong key {KEY}\nsecond line"}})
+        elif plan in BODIES:
+            data = BODIES[plan]
+        self.send_response(status)
+        if status in (302, 307):
+            self.send_header("Location", f"http://127.0.0.1:{server.other}/v1/completions")
+        data = data.encode()
+        self.send_header("Content-Length", str(len(data) + 100 * (plan == "cut")))
+        self.end_headers()
+        self.wfile.write(data[:40] if plan == "cut" else data)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+BODIES = {"html": "<html>busy</html>", "empty": "", "list": "[1]", "no choices": '{"choices": []}',
+          "number": '{"choices": [{"text": 3}]}', "null": '{"choices": [{"text": null, "finish_reason": "stop"}]}'}
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(self_instruct.time, "sleep", lambda seconds: server.waits.append(seconds))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.daemon_threads, server.asked, server.plan, server.waits = True, [], [], []
+    server.other, server.texts = 9, lambda seed: good_text()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(stub, seeds, *flags, requests=1):
+    """Runs the command against the stub -> (demonstrations, meta.json)."""
+    out = seeds.parent / "new"
+    self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", f"http://127.0.0.1:{stub.server_port}/v1",
+                        "--endpoint_model", "tiny", "--requests", str(requests), "--out", str(out), *flags])
+    return read_demonstrations(out / "demonstrations.jsonl"), json.loads((out / "meta.json").read_text())
+
+
+def test_what_the_server_is_asked_and_what_is_written(stub, seeds, capsys):
+    rows, meta = ask(stub, seeds, "--seed", "7")
+    path, body, authorization = stub.asked[0]
+    assert (path, authorization) == ("/v1/completions", f"Bearer {KEY}")
+    assert body["prompt"].count("###\n") == 4 and body["prompt"].endswith("###\n4. Instruction:")
+    assert (body["model"], body["temperature"], body["top_p"]) == ("tiny", 1, 1)
+    assert not any(stop in good_text() + " $20. 20. " for stop in body["stop"])
+    assert [row.prompt for row in rows] == [alpaca.TEMPLATE.format(instruction=text) for text in NEW]
+    assert [row.responses[0] for row in rows] == ["Answer 0", "Answer 1", "Answer 2"]
+    assert meta["template"] == alpaca.TEMPLATE and meta["counts"]["kept"] == 3 == meta["counts"]["parsed"]
+    assert sorted(path.name for path in (seeds.parent / "new").iterdir()) == [
+        "blocks.jsonl", "demonstrations.jsonl", "meta.json", "requests.jsonl"]
+    assert "kept" in capsys.readouterr().out
+    assert all(KEY not in path.read_text() for path in (seeds.parent / "new").iterdir())
+
+
+def test_the_key_is_optional_and_its_variable_can_be_named(stub, seeds, monkeypatch):
+    monkeypatch.setenv("OTHER", " other \n")
+    ask(stub, seeds, "--key_variable", "OTHER")
+    ask(stub, seeds, "--key_variable", "NO_SUCH_VARIABLE")
+    assert [authorization for _, _, authorization in stub.asked] == ["Bearer other", None]
+    monkeypatch.setenv("OTHER", "a\nb")
+    with pytest.raises(UserError, match="OTHER has characters"):
+        ask(stub, seeds, "--key_variable", "OTHER")
+
+
+def test_a_server_that_has_only_chat_is_asked_for_chat(stub, seeds):
+    stub.plan = [404]
+    rows, _ = ask(stub, seeds, "--batch_size", "1", requests=2)
+    assert [path for path, _, _ in stub.asked] == ["/v1/completions"] + ["/v1/chat/completions"] * 2
+    assert stub.asked[1][1]["messages"] == [{"role": "user", "content": stub.asked[0][1]["prompt"]}]
+    assert len(rows) == 3 and sum(stub.waits) == 0
+    stub.asked.clear()
+    ask(stub, seeds, "--chat")
+    assert [path for path, _, _ in stub.asked] == ["/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("plan", [500, 503, 429, "cut", "html", "empty", "list", "no choices", "number", "slow"])
+def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, plan):
+    stub.plan = [plan, plan]
+    rows, meta = ask(stub, seeds, "--timeout", "0.3" if plan == "slow" else "20")
+    assert len(rows) == 3 and meta["counts"]["requests"] == 1, "a retry is not a request"
+    assert len(stub.asked) == 3 and len({json.dumps(body) for _, body, _ in stub.asked}) == 1
+    first, second = filter(None, stub.waits)
+    assert first < second
+
+
+@pytest.mark.parametrize("plan, calls, said", [
+    ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404, 404], 2, "HTTP 404"),
+    ([307], 1, "HTTP 307: redirect to http://127.0.0.1:9/v1"), ([302], 1, "HTTP 302: redirect"),
+    ([500] * 99, 5, "HTTP 500"), (["html"] * 99, 5, "JSON"), (["number"] * 99, 5, "no choices with a text"),
+])
+def test_what_stays_wrong_is_one_line_without_the_key(stub, seeds, plan, calls, said):
+    stub.plan = list(plan)
+    with pytest.raises(UserError, match=said) as error:
+        ask(stub, seeds)
+    assert len(stub.asked) == calls and KEY not in str(error.value) and "\n" not in str(error.value)
+    assert not (seeds.parent / "new" / "demonstrations.jsonl").exists()
+    stub.plan.clear()
+    rows, _ = ask(stub, seeds, "--resume")
+    assert len(rows) == 3
+
+
+def test_a_dead_server_is_an_error_and_an_answer_without_text_is_counted(stub, seeds):
+    stub.plan = ["null"]
+    _, meta = ask(stub, seeds, "--batch_size", "1", requests=2)
+    assert (meta["counts"]["requests"], meta["counts"]["requests without an answer"]) == (2, 1)
+    stub.server_close()
+    with pytest.raises(UserError, match="refused"):
+        ask(stub, seeds)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://localhost:8000", "http://u:p@host/v1", "file:///x/v1"])
+def test_addresses_that_are_refused(seeds, url):
+    with pytest.raises(UserError, match="--endpoint must be"):
+        self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", url, "--endpoint_model", "m", "--out", "x"])
+
+
+def test_requests_that_are_done_are_not_asked_again_and_more_can_follow(stub, seeds):
+    first, _ = ask(stub, seeds, requests=3)
+    ask(stub, seeds, "--resume", requests=3)
+    assert len(stub.asked) == 3
+    _, meta = ask(stub, seeds, "--resume", requests=5)
+    assert len(stub.asked) == 5 and meta["counts"]["requests"] == 5 and meta["template"]
+    with pytest.raises(UserError, match="started with other --seed"):
+        ask(stub, seeds, "--resume", "--seed", "2", requests=5)
+    write_jsonl(seeds, SEEDS[::-1])
+    with pytest.raises(UserError, match="started with other --seed_tasks"):
+        ask(stub, seeds, "--resume", requests=5)
+
+
+# ---- a model of ours -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """The folder of a model that writes letters and would often write its EOS, with room for a prompt."""
+    folder, model = tmp_path_factory.mktemp("model"), letters_gpt2()
+    model.wpe = torch.nn.Embedding(900, 16, _weight=torch.randn(900, 16, generator=torch.Generator().manual_seed(1)))
+    model.config.n_positions = 900
+    save_pretrained(model, folder)
+    save_tokenizer(TOKENIZER, folder)
+    return folder
+
+
+def flags_of(writer, seeds, out, *flags):
+    return ["--seed_tasks", str(seeds), "--model", str(writer), "--out", str(out), "--max_tokens", "30", "--device",
+            "cpu", "--batch_size", "3", *flags]
+
+
+def written(out, *names):
+    return [(out / name).read_bytes() for name in names or ("requests.jsonl", "blocks.jsonl")]
+
+
+def run(flags):
+    """A model that writes letters keeps to no form: nothing is kept, and the command says so."""
+    with pytest.raises(UserError, match="nothing was kept"):
+        self_instruct.main(flags)
+
+
+def test_a_model_of_ours_writes_on_after_its_eos(writer, seeds, tmp_path):
+    run(flags_of(writer, seeds, tmp_path / "a", "--requests", "5"))
+    rows = [json.loads(line) for line in (tmp_path / "a/requests.jsonl").read_text().splitlines()]
+    assert [row["request"] for row in rows] == list(range(5)) and len({row["text"] for row in rows}) == 5
+    assert all(len(row["text"]) == 30 and set(row["text"]) <= set(LETTERS) for row in rows)     # a token is a letter
+
+
+def test_seed_and_room(writer, seeds, tmp_path):
+    for name, *flags in (("a",), ("b",), ("c", "--seed", "2"), ("d", "--max_tokens", "600")):
+        run(flags_of(writer, seeds, tmp_path / name, "--requests", "2", *flags))
+    a, b, c, d = (written(tmp_path / name, "requests.jsonl") for name in "abcd")
+    assert a == b != c
+    assert [json.loads(line)["text"] for line in d[0].splitlines()] == ["", ""], "no prompt has room beside 600 tokens"
+
+
+def test_a_crash_within_a_batch_changes_nothing(writer, seeds, tmp_path, capsys):
+    run(flags_of(writer, seeds, tmp_path / "whole", "--requests", "7"))
+    expected = written(tmp_path / "whole")
+    lines = expected[0].splitlines(keepends=True)
+    for n in range(8):
+        out = tmp_path / str(n)
+        run(flags_of(writer, seeds, out, "--requests", "1"))
+        left = b"".join(lines[:n]) + lines[n][:20] if n < 7 else expected[0]
+        (out / "requests.jsonl").write_bytes(left)
+        run(flags_of(writer, seeds, out, "--requests", "7", "--resume"))
+        assert written(out) == expected
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, "-m", "minirlhf.tools.self_instruct", *map(str, flags)], cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_when(process, journal, lines):
+    """kill -9 as soon as the journal has so many lines. False if the process ended before."""
+    while process.poll() is None:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
+            process.kill()
+            process.communicate()
+            return process.returncode == -signal.SIGKILL
+        time.sleep(0.002)
+    return False
+
+
+def test_kill_9_and_resume_write_the_files_of_a_run_that_was_not_killed(stub, seeds, tmp_path):
+    """One at a time, and each answer takes 30 ms and depends on the seed in the request only."""
+    stub.texts = varied
+    url = f"http://127.0.0.1:{stub.server_port}/v1"
+    flags = ["--seed_tasks", seeds, "--endpoint", url, "--endpoint_model", "m", "--requests", 20, "--batch_size", 1]
+    self_instruct.main([*map(str, flags), "--out", str(tmp_path / "whole")])
+    assert kill_when(start(*flags, "--out", tmp_path / "cut"), tmp_path / "cut/requests.jsonl", 7)
+    assert not (tmp_path / "cut/demonstrations.jsonl").exists()
+    asked = len(stub.asked)
+    self_instruct.main([*map(str, flags), "--out", str(tmp_path / "cut"), "--resume"])
+    names = "requests.jsonl", "blocks.jsonl", "demonstrations.jsonl", "meta.json"
+    assert written(tmp_path / "cut", *names) == written(tmp_path / "whole", *names)
+    assert len(stub.asked) - asked <= 13 and len(read_demonstrations(tmp_path / "cut/demonstrations.jsonl")) > 20
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_model_of_ours_writes_the_same(writer, seeds, tmp_path):
+    flags = flags_of(writer, seeds, tmp_path / "cut", "--requests", "60")
+    run(flags_of(writer, seeds, tmp_path / "whole", "--requests", "60"))
+    killed = [kill_when(start(*flags, *["--resume"] * (n > 1)), tmp_path / "cut/requests.jsonl", n)
+              for n in (1, 14, 29, 46)]
+    run([*flags, "--resume"])
+    assert written(tmp_path / "cut") == written(tmp_path / "whole") and any(killed)
+
+
+# ---- a server that is not ours ---------------------------------------------------------------------------------------
+
+SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+
+
+@pytest.fixture
+def transformers_server(tmp_path, monkeypatch):
+    """`transformers serve` with a random GPT-2 in tmp_path/random: its address. It has the chat format only."""
+    for package in ("fastapi", "uvicorn", "accelerate"):
+        pytest.importorskip(package)
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    save_tokenizer(load_tokenizer(ROOT / "data/tiny"), tmp_path)
+    tokenizer = GPT2TokenizerFast(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "random")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+                               eos_token_id=len(tokenizer) - 1)).save_pretrained(tmp_path / "random")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--host", "127.0.0.1", "--port", str(port),
+                               "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        wait_for(port, server)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_for(port, server):
+    end = time.monotonic() + 300
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("transformers serve did not start")
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_to_the_client(transformers_server, seeds, tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing was kept"):
+        self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", transformers_server, "--endpoint_model",
+                            str(tmp_path / "random"), "--requests", "3", "--batch_size", "1", "--max_tokens", "30",
+                            "--timeout", "300", "--out", str(tmp_path / "new")])
+    rows = [json.loads(line) for line in (tmp_path / "new/requests.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["text"] and not row["complete"] for row in rows)
+
+
+# ---- the embedded world ----------------------------------------------------------------------------------------------
+
+def test_the_tables_of_the_embedded_world(monkeypatch):
+    """The mean and Student's t of three seeds, by hand, and the change seed by seed."""
+    spec = importlib.util.spec_from_file_location("tiny_self_instruct", ROOT / "data/tiny/self_instruct.py")
+    world = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(world)
+    assert world.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"          # 4.303 * 1 / sqrt(3)
+    prompt = "Write a happy story about a nurse and a drum."
+    rows = [{"prompt": prompt, "response": " A nurse found a drum by the river. They danced and sang all day long."},
+            {"prompt": "Write a happy story about a nurse and a tuba.", "response": " A tuba."}]
+    assert (found := world.quality(rows))["gold"] == 1 and (found["new"], found["valid"]) == (2, 0.5)
+    numbers = {"gold": 0.5, "attributes_right": 0.25, "grammatical": 1.0}
+    found = {(200, writer, seed): {"sft": {**numbers, "gold": gold + seed / 10}, "generated": {**numbers, "valid": 1.0},
+                                   "counts": {"blocks": 1200, "parsed": 1100, "kept": 900}}
+             for writer, gold in (("none", 0.5), ("same", 0.6), ("stronger", 0.7)) for seed in (1, 2, 3)}
+    table = world.tables(found, [200], [1, 2, 3])
+    assert "| 200 | same | 1,100 / 1,200 | 900 | 1.000 ± 0.000 |" in table
+    assert "| 200 | none | 0.700 ± 0.248 |" in table and "| 200 | same | 0.800 ± 0.248 |" in table
+    assert "| 0.100 ± 0.000 |" in table and "| 0.200 ± 0.000 |" in table
