@@ -67,7 +67,7 @@ class Config:
 
     # Running
     device: str = option("", "cuda, mps or cpu; the first available if empty")
-    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    dtype: str = option("float32", "float32 (TF32 on cuda), float32_exact, or bfloat16")
     resume: bool = option(False, "continue the run in --out")
     allow_changes: bool = option(False, "let --resume continue although other options differ")
 
@@ -161,7 +161,7 @@ def roll_out(policy, batch, tokenizer, stop, cfg, iteration, device):
                                    cfg.temperature)
     return Rollout(
         prompts=[example.row.prompt for example in batch],
-        texts=[decode(tokenizer, row[own].tolist()) for row, own in zip(ids, mask)],
+        texts=[decode(tokenizer, row[own].tolist()) for row, own in zip(ids.cpu(), mask.cpu())],
         P=prompts.shape[1],
         ids=torch.cat([prompts, ids], dim=1),
         token_mask=torch.cat([prompt_mask, mask], dim=1),
@@ -311,7 +311,7 @@ def main(argv=None):
     run.restore(**saved)
     beta = run.state.get("beta", cfg.beta) if cfg.target_kl else cfg.beta
     print(f"PPO: {len(examples):,} prompts, {cfg.iterations} iterations of {cfg.batch_size} on "
-          f"{device}, {compute.memory(policy, reference, reward, value):.2g} GB before activations")
+          f"{device}, {compute.memory(cfg, examples, device, policy, reference, reward, value)}")
 
     for iteration in run.steps(cfg.iterations, "ppo"):
         # 1. Sample one response per prompt.

@@ -57,7 +57,7 @@ class Config:
 
     # Running
     device: str = option("", "cuda, mps or cpu; the first available if empty")
-    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    dtype: str = option("float32", "float32 (TF32 on cuda), float32_exact, or bfloat16")
     resume: bool = option(False, "continue the run in --out")
 
 
@@ -246,7 +246,7 @@ def main(argv=None):
     run.restore(model=model, optimizer=optimizer)
     n_pairs = sum(len(e.responses) * (len(e.responses) - 1) // 2 for e in examples)
     print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}, "
-          f"{compute.memory(model, sft):.2g} GB before activations")
+          f"{compute.memory(cfg, examples, device, model, sft)}")
     for step in run.steps(steps, "rm"):
         # 1. A batch of prompts, each with all its answers: all pairs of a prompt belong to one step
         #    (Ouyang 2022). Similar lengths go together, so that there are few pads.

@@ -50,7 +50,7 @@ class Config:
 
     # Running
     device: str = option("", "cuda, mps or cpu; the first available if empty")
-    dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    dtype: str = option("float32", "float32 (TF32 on cuda), float32_exact, or bfloat16")
     resume: bool = option(False, "continue the run in --out")
 
 
@@ -108,7 +108,7 @@ def main(argv=None):
     run.restore(model=model, optimizer=optimizer)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on "
-          f"{device}, {compute.memory(model):.2g} GB before activations")
+          f"{device}, {compute.memory(cfg, examples, device, model)}")
     for step in run.steps(steps, "sft"):
         # 1. A batch. Each pass over the data is a fresh permutation. Similar lengths go together,
         #    so that there are few pads.
@@ -131,7 +131,8 @@ def main(argv=None):
         metrics = {"loss/train": float(compute.all_sum(total))}
         pass_ends = (step + 1) * batch_size % len(examples) < batch_size
         if heldout and pass_ends:
-            metrics["loss/heldout"] = heldout_loss(model, heldout, device, cfg.batch_size)
+            metrics["loss/heldout"] = heldout_loss(model, heldout, device,
+                                                   cfg.micro_batch or cfg.batch_size)
         run.log(step, metrics, show=("loss/train", "loss/heldout"))
         run.checkpoint(step + 1, model=model, optimizer=optimizer)
 

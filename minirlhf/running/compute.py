@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import dataclasses
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ import torch.nn as nn
 from minirlhf.running.errors import UserError, require
 
 DEVICES = ("cuda", "mps", "cpu")
+DTYPES = ("float32", "float32_exact", "bfloat16")
 
 
 # ---- seeds and batches -----------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def in_parts(rows, size):
 def right_pad(sequences, device="cpu"):
     """B lists of ids -> ids (B, T) int64 and mask (B, T) bool, T being the longest."""
     lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    T = int(lengths.max())
+    T = max(map(len, sequences))                                # not lengths.max(), for which the host would wait
     ids = torch.tensor([list(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
     return ids, torch.arange(T, device=device) < lengths[:, None]
 
@@ -59,7 +61,7 @@ def right_pad(sequences, device="cpu"):
 def left_pad(sequences, device="cpu"):
     """The same with the pads first, so that every response starts in the same column."""
     lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    T = int(lengths.max())
+    T = max(map(len, sequences))
     ids = torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
     return ids, torch.arange(T, device=device) >= T - lengths[:, None]
 
@@ -88,8 +90,9 @@ def pick_device(name):
 
 def start(cfg):
     """Checks --dtype and --minibatches, picks the device, and meets the other processes that torchrun started."""
-    require(cfg.dtype in ("float32", "bfloat16"), f"--dtype must be float32 or bfloat16, not {cfg.dtype}")
+    require(cfg.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {cfg.dtype}")
     device = pick_device(cfg.device)
+    set_precision(device, cfg.dtype)
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -104,6 +107,19 @@ def start(cfg):
     return device
 
 
+def set_precision(device, dtype):
+    """On a GPU products of float32 matrices run in TF32, several times as fast. "float32_exact" does without.
+
+    TF32 reads numbers with 10 bits after the point, where bfloat16 has 7 and float32 has 23. Sums are in float32.
+    """
+    on_gpu = device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if on_gpu and dtype != "float32_exact" else "highest")
+    if on_gpu and dtype == "bfloat16":
+        require(torch.cuda.get_device_capability(device) >= (8, 0),
+                f"--dtype bfloat16: {torch.cuda.get_device_name(device)} is older than Ampere and cannot compute in "
+                "bfloat16. Use --dtype float32")
+
+
 def bfloat16_copy(model):
     """A copy to sample from. Autocast would convert every matrix again for every token; the copy's are bfloat16."""
     copied = copy.deepcopy(model)
@@ -113,10 +129,77 @@ def bfloat16_copy(model):
     return copied
 
 
-def memory(*models):
-    """GB of weights, gradients and Adam's two moments in float32: 16 bytes per trained parameter, 4 per frozen one."""
-    parameters = [parameter for model in models if isinstance(model, nn.Module) for parameter in model.parameters()]
-    return sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters) / 1e9
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def memory(cfg, examples, device, *models):
+    """What the run will need, as text for the line that a script begins with: "4.1 GB of memory at most".
+
+    cfg, examples, device, models: the script's. The policy is the first of PPO's models. If a GPU has less free, the
+    text goes on with advice.
+    """
+    need = peak_bytes(cfg, examples, models)
+    said = f"{need / 1e9:.2g} GB of memory at most"
+    if device.type != "cuda":
+        return said
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    if need < free:
+        return said
+    smaller = (n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if n < (cfg.micro_batch or cfg.batch_size))
+    fits = next((n for n in smaller if peak_bytes(dataclasses.replace(cfg, micro_batch=n), examples, models) < free), 0)
+    advice = f"--micro_batch {fits} would fit" if fits else "no --micro_batch fits. Try a smaller model or --batch_size"
+    return f"{said}, but {free / 1e9:.2g} GB are free: {advice}"
+
+
+def peak_bytes(cfg, examples, models):
+    """The most bytes of tensors at one time: in an optimizer step's largest micro-batch or, in PPO, in a rollout."""
+    models = [model for model in models if isinstance(model, nn.Module)]            # a reward may be a function
+    trained = {model: sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models}
+    weights = sum(p.numel() for model in models for p in model.parameters())
+    moments = 2 * sum(trained.values())                                             # Adam's two of each weight
+    passes = [4 * n + pass_bytes(cfg, examples, model) for model, n in trained.items() if n]        # n gradients
+    rollout = [rollout_bytes(cfg, examples, models[0])] if hasattr(cfg, "minibatches") else []
+    return 4 * (weights + moments) + max(passes + rollout)
+
+
+def longest(cfg, examples):
+    """Most tokens of a prompt, of a response, and of both together. PPO samples the responses."""
+    prompts = [len(e.prompt) for e in examples]
+    responses = [max(map(len, e.responses), default=getattr(cfg, "max_response", 0)) for e in examples]
+    return max(prompts), max(responses), max(map(sum, zip(prompts, responses)))
+
+
+def pass_bytes(cfg, examples, model):
+    """What the forward pass of a micro-batch keeps for the way back, if the longest sequences meet in it (gpt2.py).
+
+    With C = n_embd each block keeps per token, in the precision of the products, the inputs of its four matrices (C, C,
+    C, 4C), queries, keys and values (3C) and the input of the GELU (4C), and in float32 the inputs of two layer norms.
+    Attention over at most 256 positions also keeps its weights. Of the logits there are four copies at a time.
+    """
+    c, width = model.config, 2 if cfg.dtype == "bfloat16" else 4
+    _, R, T = longest(cfg, examples)
+    rows = min(cfg.micro_batch or cfg.batch_size, -(-cfg.batch_size // getattr(cfg, "minibatches", 1)))
+    rows *= max([len(e.responses) for e in examples] + [1])                         # K answers are K sequences
+    transformer = getattr(model, "transformer", model)
+    blocks = [block for block in transformer.h if any(p.requires_grad for p in block.parameters())]
+    attention = T * (c.n_head * (4 if width == 4 else 6) if T <= 256 else width)
+    kept = rows * T * (len(blocks) * (c.n_embd * (8 + 14 * width) + attention) + 8 * c.n_embd)
+    if width == 2:                                                                  # the matrices in bfloat16
+        kept += 2 * sum(p.numel() for block in blocks for p in block.parameters())
+    has_logits = transformer is model or getattr(cfg, "lm_coef", 0)
+    return kept + has_logits * 4 * c.vocab_size * (4 * rows * R + c.n_embd)         # and the gradient of the head
+
+
+def rollout_bytes(cfg, examples, policy):
+    """The cache, and the largest of what comes and goes beside it.
+
+    That is a second cache while finished rows leave, the pass over the prompts, or four copies of a token's logits.
+    """
+    c, width = policy.config, 2 if cfg.dtype == "bfloat16" else 4
+    P, R, _ = longest(cfg, examples)
+    cache = 2 * c.n_layer * c.n_embd * (P + R) * width
+    prompts = P * (c.n_embd * (8 + 8 * width) + 3 * c.n_head * P * width)
+    copied = width == 2 and 2 * sum(p.numel() for p in policy.h.parameters()) + 4 * c.vocab_size * c.n_embd
+    return copied + cfg.batch_size * (cache + max(cache, prompts, 16 * c.vocab_size))
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

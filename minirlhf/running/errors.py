@@ -39,11 +39,20 @@ def during(what):
 
 
 def run_main(main):
-    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130.
+
+    Memory that runs out and files that cannot be written are one line, too.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+            raise
+        said = ". ".join(str(error).splitlines()[0].split(". ")[:2])    # the rest is advice about PyTorch's allocator
+        print(f"error: {said}. A lower --micro_batch, or else --batch_size, needs less memory", file=sys.stderr)
         sys.exit(2)
     except OSError as error:                                    # a folder that cannot be made, moved or written to
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 SIZES = {"124M": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
+         "774M": dict(vocab_size=50257, n_positions=1024, n_embd=1280, n_layer=36, n_head=20),
          "tiny": dict(vocab_size=1024, n_positions=128, n_embd=128, n_layer=4, n_head=4)}
 
 
@@ -27,19 +29,36 @@ def arguments(doc, **defaults):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", help="measure this side in this process and print JSON")
     parser.add_argument("--peer_python", help="the interpreter of the peer's environment")
-    for name, default in dict(size="124M", dtype="float32", peer_dtype="float32", repeats=3, threads=2, **defaults).items():
+    for name, default in dict(size="124M", device="cpu", dtype="float32", peer_dtype="float32", repeats=3, threads=2,
+                              **defaults).items():
         parser.add_argument(f"--{name}", default=default, type=type(default), help=f"[{default}]")
     return parser.parse_args()
 
 
-def our_model(size):
+def our_model(size, device="cpu", dtype="float32"):
     from minirlhf.gpt2 import GPT2, GPT2Config
     torch.manual_seed(0)
-    return GPT2(GPT2Config(**SIZES[size]))
+    with torch.device(device):
+        model = GPT2(GPT2Config(**SIZES[size]))
+    model.dtype = dtype
+    return model
 
 
-def random_ids(size, B, T):
-    return torch.randint(SIZES[size]["vocab_size"], (B, T), generator=torch.Generator().manual_seed(0))
+def random_ids(size, B, T, device="cpu"):
+    return torch.randint(SIZES[size]["vocab_size"], (B, T), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def n_weights(size):
+    """Weights of all matrices that a token goes through, the head included."""
+    c = SIZES[size]
+    return 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
+
+
+def now():
+    """Seconds, once the GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def best_seconds(function, n):
@@ -47,24 +66,24 @@ def best_seconds(function, n):
     function()
     times = []
     for _ in range(n):
-        start = time.perf_counter()
+        start = now()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times)
 
 
 @torch.inference_mode()
-def peaks():
-    """This process at its best: FLOP/s of a 2048-cubed product by dtype (by MKL or oneDNN, whichever is faster; "mkl" is
+def peaks(device="cpu", n=2048):
+    """This process at its best: FLOP/s of an n-cubed product by dtype (by MKL or oneDNN, whichever is faster; "mkl" is
     what a @ b makes in float32), bytes/s of reading 1 GB."""
     from minirlhf.running.cpu import linear
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, 2048, 2048).to(dtype)
-        own, other = (2 * 2048**3 / best_seconds(product, 8) for product in (lambda: linear(a, b), lambda: a @ b))
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        own, other = (2 * n**3 / best_seconds(product, 8) for product in (lambda: linear(a, b), lambda: a @ b))
         found[str(dtype).removeprefix("torch.")] = max(own, other)
         found.setdefault("mkl", other)
-    x = torch.ones(2**28)
+    x = torch.ones(2**28, device=device)
     return found | {"bytes": 4 * x.numel() / best_seconds(lambda: x.sum(), 4)}
 
 
@@ -87,8 +106,8 @@ def run_worker(python, name, dtype, args):
 def compare(args, title, peer, unit, amount, floors):
     """Runs both sides by turns and prints a row of the README's table.
 
-    unit, amount: what is done a run, "tokens" for instance; floors(peaks, dtype) -> {name: seconds that the arithmetic or
-    the memory need at least}.
+    unit, amount: what is done a run, "tokens" for instance; floors(args, peaks, dtype) -> {name: seconds that the
+    arithmetic or the memory need at least}.
     """
     ours, theirs = [], []
     for _ in range(args.repeats):
@@ -102,7 +121,7 @@ def compare(args, title, peer, unit, amount, floors):
     print(f"  peaks: {best['float32'] / 1e9:.0f} GFLOP/s float32 ({best['mkl'] / 1e9:.0f} by MKL), {best['bfloat16'] / 1e9:.0f} bfloat16, "
           f"{best['bytes'] / 1e9:.0f} GB/s")
     show("minirlhf", args.dtype, ours, amount, unit)
-    for name, floor in floors(best, args.dtype).items():
+    for name, floor in floors(args, best, args.dtype).items():
         print(f"  {name}: {floor:.3g} s, {floor / seconds:.2f} of the time")
     if theirs:
         show(peer, args.peer_dtype, theirs, amount, unit)

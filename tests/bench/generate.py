@@ -7,46 +7,44 @@ The peer's environment: tests/bench/transformers.txt. Random weights, temperatur
 
 import importlib.metadata
 
-from common import SIZES, arguments, best_seconds, compare, our_model, random_ids, report
+from common import SIZES, arguments, best_seconds, compare, n_weights, our_model, random_ids, report
 
 import torch
 
-args = arguments(__doc__, batch=16, prompt=32, new=32)
 
-
-def ours():
+def ours(args):
     from minirlhf.running.compute import bfloat16_copy, pick_device
     from minirlhf.generate import generate
-    pick_device("cpu")                                          # as the scripts do: fast products
-    model, ids = our_model(args.size), random_ids(args.size, args.batch, args.prompt)
-    uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0))
-    model.dtype = args.dtype
+    device = pick_device(args.device)                           # as the scripts do: fast products
+    model, ids = our_model(args.size, device, args.dtype), random_ids(args.size, args.batch, args.prompt, device)
+    uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0)).to(device)
     sampler = bfloat16_copy(model) if args.dtype == "bfloat16" else model       # as train_ppo.py does
     return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, stop=(-1, 0))
 
 
-def transformers():
+def transformers(args):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval().to(getattr(torch, args.dtype))
-    ids = random_ids(args.size, args.batch, args.prompt)
+    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval()
+    model.to(args.device, getattr(torch, args.dtype))
+    ids = random_ids(args.size, args.batch, args.prompt, args.device)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
                                   max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0, eos_token_id=None)
 
 
-def floors(peaks, dtype):
+def floors(args, peaks, dtype):
     """Reading the weights once a token, and the products of all tokens."""
-    c = SIZES[args.size]
-    weights = 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
+    weights = n_weights(args.size)
     size = 4 if dtype == "float32" else 2
     return {"reading the weights": args.new * weights * size / peaks["bytes"],
             "arithmetic": 2 * weights * args.batch * args.new / peaks[dtype]}
 
 
 def main():
+    args = arguments(__doc__, batch=16, prompt=32, new=32)
     if args.worker:
         torch.set_num_threads(args.threads)
-        run = {"ours": ours, "transformers": transformers}[args.worker]()
+        run = {"ours": ours, "transformers": transformers}[args.worker](args)
         seconds = best_seconds(run, 3)
         version = importlib.metadata.version("torch" if args.worker == "ours" else "transformers")
         report(seconds, version=version)

@@ -10,15 +10,21 @@ import importlib.metadata
 import tempfile
 import time
 
-from common import SIZES, arguments, compare, our_model, random_ids, report
+from common import SIZES, arguments, compare, now, our_model, random_ids, report
 
 import torch
 
-args = arguments(__doc__, batch=16, micro_batch=16, prompt=32, new=32, iterations=2)
+
+def ours(args):
+    """Seconds of each iteration but the first, which allocates."""
+    import train_ppo
+    cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=4,
+                           max_response=args.new, device=args.device, dtype=args.dtype, lr=1e-6, value_lr=1e-6)
+    return [sum(phases.values()) for phases in iterations(args.size, cfg, args.prompt, 1 + args.iterations)][1:]
 
 
-def ours():
-    """Seconds of each iteration but the first, which allocates; by the functions of train_ppo.py."""
+def iterations(size, cfg, prompt, n):
+    """n iterations by the functions of train_ppo.py: for each {phase: seconds}. No response ends before its limit."""
     import copy
     import train_ppo
     from minirlhf.data import Example, Row
@@ -26,32 +32,44 @@ def ours():
     from minirlhf.running import compute
 
     class Tokenizer:
-        eot_token, n_vocab = -7, SIZES[args.size]["vocab_size"]     # no token ever ends a response
+        eot_token, n_vocab = -7, SIZES[size]["vocab_size"]          # no token ever ends a response
 
         def decode(self, ids):
             return ""
 
-    cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=4, max_response=args.new,
-                           dtype=args.dtype, lr=1e-6, value_lr=1e-6)
-    policy = our_model(args.size)
-    policy.dtype = args.dtype
+    device = compute.start(cfg)
+    policy = our_model(size, device, cfg.dtype)
     reference, scorer = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    reward, value = ScalarHeadModel(scorer).requires_grad_(False), ScalarHeadModel(copy.deepcopy(policy))
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True) for m in (policy, value)]
-    cpu, seconds = compute.pick_device("cpu"), []
-    batch = [Example(Row("", ""), ids, []) for ids in random_ids(args.size, args.batch, args.prompt).tolist()]
-    for iteration in range(1 + args.iterations):
-        start = time.perf_counter()
-        rollout = train_ppo.roll_out(policy, batch, Tokenizer(), (-7, 0), cfg, iteration, cpu)
+    reward, value = (ScalarHeadModel(model).to(device) for model in (scorer, copy.deepcopy(policy)))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True)
+                  for model in (policy, value)]
+    batch = [Example(Row("", ""), ids, []) for ids in random_ids(size, cfg.batch_size, prompt).tolist()]
+    normalised_scores, phases = reward.requires_grad_(False).normalised_scores, {}
+
+    def scores(*inputs):
+        start, found = now(), normalised_scores(*inputs)
+        phases["score"] = phases.get("score", 0) + now() - start
+        return found
+
+    reward.normalised_scores = scores
+    for iteration in range(n):
+        phases, times = {}, [now()]
+        rollout = train_ppo.roll_out(policy, batch, Tokenizer(), (-7, 0), cfg, iteration, device)
+        times.append(now())
         train_ppo.make_experience(rollout, policy, reference, reward, cfg, cfg.beta)
+        times.append(now())
         train_ppo.estimate_advantages(rollout, value, cfg)
+        times.append(now())
         train_ppo.update(rollout, policy, value, *optimizers, cfg, iteration)
-        seconds.append(time.perf_counter() - start)
-        assert rollout.mask.shape == (args.batch, args.new) and rollout.mask.all()
-    return seconds[1:]
+        times.append(now())
+        assert rollout.mask.shape == (cfg.batch_size, cfg.max_response) and rollout.mask.all()
+        names = "rollout", "log-probabilities", "values", "update"
+        phases |= {name: end - start for name, start, end in zip(names, times, times[1:])}
+        phases["log-probabilities"] -= phases["score"]              # both are steps of make_experience
+        yield phases
 
 
-def trl():
+def trl(args):
     """The same by PPOTrainer, timed by a callback between the ends of iterations."""
     import datasets
     import transformers
@@ -77,15 +95,16 @@ def trl():
             args=PPOConfig(output_dir=folder, per_device_train_batch_size=args.micro_batch,
                            gradient_accumulation_steps=args.batch // args.micro_batch, num_mini_batches=1, num_ppo_epochs=4,
                            total_episodes=len(rows), response_length=args.new, temperature=1.0, learning_rate=1e-6,
-                           local_rollout_forward_batch_size=args.micro_batch, num_sample_generations=0, use_cpu=True,
-                           gradient_checkpointing=False, bf16=args.dtype == "bfloat16", report_to=[], save_strategy="no",
+                           local_rollout_forward_batch_size=args.micro_batch, num_sample_generations=0,
+                           use_cpu=args.device == "cpu", gradient_checkpointing=False, bf16=args.dtype == "bfloat16",
+                           report_to=[], save_strategy="no",
                            disable_tqdm=True),
             processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
             train_dataset=datasets.Dataset.from_dict({"input_ids": rows}), callbacks=[Clock()]).train()
     return [end - start for start, end in zip(ends, ends[1:])]
 
 
-def floors(peaks, dtype):
+def floors(args, peaks, dtype):
     """2 FLOP per weight and token forward, 6 with the way back. Blocks: five passes forward (sampling, log-probabilities of
     policy and reference, values, scores), 4 epochs of two networks; the head only where a response is, and not for scalars."""
     c = SIZES[args.size]
@@ -95,9 +114,10 @@ def floors(peaks, dtype):
 
 
 def main():
+    args = arguments(__doc__, batch=16, micro_batch=16, prompt=32, new=32, iterations=2)
     if args.worker:
         torch.set_num_threads(args.threads)
-        seconds = {"ours": ours, "trl": trl}[args.worker]()
+        seconds = {"ours": ours, "trl": trl}[args.worker](args)
         version = importlib.metadata.version("torch" if args.worker == "ours" else "trl")
         report(sum(seconds) / len(seconds), version=version)
         return

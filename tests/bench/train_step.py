@@ -8,34 +8,31 @@ The peer's environment: tests/bench/transformers.txt. --dtype bfloat16 is autoca
 import contextlib
 import importlib.metadata
 
-from common import SIZES, arguments, best_seconds, compare, our_model, random_ids, report
+from common import SIZES, arguments, best_seconds, compare, n_weights, our_model, random_ids, report
 
 import torch
 
-args = arguments(__doc__, batch=8, tokens=128)
 
-
-def ours():
+def ours(args):
     from minirlhf.ppo import token_logprobs
     from minirlhf.running.compute import pick_device
-    pick_device("cpu")                                          # as the scripts do: fast products
-    model = our_model(args.size)
-    model.dtype = args.dtype
+    model = our_model(args.size, pick_device(args.device), args.dtype)          # as the scripts do: fast products
     return model, lambda ids: -token_logprobs(model.logits(model(ids)[:, :-1]), ids[:, 1:]).mean()
 
 
-def transformers():
+def transformers(args):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval()   # eval: no dropout
+    model.to(args.device)
     return model, lambda ids: model(ids, labels=ids).loss
 
 
-def measure(model, loss_of):
+def measure(args, model, loss_of):
     """Seconds of one forward and backward pass; the first gradient allocates and does not count."""
-    ids = random_ids(args.size, args.batch, args.tokens)
+    ids = random_ids(args.size, args.batch, args.tokens, args.device)
     peer_autocast = args.worker != "ours" and args.dtype == "bfloat16"          # ours does it inside forward
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16) if peer_autocast else contextlib.nullcontext()
+    autocast = lambda: torch.autocast(args.device, torch.bfloat16) if peer_autocast else contextlib.nullcontext()
 
     def step():
         with autocast():
@@ -46,17 +43,17 @@ def measure(model, loss_of):
     return best_seconds(step, 3)
 
 
-def floors(peaks, dtype):
+def floors(args, peaks, dtype):
     """6 FLOP per weight and token: 2 forward, 4 backward; and the two products of causal attention."""
     c, n = SIZES[args.size], args.batch * args.tokens
-    weights = 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
-    return {"arithmetic": 6 * n * (weights + c["n_layer"] * c["n_embd"] * args.tokens) / peaks[dtype]}
+    return {"arithmetic": 6 * n * (n_weights(args.size) + c["n_layer"] * c["n_embd"] * args.tokens) / peaks[dtype]}
 
 
 def main():
+    args = arguments(__doc__, batch=8, tokens=128)
     if args.worker:
         torch.set_num_threads(args.threads)
-        seconds = measure(*{"ours": ours, "transformers": transformers}[args.worker]())
+        seconds = measure(args, *{"ours": ours, "transformers": transformers}[args.worker](args))
         version = importlib.metadata.version("torch" if args.worker == "ours" else "transformers")
         report(seconds, version=version)
         return

@@ -14,6 +14,7 @@ from minirlhf.data import Row, demonstration, encode_rows, read_demonstrations, 
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.reward import ScalarHeadModel
+from minirlhf.running.compute import set_precision
 from minirlhf.running.errors import require
 from minirlhf.tools.evaluate import quality, stats
 from minirlhf.tools.evaluate.measure import (Sampling, answer, config_of, distinct, entropies, gold_function,
@@ -100,6 +101,7 @@ def assess_run(cfg, policy, reference, reward, tokenizer, heldout, seconds):
     reward = reward if isinstance(reward, ScalarHeadModel) else None
     for model in (policy, reference, *([reward.transformer] if reward else [])):
         model.dtype = "float32"                                 # the figures do not depend on the precision of training
+    set_precision(next(policy.parameters()).device, "float32_exact")
     gold, facts_of = gold_function(cfg.gold, cfg.heldout)
     sampling = Sampling(**{name: getattr(cfg, name) for name in Sampling._fields})
     demonstrations = [demonstration(line, where) for where, line in heldout_of(cfg.model) if "response" in line]

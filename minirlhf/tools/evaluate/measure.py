@@ -109,7 +109,7 @@ def per_token(model, prompts, responses, function):
         ids, mask = right_pad([prompts[i] + responses[i] for i in rows], device)                    # (B, T)
         predicted = response_mask(mask, [len(prompts[i]) for i in rows])[:, 1:]                     # (B, T-1)
         values = function(model.logits(model(ids)[:, :-1][predicted]), ids[:, 1:][predicted])       # (tokens,)
-        own = values.double().cpu().split([len(responses[i]) for i in rows])
+        own = values.cpu().double().split([len(responses[i]) for i in rows])
         for i, numbers in zip(rows, own, strict=True):
             found[i] = numbers.numpy()
     return found
