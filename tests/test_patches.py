@@ -5,11 +5,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_world import CPU, tiny_gpt2
+from test_details import names_in
 from test_documents import ROOT, copy_of_the_tree, hunks, run
 
 from minirlhf.data import Example, Row
@@ -18,10 +20,11 @@ from minirlhf.weights import from_pretrained
 
 PATCHES = sorted((ROOT / "minirlhf/patches").glob("*.patch"))
 ALGORITHMS = [patch for patch in PATCHES if patch.stem.startswith("algo_")]
+BUGS = [patch for patch in PATCHES if patch.stem.startswith("bug_")]
 LINES = {   # how many lines of code a patch may add
     "algo_grpo": 25, "algo_grpo_k3": 22, "algo_rloo": 22, "algo_dpo": 50, "algo_best_of_n": 35,
     "algo_expert_iteration": 35, "algo_lora": 40,
-    **{patch.stem: 3 for patch in PATCHES if patch.stem.startswith("bug_")},
+    **{patch.stem: 3 for patch in BUGS},
 }
 SHORT = {   # flags with which a script takes a few seconds on eight rows
     "train_sft.py": ["--epochs", "1"],
@@ -241,3 +244,44 @@ def test_best_of_n_keeps_the_finished_answer_with_the_highest_score(tmp_path, mo
     examples = [Example(Row("", ""), [0], []), Example(Row("", ""), [1], [])]
     kept = module.best_of_n(None, None, examples, SimpleNamespace(eot_token=0), SimpleNamespace(max_response=2, seed=1))
     assert [(e.prompt, e.responses) for e in kept] == [([0], [[6, 6]]), ([1], [[14, 14]])]
+
+
+# ---- bugs: training goes on, and the suite has a test that finds each ------------------------------------------------
+
+def test_of(patch):
+    """tests/test_x.py::test_name, which the line "test:" of a bug names."""
+    return re.search(r"^test: (\S+)$", parts(patch)[0], flags=re.MULTILINE)[1]
+
+
+def tree_with_tests(folder):
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    return copy_of_the_tree(folder)
+
+
+def run_tests(folder, *names):
+    """pytest in the folder, on the given tests."""
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names], cwd=folder,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("patch", BUGS, ids=lambda path: path.stem)
+def test_a_bug_names_a_test(patch):
+    file, name = test_of(patch).split("::")
+    assert name in names_in(file)
+
+
+@pytest.mark.slow
+def test_without_the_bugs_their_tests_pass(tmp_path):
+    done = run_tests(tree_with_tests(tmp_path), *sorted(map(test_of, BUGS)))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", BUGS, ids=lambda path: path.stem)
+def test_a_bug_is_found_by_the_test_that_it_names(patch, tmp_path):
+    """By its result: a test whose own mutation no longer fits the changed code would fail for no good reason."""
+    folder = tree_with_tests(tmp_path)
+    apply(patch, folder)
+    done = run_tests(folder, test_of(patch))
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout
+    assert "must be brought up to date" not in done.stdout

@@ -355,6 +355,24 @@ def test_the_value_model_starts_with_a_head_of_zeros_on_the_right_trunk(world, m
         assert isinstance(used, FunctionReward)
 
 
+def check_who_moves(world, main):
+    """After one iteration policy and value model have moved, each by its own learning rate alone."""
+    for flags, expected in (([], [True, True]), (["--lr", 0], [False, True]), (["--value_lr", 0], [True, False])):
+        main(ppo_flags(world, *flags))
+        state = torch.load(world / "ppo/state.pt", weights_only=True)
+        start = from_pretrained(world / "sft"), scalar_from_pretrained(world / "rm").transformer
+        end = state["policy"], {name.removeprefix("transformer."): x for name, x in state["value"].items()}
+        assert [any(not torch.equal(x, after[name]) for name, x in before.state_dict().items())
+                for before, after in zip(start, end)] == expected
+
+
+def test_each_optimizer_moves_its_own_network(world):
+    check_who_moves(world, train_ppo.main)
+    frozen = mutant(train_ppo.main, "for model in (policy, value))", "for model in (policy, policy))")
+    with pytest.raises(AssertionError):
+        check_who_moves(world, frozen)
+
+
 def test_learning_rates_fall_in_a_line_to_zero(world):
     flags = ["--iterations", 4, "--lr", 4e-4, "--value_lr", 8e-4, "--epochs", 1, "--minibatches", 1]
     ppo_rates = optimizer_steps(lambda: run_ppo(world, *flags))
@@ -382,6 +400,11 @@ def test_beta_is_fixed_unless_there_is_a_target(world):
     for now, after in zip(steered, steered[1:]):
         expected = ppo.adaptive_beta(now["objective/beta"], now["objective/kl"], 6, 12)
         assert math.isclose(after["objective/beta"], expected, rel_tol=1e-9)
+    target = run_ppo(world, "--iterations", 3, "--lr", 5e-3)[1]["objective/kl"]
+    _, now, after = run_ppo(world, "--iterations", 3, "--lr", 5e-3, "--target_kl", target)
+    assert 0.9 < now["objective/kl"] / target < 1.1                     # so near that the error is not clipped
+    expected = ppo.adaptive_beta(now["objective/beta"], now["objective/kl"], target, 12)
+    assert math.isclose(after["objective/beta"], expected, rel_tol=1e-9)
 
 
 def test_a_function_as_the_reward_is_normalised_over_samples_of_the_sft_model(world):
