@@ -32,8 +32,10 @@ def signs(history):
 
 
 def changed(history, name, function):
-    """The history with function(iteration, value) in place of one metric."""
-    return [row | {name: function(i, row[name])} for i, row in enumerate(history)]
+    """The history with function(iteration, value) in place of one metric. The KL's other estimate, which is never
+    negative, goes with it."""
+    rows = [row | {name: function(i, row[name])} for i, row in enumerate(history)]
+    return [row | {"objective/kl_k3": abs(row["objective/kl"])} for row in rows] if name == "objective/kl" else rows
 
 
 def test_a_healthy_run_is_not_complained_about_at_any_iteration(healthy):
@@ -52,6 +54,8 @@ def test_a_run_without_gold_is_judged_by_the_rest(healthy):
 SICK = {    # sign: the metric, and what becomes of it
     "negative KL": ("objective/kl", lambda i, x: -1.5),
     "no KL": ("objective/kl", lambda i, x: 0.0),
+    "two KLs": ("objective/kl_k3", lambda i, x: 0.0),
+    "no score": ("objective/scores", lambda i, x: 0.1),
     "KL climbs": ("objective/kl", lambda i, x: 2.0 * i),
     "entropy": ("objective/entropy", lambda i, x: x if i < N - WINDOW else 0.02 * x),
     "alike": ("rollout/distinct_2", lambda i, x: 0.9 if i < N - WINDOW else 0.2),
@@ -84,13 +88,22 @@ def test_each_complaint_fires_when_it_should_and_alone(healthy, sign):
     ("objective/entropy", lambda i, x: 0.3 * x),
     ("rollout/distinct_2", lambda i, x: 0.9 - 0.02 * i),
     ("rollout/length", lambda i, x: 4.0),
-    ("value/explained_variance", lambda i, x: 0.1 if i == N - 8 else -0.1),
+    ("value/explained_variance", lambda i, x: 0.2 if i == N - 8 else -0.01),
+    ("objective/kl_k3", lambda i, x: 0.5 * x),
+    ("objective/scores", lambda i, x: x if i == 0 else 0.3),
     ("objective/gold", lambda i, x: 0.9),
     ("loss/value", lambda i, x: 0.1 if i < N - WINDOW else 0.5),
     ("policy/clipfrac", lambda i, x: 0.3),
 ])
 def test_what_is_still_normal_is_not_complained_about(healthy, name, function):
     assert signs(changed(healthy, name, function)) == []
+
+
+@pytest.mark.parametrize("approxkl, clipped, expected", [(0.0, 0.1, ["no ratio"]), (1e-12, 0.1, []), (0.0, 0.0, [])])
+def test_a_ratio_that_is_always_one_is_right_with_one_step_per_rollout_only(healthy, approxkl, clipped, expected):
+    """After several steps some values have moved further than the clip."""
+    history = changed(changed(healthy, "policy/approxkl", lambda i, x: approxkl), "value/clipfrac", lambda i, x: clipped)
+    assert signs(history) == expected
 
 
 def test_trends_need_two_windows_of_iterations(healthy):

@@ -29,6 +29,7 @@ def complaints(history):
         level[name] = fmean(row.get(name, math.nan) for row in recent)
         rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
+    gain = level["objective/scores"] - first["objective/scores"]
     first_entropy = first["objective/entropy"] / first["rollout/length"] or math.nan            # nats per token
     entropy_left = level["objective/entropy"] / length / first_entropy
     checks = [
@@ -37,6 +38,15 @@ def complaints(history):
          "temperature or precision? Is padding counted?"),
         ("no KL", len(history) > 2 and kl == 0,
          "the KL is exactly 0 after several updates: the policy does not move, or the reference moves with it."),
+        ("two KLs", level["objective/kl"] > 3 * level["objective/kl_k3"] + 1,
+         f"the KL that is paid is {level['objective/kl']:.1f} nats, but its other estimate kl_k3 only "
+         f"{level['objective/kl_k3']:.1f}. Is the paid one log p - log p_ref?"),
+        ("no ratio", kl > 0 and now.get("policy/approxkl") == 0 < now.get("value/clipfrac", 0),    # several steps
+         "the policy moves, but the approx-KL of its update is exactly 0, so nothing is ever clipped. Are the old "
+         "log-probabilities those of the rollout?"),
+        ("no score", trend and level["objective/kl"] > 2 and gain < 0.2,
+         f"the policy has moved by {level['objective/kl']:.1f} nats, but the score has not risen. Do the scores belong "
+         "to these responses and reach their tokens? Does the sign of the loss fit?"),
         ("KL climbs", kl > 20 and kl > 0.75 * length and rise["objective/kl"] > 1,
          f"the KL has reached {kl:.0f} nats and still climbs: the policy is far from the SFT model, where the reward "
          "model was never trained. A higher --beta, a lower --lr or fewer --iterations help."),
@@ -66,9 +76,9 @@ def complaints(history):
          "higher --beta or fewer --iterations help."),
         ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"]),
          "the value loss grew tenfold. Lower --value_lr, or look for scores of another scale."),
-        ("value model", trend and all(row.get("value/explained_variance", 1) <= 0 for row in before + recent),
+        ("value model", trend and fmean(row.get("value/explained_variance", 1) for row in before + recent) <= 0,
          f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are noise. Is it trained? "
-         "A higher --value_lr or --batch_size helps."),
+         "Do the scores reach the tokens? A higher --value_lr or --batch_size helps."),
         ("clipping", trend and level["policy/clipfrac"] > 0.4,
          "more than 40 % of the ratios are clipped. Lower --lr or --epochs."),
     ]
