@@ -117,6 +117,11 @@ class Job(NamedTuple):
     out: Path
     loud: bool          # the scripts print to the terminal and not to log.txt
 
+    @property
+    def folder(self):
+        """Where its runs are."""
+        return self.out / (f"{self.label}_{self.iterations}" if self.iterations else self.label) / str(self.seed)
+
     def is_row(self, row):
         return (row["patch"], row["seed"], row["iterations"]) == (self.label, self.seed, self.iterations)
 
@@ -155,7 +160,7 @@ def shared_models(seed, out, loud):
 
 def run_job(job):
     """Trains and measures -> a row of results.jsonl. A run that ends with an error has only "failed" in its row."""
-    tree, folder = job.out / "trees" / f"{job.label}_{job.seed}", job.out / job.label / str(job.seed)
+    tree, folder = job.out / "trees" / f"{job.label}_{job.seed}", job.folder
     copy_tree(job.patch, tree)
     folder.mkdir(parents=True, exist_ok=True)
     sft, rm = shared_models(job.seed, job.out, job.loud)
@@ -292,7 +297,7 @@ def compare(patches, args):
             for seed in args.seeds for label, patch in every]
     rows = run_all(jobs, out / "results.jsonl", args.jobs)
     print("\n".join(["", *table(rows, [label for label, _ in every])]))
-    runs = [str(run) for label, _ in every if (run := out / label / str(args.seeds[0]) / "ppo").is_dir()]
+    runs = [str(run) for job in jobs[:len(every)] if (run := job.folder / "ppo").is_dir()]
     if runs:
         page.main([*runs, "--out", str(out / f"{every[-1][0]}.html")])
 
