@@ -234,7 +234,9 @@ def against_default(own, default):
         return f"{gaps[0]:+.3f}" if gaps else ""
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 or 1e-9
     mean, half = statistics.fmean(gaps), t_limit(len(gaps) - 1) * error
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}], p {t_probability(mean / error, len(gaps) - 1):.3f}"
+    p = t_probability(mean / error, len(gaps) - 1)
+    said = f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}], {said}"
 
 
 def table(rows, patches):
