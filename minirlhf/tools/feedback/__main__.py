@@ -30,23 +30,18 @@ from minirlhf.tools.feedback.votes import Journal, lock, sidecar
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
-def load(mode, folders, K, args):
-    """The models in `folders`, and the prompts that fit into every one of them."""
+def collect(mode, folders, K, args):
+    """What rank, write and judge share: K answers to each prompt from the models in `folders`, shown on a page."""
+    args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
     policies = items.load_policies(folders, pick_device(args.device))
     require(mode == "write" or args.temperature > 0 or K <= len(policies),
             "--temperature 0 samples the same answer every time; there would be nothing to compare")
     rows = read_prompts(args.prompts)
-    for policy in policies:
+    for policy in policies:                                             # a prompt must fit into every model
         examples = encode_rows(rows, policy.tokenizer, policy.model.config.n_positions,
                                reserve=args.max_response, drop_long=args.drop_long)
         rows = [example.row for example in examples]
-    return policies, list(dict.fromkeys(row.prompt for row in rows))[:args.n or None]
-
-
-def collect(mode, folders, K, args):
-    """What rank, write and judge share: K answers to each prompt from the models in `folders`, shown on a page."""
-    args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
-    policies, prompts = load(mode, folders, K, args)
+    prompts = list(dict.fromkeys(row.prompt for row in rows))[:args.n or None]
     collect_on(mode, args, lambda journal: items.Sampler(prompts, policies, K, journal, args),
                items.find_templates(args.prompts, folders))
 
@@ -73,18 +68,13 @@ def read_guidelines(path):
         raise UserError(f"--guidelines {path}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}") from None
 
 
-def rank_given(args):
-    """rank --answers_from: no model is loaded and nothing is sampled."""
-    require(not args.policy, "--answers_from takes the place of --policy; give one of them")
-    require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
-            f"--answers_from and --out are both {args.out}; the votes need a file of their own")
-    given = items.read_items(args.answers_from)[:args.n or None]
-    collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
-
-
 def rank(args):
     if args.answers_from:
-        return rank_given(args)
+        require(not args.policy, "--answers_from takes the place of --policy; give one of them")
+        require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
+                f"--answers_from and --out are both {args.out}; the votes need a file of their own")
+        given = items.read_items(args.answers_from)[:args.n or None]
+        return collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
     args.policy = args.policy or ["out/sft"]
     check_answers(args)
     collect("rank", args.policy, args.answers, args)

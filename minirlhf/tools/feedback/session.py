@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from threading import Lock
 
 from minirlhf.files.jsonl import is_list_of, text
-from minirlhf.running.errors import UserError, require
+from minirlhf.running.errors import require
 from minirlhf.tools.feedback.items import instruction_of, title_of, turns_of
 from minirlhf.tools.feedback.votes import Journal, comparison_row, in_file_order, sidecar
 
@@ -79,10 +79,9 @@ class Session:
         return random.Random(f"{self.seed} {annotator} {item['item']}").sample(range(K), K)
 
     def find(self, name):
-        for item in self.sampler.items:
-            if item["item"] == name:
-                return item
-        raise UserError("there is no such item")
+        item = next((item for item in self.sampler.items if item["item"] == name), None)
+        require(item, "there is no such item")
+        return item
 
     # ---- what people say ----
 
