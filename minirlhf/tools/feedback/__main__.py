@@ -161,7 +161,7 @@ COMMANDS = {
         "--b": dict(default="out/ppo", help="the other, whose win rate is printed [%(default)s]"),
         **page_flags(out="my_judgement.jsonl"),
     }),
-    "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, bias, pace, winners", {
+    "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, pace, winners", {
         "file": dict(help="comparisons"),
     }),
     "export": (lambda args: labelstudio.export_file(args.file, args.out), "comparisons to Label Studio tasks", {
