@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from minirlhf.running.errors import UserError
+from minirlhf.running.errors import UserError, run_main
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, GPT2Config, KVCache
@@ -567,11 +567,12 @@ def test_a_config_that_is_no_json_object_is_one_clear_error(folder, text):
         from_pretrained(folder)
 
 
-def test_a_config_that_is_a_folder_is_one_clear_error(folder):
+def test_a_config_that_is_a_folder_is_one_clear_error(folder, capsys):
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    with pytest.raises(UserError, match="config.json: Is a directory"):
-        from_pretrained(folder)
+    with pytest.raises(SystemExit):
+        run_main(lambda: from_pretrained(folder))
+    assert capsys.readouterr().err == f"error: {folder}/config.json: Is a directory\n"
 
 
 def test_what_is_missing_is_named(folder):

@@ -64,10 +64,7 @@ def json_object(data, where, kind="line"):
 
 def read_json(file):
     """A file with one JSON object in it -> dict."""
-    try:
-        return json_object(file.read_bytes(), file, "file")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+    return json_object(file.read_bytes(), file, "file")
 
 
 # ---- reading tensors -------------------------------------------------------------------------------------------------
