@@ -115,7 +115,7 @@ def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", [
-    {"annotators": 5}, {"annotators": [1, [2, 1], "x"]}, {"annotators": [[2, 1], [1, 2]], "names": [[], 1]},
+    {"annotators": 5}, {"annotators": [1, [2, 1], "x"]},
     {"models": 3}, {"models": ["a"]}, {"models": [1, []]},
     {"seconds": "x"}, {"annotator": [1]},
 ])

@@ -6,13 +6,13 @@
 Two answers become a Pairwise task with a choice for a tie. More become a Ranker task with one bucket per rank; answers
 in the same bucket are tied. A row that has ranks already is exported with an annotation. The answers are shown in a
 random order, drawn for each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
-task and in the "meta" of an annotation. The rankings of several annotators are imported as one row, by majority.
+task and in the "meta" of an annotation. Each annotation is imported as a row of its own, like a vote on our page.
 """
 
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from minirlhf.data import comparison, read_jsonl
@@ -119,17 +119,17 @@ def annotation_of(data, row, value):
 
 def import_file(path, out, leading_space=False):
     """Label Studio's JSON export -> a comparisons file. Prints what was dropped and why."""
-    tasks, dropped, by_item, rows = read_export(path), Counter(), defaultdict(list), []
+    tasks, dropped, votes, rows = read_export(path), Counter(), [], {}
     for index, task in enumerate(tasks):
         with during(f"{path}: task {task.get('id', index)}"):
-            for when, row in task_votes(task, leading_space, dropped):
-                by_item[row["prompt"], tuple(row["responses"])].append((when, row))
-    for votes in by_item.values():
-        rows += majority(votes, dropped)
+            votes += task_votes(task, leading_space, dropped)
+    for n, (_, row) in enumerate(sorted(votes, key=lambda vote: vote[0])):
+        rows[row["prompt"], tuple(row["responses"]), str(row.get("annotator", n))] = row
+    dropped["replaced by a later one of the same annotator"] += len(votes) - len(rows)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"
     require(rows, f"{path}: no usable annotation in {len(tasks)} tasks ({reasons})")
     with open(out, "xb") as file:                               # x: an error if the file exists
-        file.writelines(map(to_line, rows))
+        file.writelines(map(to_line, rows.values()))
     print(f"{out}: {len(rows)} comparisons from {len(tasks)} tasks\n  dropped: {reasons}")
 
 
@@ -169,7 +169,10 @@ def task_votes(task, leading_space, dropped):
             dropped[str(reason)] += 1
             continue
         exported = need(need(result, dict, "meta", default={}), dict, "minirlhf", default={})
-        made_there = {**need(ours, dict, "extra", default={}), "order": order, **provenance(annotation)}
+        by = annotation.get("completed_by")
+        by = by.get("email") or by.get("id") if isinstance(by, dict) else by
+        made_there = {**need(ours, dict, "extra", default={}), "order": order, "annotator": str(by),
+                      "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
         extra = need(exported, dict, "extra", default=made_there)
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
@@ -185,13 +188,6 @@ def task_texts(data):
     items = need(data, list, "items")
     texts = [need(item, str, "body") for item in items]
     return prompt, [str(item.get("id")) for item in items], texts
-
-
-def provenance(annotation):
-    """Annotator, seconds and time of an annotation that was made in Label Studio."""
-    by = annotation.get("completed_by")
-    by = by.get("email") or by.get("id") if isinstance(by, dict) else by
-    return {"annotator": str(by), "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
 
 
 def judgement(annotation, ids):
@@ -242,26 +238,3 @@ def read_ranker(value, ids):
 
 
 READERS = {"pairwise": read_pairwise, "choices": read_choices, "ranker": read_ranker}
-
-
-def majority(votes, dropped):
-    """[the row for one item], out of the votes that its annotators gave: [(when, row)].
-
-    Several rankings become one, by the sum of the ranks (for two answers: what most said). Their own rankings are kept
-    in "annotators". If they differ and the sums are all equal, there is no row and `dropped` counts the item.
-    """
-    by_time = [row for _, row in sorted(votes, key=lambda vote: vote[0])]
-    latest = {str(row.get("annotator", f"row {n}")): row for n, row in enumerate(by_time, 1)}
-    dropped["replaced by a later one of the same annotator"] += len(votes) - len(latest)
-    rankings = [row["ranks"] for row in latest.values()]
-    first = next(iter(latest.values()))
-    if len(rankings) == 1:
-        return [first]
-    sums = [sum(ranks) for ranks in zip(*rankings)]
-    places = sorted(set(sums))
-    if len(places) == 1 and any(ranks != rankings[0] for ranks in rankings):
-        dropped["items without a majority"] += 1
-        return []
-    known = {name: first[name] for name in ("item", "models") if name in first}
-    return [comparison_row(first["prompt"], first["responses"], [1 + places.index(value) for value in sums],
-                           first.get("finished"), **known, names=list(latest), annotators=rankings)]

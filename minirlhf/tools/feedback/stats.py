@@ -39,10 +39,8 @@ def read_votes(path):
                 "ranks": row.ranks, "annotator": str(value.get("annotator", "")),
                 "models": models if is_list_of(str, models, len(row.ranks)) else []}
         rankings = value["annotators"] if isinstance(value.get("annotators"), list) else []
-        known = is_list_of(str, value.get("names"), len(rankings))
-        names = value["names"] if known else [f"annotator {i}" for i in range(1, len(rankings) + 1)]
-        several = [{**base, "annotator": name, "ranks": tuple(ranks)} for name, ranks in zip(names, rankings)
-                   if is_list_of(int, ranks, len(row.ranks))]
+        several = [{**base, "annotator": f"annotator {i}", "ranks": tuple(ranks)}
+                   for i, ranks in enumerate(rankings, start=1) if is_list_of(int, ranks, len(row.ranks))]
         votes += several or [base]
     return votes
 
