@@ -52,8 +52,8 @@ def make_item(prompt, responses):
             "finished": [k != 1 for k in range(len(responses))], "models": ["out/sft"] * len(responses)}
 
 
-def session(folder, shelf=None, mode="rank", people=0):
-    return Session(mode, folder / "votes.jsonl", shelf or Shelf(), [], seed=1, people=people)
+def session(folder, shelf=None, mode="rank"):
+    return Session(mode, folder / "votes.jsonl", shelf or Shelf(), [], seed=1)
 
 
 def rows_of(folder, name="votes.jsonl"):
@@ -135,13 +135,11 @@ def test_ranks_that_are_none_are_refused(tmp_path, ranks):
     assert rows_of(tmp_path) == []
 
 
-def test_everyone_gets_the_same_items_or_with_people_1_each_gets_others(tmp_path):
-    shared, split = session(tmp_path / "a", Shelf()), session(tmp_path / "b", Shelf(), people=1)
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    assert shared.next("ann")["item"] == shared.next("bob")["item"]
-    assert split.next("ann")["item"] != split.next("bob")["item"]
-    seen = [vote_by_text(split, name, str)[0] for name in ["ann", "bob"] * 5]
-    assert len(set(seen)) == 10 and split.next("ann")["finished"] and split.next("bob")["finished"]
+def test_everyone_gets_the_same_items(tmp_path):
+    s = session(tmp_path)
+    seen = {name: [vote_by_text(s, name, str)[0] for _ in range(10)] for name in ("ann", "bob")}
+    assert seen["ann"] == seen["bob"] and len(set(seen["ann"])) == 10
+    assert s.next("ann")["finished"] and s.next("bob")["finished"] and len(rows_of(tmp_path)) == 20
 
 
 def test_write_keeps_the_space_between_prompt_and_answer(tmp_path):
@@ -318,7 +316,7 @@ def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, mon
 
 def test_a_ranking_comes_back_in_the_order_that_the_page_shows_now(tmp_path):
     vote_by_text(session(tmp_path), "ann", str)
-    other = Session("rank", tmp_path / "votes.jsonl", Shelf(), [], seed=2, people=0)
+    other = Session("rank", tmp_path / "votes.jsonl", Shelf(), [], seed=2)
     shown = other.revise("ann", Shelf().items[0]["item"])
     by_rank = [answer for _, answer in sorted(zip(shown["ranks"], shown["answers"]))]
     assert by_rank == Shelf().items[0]["responses"] and other.undo("ann")["ranks"] == shown["ranks"]
@@ -487,7 +485,7 @@ def test_bad_flags_and_notes_are_refused(server, tmp_path, remarks):
 
 
 def token_after_a_restart(folder, mode="rank", seed=1):
-    server = Server(0, Session(mode, folder / "votes.jsonl", Shelf(), [], seed=seed, people=0))
+    server = Server(0, Session(mode, folder / "votes.jsonl", Shelf(), [], seed=seed))
     server.server_close()
     return server.token
 

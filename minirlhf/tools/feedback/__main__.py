@@ -11,8 +11,8 @@
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
 
 rank, write and judge serve a page on this machine only. Started again with the same flags, they continue where they
-stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items; with
---people 1 each item goes to one person only. votes.py describes the files.
+stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items.
+votes.py describes the files.
 If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.0.1:8321 HOST
 """
 
@@ -52,7 +52,7 @@ def collect_on(mode, args, make_source, templates):
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
         source = make_source(Journal(sidecar(out, "items")))
-        session = Session(mode, out, source, templates, args.seed, args.people, guidelines)
+        session = Session(mode, out, source, templates, args.seed, guidelines)
         if session.votes.rows:                                          # an error if --out is some other kind of file
             (read_demonstrations if mode == "write" else read_comparisons)(out)
         print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far")
@@ -103,8 +103,8 @@ def sample(args):
 
 
 def judge(args):
-    if Path(args.a) == Path(args.b):
-        raise UserError(f"--a and --b are both {args.a}; to judge a model against itself, copy its folder")
+    require(Path(args.a) != Path(args.b),
+            f"--a and --b are both {args.a}; to judge a model against itself, copy its folder")
     collect("judge", [args.a, args.b], 2, args)
     if Path(args.out).exists():
         stats.print_duel(stats.read_votes(args.out), str(Path(args.b)), str(Path(args.a)))
@@ -125,7 +125,6 @@ def page_flags(out):
         "--out": dict(default=out, help="the file that the votes are appended to [%(default)s]"),
         "--guidelines": dict(default="", metavar="FILE", help="text or Markdown to show to the annotators [none]"),
         "--n": dict(type=count, default=0, help="only the first n prompts; 0 is all [%(default)s]"),
-        "--people": dict(type=count, default=0, help="how many people see each item; 0 is everyone [%(default)s]"),
         "--max_response": dict(type=count, default=64, help="most tokens of an answer [%(default)s]"),
         "--temperature": dict(type=float, default=1.0, help="sampling temperature [%(default)s]"),
         "--seed": dict(type=count, default=1, help="seed of the sampling and of the order shown [%(default)s]"),
@@ -150,7 +149,7 @@ COMMANDS = {
         "--policy": dict(nargs="+", default=[], help="model folders to sample from [out/sft]"),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **{flag: settings for flag, settings in page_flags(out="my_comparisons.jsonl").items()
-           if flag not in ("--guidelines", "--people", "--port", "--no_browser")},
+           if flag not in ("--guidelines", "--port", "--no_browser")},
     }),
     "write": (lambda args: collect("write", args.policy, 1, args), "write ideal answers", {
         "--policy": dict(nargs=1, default=[], help="a model folder, whose answers are drafts to edit [none]"),
