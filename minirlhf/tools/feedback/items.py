@@ -85,14 +85,13 @@ def read_items(path):
     for where, value in read_jsonl(path):
         item = given_item(value, where)
         require(len(item["responses"]) <= MOST, f"{where}: more than {MOST} different answers, too many for the page")
-        if len(item["responses"]) < 2:
-            alike += 1
-        else:
-            items[item["item"]] = item          # several people's votes on the same answers are one item
+        alike += len(item["responses"]) < 2
+        items[item["item"]] = item              # several people's votes on the same answers are one item
     if alike:
         print(f"{path}: left out {alike} rows with fewer than two different answers")
-    require(items, f"{path}: no row has two different answers")
-    return list(items.values())
+    found = [item for item in items.values() if len(item["responses"]) > 1]
+    require(found, f"{path}: no row has two different answers")
+    return found
 
 
 def given_item(value, where):

@@ -27,10 +27,6 @@ PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
 
 
-class Refusal(Exception):
-    """Why a request is turned away: an HTTP status and a sentence."""
-
-
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
@@ -92,33 +88,29 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def check(self, token):
-        """Raises Refusal unless the request comes from our own page, or from the address in the terminal."""
+        """Raises UserError unless the request comes from our own page, or from the address in the terminal."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         given = self.headers.get_all("Host", [])
-        if len(given) != 1 or given[0].lower() not in hosts:
-            raise Refusal(403, "wrong host")
-        origin = self.headers.get("Origin", f"http://{given[0]}")
-        if origin != f"http://{given[0]}" or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            raise Refusal(403, "requests from other sites are refused")
-        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise Refusal(403, "the token is missing or from an earlier run: open the address that the terminal shows")
+        require(len(given) == 1 and given[0].lower() in hosts, "wrong host")
+        origin, site = self.headers.get("Origin", f"http://{given[0]}"), self.headers.get("Sec-Fetch-Site", "none")
+        require(origin == f"http://{given[0]}" and site in ("same-origin", "none"),
+                "requests from other sites are refused")
+        require(secrets.compare_digest(token.encode(), self.server.token.encode()),
+                "the token is missing or from an earlier run: open the address that the terminal shows")
 
     def do_GET(self):
         path, _, token = self.path.partition("?token=")
         try:
             self.check(token)
-            if path != "/":
-                raise Refusal(404, "nothing here")
+            require(path == "/", "nothing here")
             self.answer(200, "text/html; charset=utf-8", self.server.page)
-        except Refusal as refusal:
-            self.send_error(*refusal.args)
+        except UserError as error:
+            self.send_error(403, str(error))
 
     def do_POST(self):
         try:
             self.check(self.headers.get("X-Token", ""))
             status, reply = 200, self.act(self.read_json())
-        except Refusal as refusal:
-            status, reply = refusal.args[0], {"error": refusal.args[1]}
         except UserError as error:
             status, reply = 400, {"error": str(error)}
         except (ConnectionError, TimeoutError):             # the browser went away
@@ -130,10 +122,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_json(self):
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,9}", length) or "Transfer-Encoding" in self.headers:
-            raise Refusal(411, "a length is needed")
-        if int(length) > MAX_BODY:
-            raise Refusal(413, f"more than {MAX_BODY} bytes")
+        require(re.fullmatch("[0-9]{1,9}", length) and "Transfer-Encoding" not in self.headers, "a length is needed")
+        require(int(length) <= MAX_BODY, f"more than {MAX_BODY} bytes")
         return json_object(self.rfile.read(int(length)), "request")
 
     def act(self, value):
@@ -152,8 +142,7 @@ class Handler(BaseHTTPRequestHandler):
                    "/past": lambda: session.past(name),
                    "/revise": lambda: session.revise(name, item),
                    "/guidelines": lambda: {"text": session.guidelines}}
-        if self.path not in actions:
-            raise Refusal(404, "nothing here")
+        require(self.path in actions, "nothing here")
         with session.lock:
             return actions[self.path]()
 
