@@ -31,7 +31,7 @@ from minirlhf.tools.feedback.votes import Journal, lock, sidecar
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 def collect(mode, folders, K, args):
-    """What rank, write and judge share: K answers to each prompt from the models in `folders`, shown on a page."""
+    """What all modes share: K answers to each prompt from the models in `folders`, shown on a page."""
     args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
     policies = items.load_policies(folders, pick_device(args.device))
     require(mode == "write" or args.temperature > 0 or K <= len(policies),
@@ -47,12 +47,22 @@ def collect(mode, folders, K, args):
 
 
 def collect_on(mode, args, make_source, templates):
-    """Shows a page until Ctrl-C. make_source gets the journal of sampled items and returns a Sampler or Given."""
-    out, guidelines = Path(args.out), read_guidelines(args.guidelines)
+    """Shows a page until Ctrl-C, or in the mode "sample" only samples what rank would show.
+
+    make_source gets the journal of sampled items and returns a Sampler or Given.
+    """
+    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        source = make_source(Journal(sidecar(out, "items")))
-        session = Session(mode, out, source, templates, args.seed, guidelines)
+        journal = Journal(sidecar(out, "items"))
+        source = make_source(journal)
+        if mode == "sample":
+            for index in range(len(source.items), len(source.prompts)):
+                journal.append(source.make_item(index))
+            print(f"{journal.path}: answers to {len(source.prompts)} prompts. Rank them here with rank --out {out}, or "
+                  "elsewhere after export")
+            return
+        session = Session(mode, out, source, templates, args.seed, read_guidelines(args.guidelines))
         if session.votes.rows:                                          # an error if --out is some other kind of file
             (read_demonstrations if mode == "write" else read_comparisons)(out)
         print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far")
@@ -74,32 +84,17 @@ def rank(args):
         require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
                 f"--answers_from and --out are both {args.out}; the votes need a file of their own")
         given = items.read_items(args.answers_from)[:args.n or None]
-        return collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
+        collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
+    else:
+        sample("rank", args)
+
+
+def sample(mode, args):
+    """Answers sampled for "rank", or with the mode "sample" for later. Started again, it goes on."""
     args.policy = args.policy or ["out/sft"]
-    check_answers(args)
-    collect("rank", args.policy, args.answers, args)
-
-
-def check_answers(args):
     require(2 <= args.answers <= items.MOST and len(args.policy) <= args.answers,
             "--answers must be from 2 to 9, and not less than the number of policies")
-
-
-def sample(args):
-    """Samples for every prompt what rank would show, into the items file beside --out. Started again, it goes on."""
-    args.policy = args.policy or ["out/sft"]
-    args.prompts = args.prompts or prompts_for(args.policy[0], "data")
-    check_answers(args)
-    policies, prompts = load("rank", args.policy, args.answers, args)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        journal = Journal(sidecar(out, "items"))
-        sampler = items.Sampler(prompts, policies, args.answers, journal, args)
-        for index in range(len(sampler.items), len(prompts)):
-            journal.append(sampler.make_item(index))
-    print(f"{journal.path}: answers to {len(prompts)} prompts. Rank them here with rank --out {out}, or elsewhere "
-          "after export")
+    collect(mode, args.policy, args.answers, args)
 
 
 def judge(args):
@@ -145,7 +140,7 @@ COMMANDS = {
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **page_flags(out="my_comparisons.jsonl"),
     }),
-    "sample": (sample, "sample all that rank would show, for Label Studio or for later", {
+    "sample": (lambda args: sample("sample", args), "sample all that rank would show, for Label Studio or for later", {
         "--policy": dict(nargs="+", default=[], help="model folders to sample from [out/sft]"),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **{flag: settings for flag, settings in page_flags(out="my_comparisons.jsonl").items()

@@ -161,8 +161,8 @@ def serve(session, port, open_page):
     try:
         server = Server(port, session)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or --port 0, "
-                        "which takes a free port") from None
+        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or "
+                        "--port 0, which takes a free port") from None
     session.sampler.want(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
     print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}", flush=True)
