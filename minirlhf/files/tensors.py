@@ -18,7 +18,6 @@ import os
 import pickle
 import statistics
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -86,23 +85,11 @@ def read_tensors(folder, rename):
 
 def weight_files(folder):
     """[(file, the function that reads it)] of a model folder. Large models are split into several files."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        if (folder / name).is_file():
-            return [(folder / name, read)]
-        if (index := folder / f"{name}.index.json").is_file():
-            return [(file, read) for file in indexed_files(index)]
+    for pattern, read in (("model.safetensors", read_safetensors), ("model-*.safetensors", read_safetensors),
+                          ("pytorch_model.bin", read_pickle), ("pytorch_model-*.bin", read_pickle)):
+        if files := [file for file in sorted(folder.glob(pattern)) if file.is_file()]:
+            return [(file, read) for file in files]
     raise UserError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, in one file or several")
-
-
-def indexed_files(index):
-    """The files of a split model, from its index: {"weight_map": {tensor: file}}."""
-    weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict), f"{index}: has no weight_map. Download it again")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        require(Path(name).name == name and (index.parent / name).is_file(),
-                f"{index}: names the file {name}, which is not in the folder. Download it too")
-    return [index.parent / name for name in names]
 
 
 def read_safetensors(file):

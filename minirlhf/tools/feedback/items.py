@@ -108,21 +108,6 @@ def given_item(value, where):
             "finished": [finished[k] for k in kept], "models": [models[k] for k in kept if models]}
 
 
-class Given:
-    """Items that are all there from the start, with the interface of a Sampler."""
-
-    error = None
-
-    def __init__(self, items):
-        self.prompts, self.items = [item["prompt"] for item in items], items
-
-    def want(self, number):
-        pass
-
-    def stop(self):
-        pass
-
-
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 def sample(policy, prompt, n, rng, args):
@@ -185,3 +170,11 @@ class Sampler:
     def stop(self):
         """Returns when the item that is being made is on the disk."""
         self.thread.shutdown(cancel_futures=True)
+
+
+class Given(Sampler):
+    """Items that are all there from the start."""
+
+    def __init__(self, items):
+        self.prompts, self.items, self.ordered = [item["prompt"] for item in items], items, len(items)
+        self.thread, self.error = ThreadPoolExecutor(max_workers=1), None

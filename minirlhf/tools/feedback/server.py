@@ -113,10 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             status, reply = 200, self.act(self.read_json())
         except UserError as error:
             status, reply = 400, {"error": str(error)}
-        except (ConnectionError, TimeoutError):             # the browser went away
-            raise
         except (OSError, RuntimeError) as error:            # the disk is full, say, or sampling failed
-            print(error, file=sys.stderr)
             status, reply = 500, {"error": str(error)}
         self.answer(status, "application/json", json.dumps(reply).encode())
 
