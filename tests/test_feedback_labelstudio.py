@@ -83,23 +83,18 @@ def run_import(tmp_path, value, *args, **kwargs):
 
 def test_a_round_trip_is_exact_to_the_byte(tmp_path):
     mine = [votes()[i] for i in (0, 1, 4, 5)]                            # one person's vote on each item
-    for kind, rows in (("pairwise", mine[:2]), ("ranker", mine[2:])):
-        source, folder, back = tmp_path / f"{kind}.jsonl", tmp_path / kind, tmp_path / f"{kind}_back.jsonl"
-        source.write_bytes(b"".join(map(to_line, rows)))
-        export_file(source, folder)
-        import_file(folder / f"{kind}_tasks.json", back)
-        assert back.read_bytes() == source.read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, mine)))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
 
 
 def test_the_votes_of_several_people_come_back_as_they_were(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, votes())))
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
     import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
-    import_file(tmp_path / "ls/pairwise_tasks.json", tmp_path / "c.jsonl")
-    back = rows_of(tmp_path / "b.jsonl") + rows_of(tmp_path / "c.jsonl")
-    assert sorted(back, key=lambda row: row["time"]) == votes()
-    assert capsys.readouterr().out.count("dropped: nothing") == 2
-    (tmp_path / "b.jsonl").write_bytes(b"".join(map(to_line, back)))
+    assert sorted(rows_of(tmp_path / "b.jsonl"), key=lambda row: row["time"]) == votes()
+    assert "dropped: nothing" in capsys.readouterr().out
 
     def said_by(file):
         return [(vote["item"], vote["annotator"], vote["ranks"]) for vote in read_votes(file)]
@@ -118,7 +113,7 @@ def test_extra_fields_come_back_whatever_their_names_and_texts(tmp_path):
     row = {**vote("P", [" a", " b"], [1, 2], "ann"), "where": "here", "several": 2, "note": "half \ud800"}
     (tmp_path / "a.jsonl").write_bytes(to_line(row))
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
-    import_file(tmp_path / "ls/pairwise_tasks.json", tmp_path / "b.jsonl")
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
     assert rows_of(tmp_path / "b.jsonl") == rows_of(tmp_path / "a.jsonl") == [row]
 
 
@@ -133,21 +128,18 @@ def test_pairs_and_best_of_k_keep_their_meaning(tmp_path):
             {"prompt": "b", "responses": [" x", " y", " z"], "best": 2}]
     (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, rows)))
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
-    back = []
-    for kind in ("pairwise", "ranker"):
-        import_file(tmp_path / f"ls/{kind}_tasks.json", tmp_path / f"{kind}.jsonl")
-        back += read_comparisons(tmp_path / f"{kind}.jsonl")
-    assert [row[1:] for row in back] == [row[1:] for row in read_comparisons(tmp_path / "a.jsonl")]
+    import_file(tmp_path / "ls/ranker_tasks.json", tmp_path / "b.jsonl")
+    back, rows = read_comparisons(tmp_path / "b.jsonl"), read_comparisons(tmp_path / "a.jsonl")
+    assert [row[1:] for row in back] == [row[1:] for row in rows]
 
 
 def test_the_configuration_is_xml_that_fits_the_tasks(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, votes())))
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
-    for kind in ("pairwise", "ranker"):
-        root = ElementTree.parse(tmp_path / f"ls/{kind}_config.xml").getroot()
-        names = {node.get("value")[1:] for node in root.iter() if (node.get("value") or "").startswith("$")}
-        for task in json.loads((tmp_path / f"ls/{kind}_tasks.json").read_text(encoding="utf-8")):
-            assert names <= set(task["data"])
+    root = ElementTree.parse(tmp_path / "ls/ranker_config.xml").getroot()
+    names = {node.get("value")[1:] for node in root.iter() if (node.get("value") or "").startswith("$")}
+    for task in json.loads((tmp_path / "ls/ranker_tasks.json").read_text(encoding="utf-8")):
+        assert names <= set(task["data"])
     assert len(list(root.iter("Bucket"))) == 4    # as many ranks as the longest list has answers
 
 
@@ -156,13 +148,14 @@ def test_what_was_sampled_can_be_exported_unranked_in_a_random_order(tmp_path):
     rows = [{**same, "prompt": f"P{i}"} for i in range(40)]
     (tmp_path / "x.items.jsonl").write_bytes(b"".join(map(to_line, rows)))
     export_file(tmp_path / "x.items.jsonl", tmp_path / "ls")
-    exported = json.loads((tmp_path / "ls/pairwise_tasks.json").read_text())
-    assert 8 < sum(task["data"]["answer1"] == " a" for task in exported) < 32
+    exported = json.loads((tmp_path / "ls/ranker_tasks.json").read_text())
+    assert 8 < sum(task["data"]["items"][0]["body"] == " a" for task in exported) < 32
     for task in exported:
-        task["annotations"] = [{"completed_by": 1, **left()}]
+        ranker = {"rank 1": ["0"], "rank 2": ["1"]}
+        task["annotations"] = [{"completed_by": 1, **said("ranker", {"ranker": ranker})}]
     for row, task in zip(run_import(tmp_path, exported), exported):
         assert row["models"] == ["m1", "m2"] and row["finished"] == [True, False]
-        assert row["responses"][row["ranks"].index(1)] == task["data"]["answer1"]
+        assert row["responses"][row["ranks"].index(1)] == task["data"]["items"][0]["body"]
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, capsys):

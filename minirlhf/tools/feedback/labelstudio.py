@@ -3,9 +3,9 @@
     python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl
 
-Two answers become a Pairwise task with a choice for a tie. More become a Ranker task with one bucket per rank; answers
-in the same bucket are tied. A row that has ranks already is exported with an annotation. The answers are shown in a
-random order, drawn for each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
+Answers become a Ranker task with one bucket per rank. Those in the same bucket are tied. Pairwise tasks are imported
+too. A row that has ranks already is exported with an annotation. The answers are shown in a random order, drawn for
+each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
 task and in the "meta" of an annotation. Each annotation is imported as a row of its own, like a vote on our page.
 """
 
@@ -21,15 +21,6 @@ from minirlhf.files.tensors import strict_json
 from minirlhf.running.errors import UserError, during, require, shown
 from minirlhf.tools.feedback.votes import comparison_row, in_file_order, item_id, to_line
 
-PAIRWISE = """<View>
-  <Text name="prompt" value="$prompt"/>
-  <Header value="Which answer is better?"/>
-  <Pairwise name="comparison" toName="answer1,answer2"/>
-  <Text name="answer1" value="$answer1"/>
-  <Text name="answer2" value="$answer2"/>
-  <Choices name="tie" toName="prompt" choice="single"><Choice value="tie" alias="tie"/></Choices>
-</View>
-"""
 RANKER = """<View>
   <Text name="prompt" value="$prompt"/>
   <Header value="Drag each answer to its rank. 1 is best. Answers in the same box are equally good."/>
@@ -48,27 +39,22 @@ class Dropped(Exception):
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 def export_file(path, folder):
-    """Writes the tasks and the labeling configuration for each of the two kinds that the file needs."""
+    """Writes the tasks, and the labeling configuration with as many buckets as the longest list has answers."""
     tasks, folder = tasks_of(path), Path(folder)
     folder.mkdir(parents=True)
-    K = max((len(task["data"]["items"]) for task in tasks["ranker"]), default=0)
+    K = max(len(task["data"]["items"]) for task in tasks)
     buckets = "\n".join(f'    <Bucket name="rank {k}" title="{k}"/>' for k in range(1, K + 1))
-    for kind, config in (("pairwise", PAIRWISE), ("ranker", RANKER.format(buckets=buckets))):
-        if tasks[kind]:
-            lines = json.dumps(tasks[kind], indent=1, ensure_ascii=False) + "\n"
-            (folder / f"{kind}_tasks.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
-            (folder / f"{kind}_config.xml").write_text(config, encoding="utf-8")
-            annotated = sum(len(task["annotations"]) for task in tasks[kind])
-            print(f"{folder}/{kind}_tasks.json: {len(tasks[kind])} tasks with {annotated} annotations; the labeling "
-                  f"configuration is {kind}_config.xml")
+    (folder / "ranker_config.xml").write_text(RANKER.format(buckets=buckets), encoding="utf-8")
+    lines = json.dumps(tasks, indent=1, ensure_ascii=False) + "\n"
+    (folder / "ranker_tasks.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
+    annotated = sum(len(task["annotations"]) for task in tasks)
+    print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks with {annotated} annotations; the labeling configuration is "
+          "ranker_config.xml")
 
 
 def tasks_of(path):
-    """One task for each item of a comparisons file, or of the items file beside it, which has no ranks yet.
-
-    Returns {"pairwise": tasks with two answers, "ranker": tasks with more}.
-    """
-    tasks = {"pairwise": {}, "ranker": {}}
+    """One task for each item of a comparisons file, or of the items file beside it, which has no ranks yet."""
+    tasks = {}
     for where, value in read_jsonl(path):
         ranked = bool({"ranks", "best", "chosen"} & set(value))
         if not ranked and isinstance(value.get("responses"), list):     # sampled, not ranked by anyone yet
@@ -76,43 +62,32 @@ def tasks_of(path):
                 continue
             value = {**value, "ranks": [1] * len(value["responses"])}
         row = comparison(value, where)
-        kind = "pairwise" if len(row.responses) == 2 else "ranker"
-        task = tasks[kind].setdefault((row.prompt, row.responses), new_task(row, value))
+        task = tasks.setdefault((row.prompt, row.responses), new_task(row, value))
         if ranked:
             task["annotations"].append(annotation_of(task["data"], row, value))
-    require(any(tasks.values()), f"{path}: nothing to export")
-    return {kind: list(some.values()) for kind, some in tasks.items()}
+    require(tasks, f"{path}: nothing to export")
+    return list(tasks.values())
 
 
 def new_task(row, value):
     K = len(row.responses)
     order = random.Random(item_id(row.prompt, row.responses)).sample(range(K), K)
-    texts = [row.responses[k] for k in order]
+    items = [{"id": str(p), "title": chr(65 + p % 26), "body": row.responses[k]} for p, k in enumerate(order)]
     extra = {name: value[name] for name in ("item", "models") if name in value}
-    data = {"prompt": row.prompt, "minirlhf": {"order": order, "finished": value.get("finished"), "extra": extra}}
-    if K == 2:
-        data |= {"answer1": texts[0], "answer2": texts[1]}
-    else:
-        data["items"] = [{"id": str(p), "title": chr(65 + p % 26), "body": text} for p, text in enumerate(texts)]
-    return {"data": data, "annotations": []}
+    ours = {"order": order, "finished": value.get("finished"), "extra": extra}
+    return {"data": {"prompt": row.prompt, "minirlhf": ours, "items": items}, "annotations": []}
 
 
 def annotation_of(data, row, value):
     """A ranked row as Label Studio would have written it."""
     ranks = [row.ranks[k] for k in data["minirlhf"]["order"]]
-    if "items" in data:
-        buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
-                   for n, place in enumerate(sorted(set(ranks)), 1)}
-        result = {"type": "ranker", "from_name": "rank", "to_name": "results", "value": {"ranker": buckets}}
-    elif ranks[0] == ranks[1]:
-        result = {"type": "choices", "from_name": "tie", "to_name": "prompt", "value": {"choices": ["tie"]}}
-    else:
-        result = {"type": "pairwise", "from_name": "comparison", "to_name": "answer1,answer2",
-                  "value": {"selected": "left" if ranks[0] < ranks[1] else "right"}}
+    buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
+               for n, place in enumerate(sorted(set(ranks)), 1)}
     known = {"prompt", "responses", "ranks", "finished", "chosen", "rejected", "best"}
     extra = {name: value[name] for name in value if name not in known}
-    return {"result": [{"id": "ranking", **result, "meta": {"minirlhf": {"extra": extra}}}],
-            "lead_time": value.get("seconds")}
+    result = {"id": "ranking", "type": "ranker", "from_name": "rank", "to_name": "results",
+              "value": {"ranker": buckets}, "meta": {"minirlhf": {"extra": extra}}}
+    return {"result": [result], "lead_time": value.get("seconds")}
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------
