@@ -37,10 +37,8 @@ def model_folder(name, wanted=("config.json",)):
     require(os.path.isdir(name), f"{name}: no such model folder. Train it first, or run the command in the repository. "
                                  f"The official models are {', '.join(OFFICIAL)}")
     folder = Path(name)
-    if not any((folder / file).exists() for file in wanted):
-        models = [str(file.parent) for file in sorted(folder.glob("*/config.json"))]
-        hint = f"; did you mean {' or '.join(models)}?" if models else ", so it is not a model folder"
-        raise UserError(f"no {' or '.join(wanted)} in {folder}{hint}")
+    require(any((folder / file).exists() for file in wanted),
+            f"no {' or '.join(wanted)} in {folder}, so it is not a model folder")
     return folder
 
 
@@ -74,8 +72,8 @@ def download(url, file, sha256=None, hint=""):
         try:
             transfer(url, file, sha256)
         except Exception as error:                  # of the network, the disk, or the hash
-            hint = hint or f"download it by other means and put it at {file}"
-            raise UserError(f"{url} cannot be downloaded ({error}): run this again, or {hint}") from None
+            raise UserError(f"{url} cannot be downloaded ({error}): run this again, or "
+                            + (hint or f"download it by other means and put it at {file}")) from None
         finally:
             socket.setdefaulttimeout(None)
 

@@ -140,16 +140,13 @@ def read_pickle(file):
     except Exception as error:                      # a damaged file fails in many ways inside torch.load
         raise UserError(f"{file}: cut off or damaged ({type(error).__name__}). Download it again") from None
     require(isinstance(tensors, dict), f"{file}: holds a {type(tensors).__name__}, not a dict of tensors")
-    for name, tensor in tensors.items():
-        require(type(name) is str and is_ordinary(tensor),
-                f"{file}: {name} is a {type(tensor).__name__}, not an ordinary tensor with a name")
+    for name, x in tensors.items():
+        # Dense, on the CPU, and with all its numbers in the file, not one number expanded to a huge shape.
+        ordinary = (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+                    and x.numel() * x.itemsize <= x.untyped_storage().nbytes())
+        require(type(name) is str and ordinary,
+                f"{file}: {name} is a {type(x).__name__}, not an ordinary tensor with a name")
     return tensors
-
-
-def is_ordinary(x):
-    """A dense tensor on the CPU with all its numbers in the file, not one number expanded to a huge shape."""
-    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-            and x.numel() * x.itemsize <= x.untyped_storage().nbytes())
 
 
 # ---- checking: config.json asks only for what our code implements, and the tensors fit it ----------------------------
@@ -175,21 +172,17 @@ def read_config(file, config_classes, max_layers):
     require(config.n_embd % config.n_head == 0,
             f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
     if kind == "gptj":
-        check_gptj(file, config, values)
+        # n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding.
+        config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
+        require(config.n_tokens <= config.vocab_size,
+                f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
+        require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
+                f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
     for name, ours in {**IMPLEMENTED, "tie_word_embeddings": kind == "gpt2"}.items():
         allowed = [ours, 4 * config.n_embd] if name == "n_inner" else [ours]
         value = values.get(name, ours)
         require(value in allowed, f"{file}: {name} is {shown(value)}, but only {ours!r} is implemented here")
     return config
-
-
-def check_gptj(file, config, values):
-    """n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding."""
-    config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
-    require(config.n_tokens <= config.vocab_size,
-            f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
-    require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
-            f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
 
 
 def read_normalisation(file):
