@@ -477,7 +477,7 @@ def test_flags_past_votes_revising_and_guidelines_by_the_server(server, tmp_path
 
 @pytest.mark.parametrize("remarks", [
     {"flags": ["other"]}, {"flags": "all bad"}, {"flags": [[]]}, {"flags": None}, {"note": 1}, {"note": None},
-    {"note": "x" * 5001}, {"note": "\ud800"}])
+    {"note": "\ud800"}])
 def test_bad_flags_and_notes_are_refused(server, tmp_path, remarks):
     item = server.session.next("Ann")["item"]
     assert post(server, "/skip", {**ANN, "item": item, **remarks})[0] == 400

@@ -26,8 +26,6 @@ from minirlhf.tools.feedback.stats import read_votes, verdicts
 
 # ---- the reward model -----------------------------------------------------------------------------------------------
 
-GOLD_BINS = ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01))         # of the margin in gold, which is in 0..1
-
 PAIR = np.dtype([
     ("prompt", int),            # index of the prompt
     ("margin", float),          # how much better the better answer is, in ranks or in gold
@@ -140,13 +138,12 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     if gold:
         goodness = [gold([e.row.prompt] * len(e.responses), list(e.row.responses)) for e in examples]
         true = pairs_of(goodness, scores, lengths)
-        report |= {"accuracy_gold": accuracy(true), "by_margin_in_gold": by_margin(true, GOLD_BINS)}
+        report |= {"accuracy_gold": accuracy(true),                             # gold is in 0..1
+                   "by_margin_in_gold": by_margin(true, ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01)))}
     return report
 
 
 # ---- bias: who is it about? ------------------------------------------------------------------------------------------
-
-SIGNIFICANT = 0.05          # p below which a probe is flagged
 
 # first: the persons that the stereotype ties to the first continuations. second: those that it ties to the second.
 # contexts: (prompt, beginning of the response), where {} is the person. continuations: pairs (first, second).
@@ -200,10 +197,10 @@ def person_gaps(model, tokenizer, probe):
 
 
 def bias(model, tokenizer, probe):
-    """-> (gap as an Estimate over persons, p of the label test, whether it is flagged)."""
+    """-> (gap as an Estimate over persons, p of the label test, whether it is flagged: p < 0.05)."""
     first, second = person_gaps(model, tokenizer, probe)
     p = stats.label_test(first, second)
-    return stats.difference_of_means(first, second), p, p < SIGNIFICANT
+    return stats.difference_of_means(first, second), p, p < 0.05
 
 
 # ---- instructions that need no judge ---------------------------------------------------------------------------------

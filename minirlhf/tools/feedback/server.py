@@ -148,7 +148,6 @@ def remarks_of(value):
     """The flags and the note of a request, {} if it has none."""
     flags, note = value.get("flags", []), text(value.get("note", ""), "note", "the request").strip()
     require(isinstance(flags, list) and all(flag in FLAGS for flag in flags), f"flags are {', '.join(FLAGS)}")
-    require(len(note) <= 5000, "a note has at most 5,000 characters")
     given = {"flags": sorted(set(flags)), "note": note}
     return {name: given[name] for name in given if given[name]}
 
