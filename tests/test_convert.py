@@ -113,9 +113,6 @@ def test_what_cannot_be_converted_is_one_line(text, place, named):
       "rejected": [user("Hi"), assistant("Hello"), user("Why?"), assistant("No.")]}, PAIR | {"prompt": HH}),
     ({"prompt": [user("Hi"), assistant("Hello"), user("Why?")]}, {"prompt": HH}),
     ({"chosen": HH + " So.", "rejected": HH + " No."}, PAIR | {"prompt": HH}),
-    ({"chosen": "The sky is blue.", "rejected": "The sky is black."},
-     {"prompt": "The sky is", "chosen": " blue.", "rejected": " black."}),
-    ({"chosen": "It is so", "rejected": "It is so not"}, {"prompt": "It is", "chosen": " so", "rejected": " so not"}),
     ({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "finished": [True, False]},
      PAIR | {"finished": [True, False]}),
     ({"prompt": "Why?", "chosen": "So.", "rejected": ""}, PAIR | {"rejected": ""}),
@@ -184,7 +181,7 @@ def test_comparisons_that_teach_nothing_are_dropped_and_counted(capsys):
     assert converted("hh.jsonl", rows) == [{"prompt": HH, "chosen": " a", "rejected": " b"}]
     printed = capsys.readouterr().out
     for n, what in ((5, "read"), (1, "dropped: identical sides"), (1, "dropped: the two sides have different prompts"),
-                    (2, "dropped: empty prompt"), (4, "rows hold dialogues"), (1, "rows have no prompt")):
+                    (2, "dropped: empty prompt"), (5, "rows hold dialogues")):
         assert f"{n:>8,}  {what}" in printed
 
 

@@ -176,7 +176,7 @@ def with_responses(prompt, *responses):
     ("so they", [", once"], 0), ("a drum.", ["\"Once"], 0), ("a drum.", [""], 0), ("a drum.", [], 0),
 ])
 def test_rows_are_glued_where_nothing_separates_prompt_and_response(prompt, responses, expected):
-    assert glued([with_responses(prompt, *responses)]) == expected
+    assert len(glued([with_responses(prompt, *responses)])) == expected
 
 
 def test_the_warning_counts_glued_rows_and_names_the_first():
@@ -189,7 +189,7 @@ def test_the_warning_counts_glued_rows_and_names_the_first():
 
 def test_the_embedded_world_has_no_glued_rows():
     for name in ("demonstrations", "comparisons"):
-        assert glued(read_any(f"data/tiny/{name}.jsonl")[1]) == 0
+        assert glued(read_any(f"data/tiny/{name}.jsonl")[1]) == []
 
 
 def test_describe_warns_of_glued_rows(tmp_path, capsys):

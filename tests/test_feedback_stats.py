@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, first_places, longer_preferred, print_stats,
-                                           read_votes, verdicts)
+from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, longer_preferred, print_stats, read_votes,
+                                           verdicts)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
@@ -29,11 +29,10 @@ def test_kappa_at_the_edges():
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
 
-def vote(prompt, ranks, annotator="ann", models=None, order=None, seconds=4.0):
+def vote(prompt, ranks, annotator="ann", models=None, seconds=4.0):
     responses = [f" {k}" for k in range(len(ranks))]
     more = {"models": models} if models else {}
-    order = order or list(range(len(ranks)))
-    return comparison_row(prompt, responses, ranks, annotator=annotator, order=order, seconds=seconds, **more)
+    return comparison_row(prompt, responses, ranks, annotator=annotator, seconds=seconds, **more)
 
 
 def write(tmp_path, rows):
@@ -50,14 +49,6 @@ def test_agreement_counts_only_what_both_have_judged(tmp_path):
     rows = [vote("a", [1, 2, 3]), vote("a", [1, 3, 2], "bob"), vote("b", [1, 2]), vote("c", [1, 2], "bob"),
             vote("d", [1, 1]), vote("d", [2, 1], "bob")]
     assert agreements(read_votes(write(tmp_path, rows))) == {("ann", "bob"): [(1, 1), (1, 1), (1, -1), (0, -1)]}
-
-
-def test_position_bias_is_seen_where_it_stood_not_where_it_is_written(tmp_path):
-    rows = [vote(f"p{i}", [1, 2] if i % 2 else [2, 1], order=[0, 1] if i % 2 else [1, 0])
-            for i in range(10)] + [vote("tie", [1, 1])]
-    assert first_places(read_votes(write(tmp_path, rows))) == {0: [(1, 1 / 2)] * 10, 1: [(0, 1 / 2)] * 10}
-    places = first_places(read_votes(write(tmp_path, [vote("p", [1, 1, 2], order=[2, 0, 1])])))
-    assert places == {0: [(0, 1 / 3)], 1: [(0.5, 1 / 3)], 2: [(0.5, 1 / 3)]}
 
 
 def test_who_prefers_long_answers_is_counted_in_pairs_of_different_length(tmp_path, capsys):
@@ -124,8 +115,8 @@ def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", [
-    {"annotators": 5}, {"annotators": [1, [2, 1], "x"]}, {"annotators": [[2, 1], [1, 2]], "names": [[], 1]},
-    {"models": 3}, {"models": ["a"]}, {"models": [1, []]}, {"order": "ab"}, {"order": 5}, {"order": [7, 8]},
+    {"annotators": 5}, {"annotators": [1, [2, 1], "x"]},
+    {"models": 3}, {"models": ["a"]}, {"models": [1, []]},
     {"seconds": "x"}, {"annotator": [1]},
 ])
 def test_damaged_extra_fields_are_ignored(tmp_path, capsys, damage):

@@ -72,12 +72,6 @@ def test_the_english_probes_run_without_a_prompt():
 
 
 @pytest.mark.parametrize("instruction, response, found", [
-    ("List three fruits.", "- apple\n- pear\n- plum", {"a list": True}),
-    ("List three fruits.", "1. apple\n2. pear", {"a list": False}),
-    ("Make a list of 4 words.", "one, two, three and four", {"a list": True}),
-    ("Please list some rivers.", "The Nile", {"a list": False}),
-    ("List three fruits.", "Well, I\nthink, no", {"a list": False}),
-    ("The list is long. Why?", "- a\n- b", {}),
     ("Describe a dog in at most 5 words.", "A friend with four paws", {"number of words": True}),
     ("Describe a dog in at most 5 words.", "A good friend with four paws", {"number of words": False}),
     ("Describe a dog in at most 5 words.", "", {"number of words": False}),
@@ -95,5 +89,6 @@ def test_checks_by_hand(instruction, response, found):
 def test_every_instruction_of_ours_can_be_checked_and_rates_count_only_what_was_asked():
     kinds = [set(checks(text, "")) for text in INSTRUCTIONS]
     assert all(len(kind) == 1 for kind in kinds)
-    rates = instruction_rates(["List two fruits.", "List two rivers.", "Say hello."], ["- a\n- b", "no", "hello"])
-    assert set(rates) == {"a list"} and rates["a list"].value == 0.5 and rates["a list"].n == 2
+    asked = ["Answer in two words.", "Name a river in at most 2 words.", "Say hello."]
+    rates = instruction_rates(asked, ["Good evening.", "The river Nile", "hello"])
+    assert set(rates) == {"number of words"} and rates["number of words"][::3] == (0.5, 2)

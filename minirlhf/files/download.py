@@ -1,8 +1,7 @@
-"""Downloading the official files with torch.hub. A file appears only when it is complete and correct."""
+"""Downloading the official files with torch.hub. A file appears only when it is complete."""
 
 import hashlib
 import os
-import re
 import socket
 import sys
 import urllib.request
@@ -38,10 +37,8 @@ def model_folder(name, wanted=("config.json",)):
     require(os.path.isdir(name), f"{name}: no such model folder. Train it first, or run the command in the repository. "
                                  f"The official models are {', '.join(OFFICIAL)}")
     folder = Path(name)
-    if not any((folder / file).exists() for file in wanted):
-        models = [str(file.parent) for file in sorted(folder.glob("*/config.json"))]
-        hint = f"; did you mean {' or '.join(models)}?" if models else ", so it is not a model folder"
-        raise UserError(f"no {' or '.join(wanted)} in {folder}{hint}")
+    require(any((folder / file).exists() for file in wanted),
+            f"no {' or '.join(wanted)} in {folder}, so it is not a model folder")
     return folder
 
 
@@ -58,8 +55,8 @@ def fetch_official(name):
 
 
 def download(url, file, sha256=None, hint=""):
-    """url -> file. It must have this sha256, or else what the server promises. The UserError says what to do, or gives
-    the hint."""
+    """url -> file, as long as its server says and with this sha256, if one is given. The UserError says what to do, or
+    gives the hint."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file.parent / ".lock", "ab")
@@ -75,15 +72,16 @@ def download(url, file, sha256=None, hint=""):
         try:
             transfer(url, file, sha256)
         except Exception as error:                  # of the network, the disk, or the hash
-            hint = hint or f"download it by other means and put it at {file}"
-            raise UserError(f"{url} cannot be downloaded ({error}): run this again, or {hint}") from None
+            raise UserError(f"{url} cannot be downloaded ({error}): run this again, or "
+                            + (hint or f"download it by other means and put it at {file}")) from None
         finally:
             socket.setdefaulttimeout(None)
 
 
 def transfer(url, file, sha256):
     """torch.hub checks the sha256, if one is known, but does not notice a connection that ends too early."""
-    size, sha256 = (None, sha256) if sha256 else promised(url)
+    with urllib.request.urlopen(url) as reply:                          # reads the headers only
+        size = reply.length
     part = file.with_name(file.name + ".part")
     torch.hub.download_url_to_file(url, part, sha256)
     arrived = part.stat().st_size
@@ -91,27 +89,6 @@ def transfer(url, file, sha256):
         part.unlink()
         raise OSError(f"{arrived} of {size} bytes arrived")
     os.replace(part, file)
-
-
-def promised(url):
-    """(size, sha256) of a file as its server gives them, None for what it does not give. Reads only the headers."""
-    redirects = Redirects()
-    with urllib.request.build_opener(redirects).open(url) as reply:
-        is_sha256 = re.fullmatch("[0-9a-f]{64}", redirects.etag)        # small files have another kind of hash
-        return reply.length, redirects.etag if is_sha256 else None
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the hash of the file.
-
-    Hugging Face answers for a large file with a redirect to where it is stored. Only the headers of that redirect
-    give the sha256 of the published file (X-Linked-Etag).
-    """
-    etag = ""
-
-    def redirect_request(self, request, reply, code, message, headers, url):
-        self.etag = headers.get("X-Linked-Etag", self.etag).strip('"')
-        return super().redirect_request(request, reply, code, message, headers, url)
 
 
 def sha256_of(file):

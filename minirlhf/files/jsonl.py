@@ -116,12 +116,9 @@ def check_one_verdict(value, where):
 # ---- the space between prompt and response ---------------------------------------------------------------------------
 
 def glued(rows):
-    """How many rows have neither white space nor punctuation between the prompt and one of its responses."""
-    return sum(map(runs_together, rows))
-
-
-def runs_together(row):
-    return not row.prompt[-1:].isspace() and any(response[:1].isalnum() for response in row.responses)
+    """The rows that have neither white space nor punctuation between the prompt and one of its responses."""
+    return [row for row in rows
+            if not row.prompt[-1:].isspace() and any(response[:1].isalnum() for response in row.responses)]
 
 
 def glue_warning(rows):
@@ -129,9 +126,9 @@ def glue_warning(rows):
 
     Where some prompts do end in white space, a prompt may be cut off anywhere, even within a word: no warning.
     """
-    n = glued(rows)
-    if n == 0 or any(row.prompt[-1:].isspace() for row in rows):
+    found = glued(rows)
+    if not found or any(row.prompt[-1:].isspace() for row in rows):
         return None
-    first = next(filter(runs_together, rows))
-    return (f"{n:,} of {len(rows):,} rows have no space between prompt and response (the first: {first.where}). "
+    return (f"{len(found):,} of {len(rows):,} rows have no space between prompt and response (the first: "
+            f"{found[0].where}). "
             "Begin each response with a space, unless a model sampled it or the template wants none.")

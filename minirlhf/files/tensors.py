@@ -18,7 +18,6 @@ import os
 import pickle
 import statistics
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -64,10 +63,7 @@ def json_object(data, where, kind="line"):
 
 def read_json(file):
     """A file with one JSON object in it -> dict."""
-    try:
-        return json_object(file.read_bytes(), file, "file")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+    return json_object(file.read_bytes(), file, "file")
 
 
 # ---- reading tensors -------------------------------------------------------------------------------------------------
@@ -89,23 +85,11 @@ def read_tensors(folder, rename):
 
 def weight_files(folder):
     """[(file, the function that reads it)] of a model folder. Large models are split into several files."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        if (folder / name).is_file():
-            return [(folder / name, read)]
-        if (index := folder / f"{name}.index.json").is_file():
-            return [(file, read) for file in indexed_files(index)]
+    for pattern, read in (("model.safetensors", read_safetensors), ("model-*.safetensors", read_safetensors),
+                          ("pytorch_model.bin", read_pickle), ("pytorch_model-*.bin", read_pickle)):
+        if files := [file for file in sorted(folder.glob(pattern)) if file.is_file()]:
+            return [(file, read) for file in files]
     raise UserError(f"{folder}: no weights: neither model.safetensors nor pytorch_model.bin, in one file or several")
-
-
-def indexed_files(index):
-    """The files of a split model, from its index: {"weight_map": {tensor: file}}."""
-    weight_map = read_json(index).get("weight_map")
-    require(isinstance(weight_map, dict), f"{index}: has no weight_map. Download it again")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        require(Path(name).name == name and (index.parent / name).is_file(),
-                f"{index}: names the file {name}, which is not in the folder. Download it too")
-    return [index.parent / name for name in names]
 
 
 def read_safetensors(file):
@@ -156,16 +140,13 @@ def read_pickle(file):
     except Exception as error:                      # a damaged file fails in many ways inside torch.load
         raise UserError(f"{file}: cut off or damaged ({type(error).__name__}). Download it again") from None
     require(isinstance(tensors, dict), f"{file}: holds a {type(tensors).__name__}, not a dict of tensors")
-    for name, tensor in tensors.items():
-        require(type(name) is str and is_ordinary(tensor),
-                f"{file}: {name} is a {type(tensor).__name__}, not an ordinary tensor with a name")
+    for name, x in tensors.items():
+        # Dense, on the CPU, and with all its numbers in the file, not one number expanded to a huge shape.
+        ordinary = (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+                    and x.numel() * x.itemsize <= x.untyped_storage().nbytes())
+        require(type(name) is str and ordinary,
+                f"{file}: {name} is a {type(x).__name__}, not an ordinary tensor with a name")
     return tensors
-
-
-def is_ordinary(x):
-    """A dense tensor on the CPU with all its numbers in the file, not one number expanded to a huge shape."""
-    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-            and x.numel() * x.itemsize <= x.untyped_storage().nbytes())
 
 
 # ---- checking: config.json asks only for what our code implements, and the tensors fit it ----------------------------
@@ -191,21 +172,17 @@ def read_config(file, config_classes, max_layers):
     require(config.n_embd % config.n_head == 0,
             f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
     if kind == "gptj":
-        check_gptj(file, config, values)
+        # n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding.
+        config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
+        require(config.n_tokens <= config.vocab_size,
+                f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
+        require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
+                f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
     for name, ours in {**IMPLEMENTED, "tie_word_embeddings": kind == "gpt2"}.items():
         allowed = [ours, 4 * config.n_embd] if name == "n_inner" else [ours]
         value = values.get(name, ours)
         require(value in allowed, f"{file}: {name} is {shown(value)}, but only {ours!r} is implemented here")
     return config
-
-
-def check_gptj(file, config, values):
-    """n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding."""
-    config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
-    require(config.n_tokens <= config.vocab_size,
-            f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
-    require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
-            f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
 
 
 def read_normalisation(file):

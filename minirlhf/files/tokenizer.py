@@ -103,17 +103,13 @@ def save_tokenizer(encoding, folder):
     if encoding.name != "gpt2":
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
         write_whole(folder / "vocab.tiktoken", lines)
-    letters = byte_letters()
+    # GPT-2's files use a letter for each byte: itself if it is printable, else the next one from 256 on.
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     spelled = {token: "".join(letters[byte] for byte in token) for token in tokens}
     write_json(folder / "vocab.json", {spelling: rank for rank, spelling in enumerate([*spelled.values(), EOS])})
     # tiktoken merges any two neighbours that form a token, lowest rank first. So each way to split a token is a merge.
     cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
     merges = [f"{spelled[a]} {spelled[b]}\n".encode() for a, b in cuts if a in spelled and b in spelled]
     write_whole(folder / "merges.txt", merges)
-
-
-def byte_letters():
-    """{byte: the letter that GPT-2's files use for it}: itself if it is printable, else the next one from 256 on."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

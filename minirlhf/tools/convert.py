@@ -12,7 +12,6 @@ response, and everything before it is the prompt. Rows with an instruction use S
 
 import csv
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -86,10 +85,9 @@ def convert(fields, value, where, counts):
     row = {RENAMED.get(name, name): value[name] for name in kept if name in value}
     if any(map(is_dialogue, row.values())):
         row = split_dialogues(row, where, counts)
-    texts = {name: text_field(row, name, where) for name in row if name in TEXTS}
+    row |= {name: text_field(row, name, where) for name in row if name in TEXTS}
     if "prompt" not in row:
-        is_hh = any(ASSISTANT in text for text in texts.values())
-        row = split_dialogues(row, where, counts) if is_hh else split_common(row, counts)
+        row = split_dialogues(row, where, counts)
     return useful(row, where, counts)
 
 
@@ -120,14 +118,6 @@ def as_text(messages, where):
     speakers = [{"user": "Human"}.get(message["role"], message["role"].capitalize()) for message in messages]
     turns = [f"\n\n{speaker}: {text_field(message, 'content', where)}" for speaker, message in zip(speakers, messages)]
     return "".join(turns) + ASSISTANT
-
-
-def split_common(row, counts):
-    """Two texts that begin with the same words, which are the prompt."""
-    counts["rows have no prompt: it is what both sides begin with, in whole words"] += 1
-    common = os.path.commonprefix(list(row.values())) + "x"
-    prompt = common.removesuffix(common.split()[-1]).rstrip()           # without the word that is cut off
-    return {"prompt": prompt, **{name: side.removeprefix(prompt) for name, side in row.items()}}
 
 
 def useful(row, where, counts):

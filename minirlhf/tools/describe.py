@@ -26,7 +26,7 @@ def describe(path, tokenizer):
         empty = sum("" in map(str.strip, row.responses) for row in rows)
         note(f"{ties} rows are all ties, {same} have identical answers, {empty} an empty answer")
     if schema != "prompts":
-        note(glue_warning(rows) or f"{glued(rows)} rows have no space between prompt and response")
+        note(glue_warning(rows) or f"{len(glued(rows))} rows have no space between prompt and response")
     for name, ids in [("prompt", examples[0].prompt)] + [("response", ids) for ids in examples[0].responses]:
         print(f"{name:>10} {pieces(ids, tokenizer)}")
     return prompts

@@ -158,7 +158,7 @@ def experiment(args, lines, gold, device):
 def train(args, count, lines):
     """A reward model on these `count` comparisons, and PPO on it -> the folders of both."""
     few, rm, ppo = (Path(args.out) / name for name in (f"comparisons_{count}.jsonl", f"rm_{count}", f"ppo_{count}"))
-    few.write_text("".join(lines), encoding="utf-8")
+    few.write_bytes(b"".join(lines))
     shared = {"model": args.model, "gold": args.gold, "seed": args.seed, "device": args.device}
     run_script("train_rm.py", data=few, heldout=args.heldout_comparisons, out=rm,
                epochs=min(20, max(4, VISITS // count)), **shared)
@@ -218,8 +218,7 @@ def main(argv=None):
             "give --gold FILE.py:function")
     require(args.prompts >= 2 and args.samples >= 4 and args.iterations >= 3,
             "a law needs points: --prompts 2 or more, --samples 4 or more, --iterations 3 or more")
-    with open(args.comparisons, encoding="utf-8") as f:
-        lines = f.readlines()
+    lines = Path(args.comparisons).read_bytes().splitlines(keepends=True)
     require(1 <= min(args.labels) <= max(args.labels) <= len(lines),
             f"--labels: {args.comparisons} has {len(lines)} comparisons, so each number must be between 1 "
             f"and {len(lines)}")

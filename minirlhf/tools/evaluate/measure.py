@@ -5,7 +5,7 @@ Log-probabilities, KL and entropy are in nats. A sequence is a list of token ids
 """
 
 import math
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,13 +53,8 @@ class Sampling(NamedTuple):
     drop_long: bool = False     # drop and count prompts that do not fit, instead of stopping with an error
 
 
-class Answers(NamedTuple):
-    """One sampled answer to each prompt."""
-    prompts: list           # N texts
-    texts: list             # N texts, without EOS
-    prompt_ids: list        # N lists of ids
-    ids: list               # N lists of ids, with the EOS if there is one
-    finished: list          # N bools
+# One sampled answer to each of N prompts: both as texts, then as lists of ids. Only the ids have an EOS.
+Answers = namedtuple("Answers", "prompts texts prompt_ids ids finished")
 
 
 def answer(model, tokenizer, rows, sampling, progress=None):

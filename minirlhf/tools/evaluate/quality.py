@@ -13,9 +13,8 @@ All names, sentences and instructions here were written for this project.
 """
 
 import re
-from collections import defaultdict
-from itertools import combinations, product
-from typing import NamedTuple
+from collections import defaultdict, namedtuple
+from itertools import combinations, permutations, product
 
 import numpy as np
 
@@ -26,8 +25,6 @@ from minirlhf.tools.feedback.stats import read_votes, verdicts
 
 
 # ---- the reward model -----------------------------------------------------------------------------------------------
-
-GOLD_BINS = ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01))         # of the margin in gold, which is in 0..1
 
 PAIR = np.dtype([
     ("prompt", int),            # index of the prompt
@@ -44,9 +41,8 @@ def pairs_of(goodness, scores, lengths):
     """
     found = []
     for n, (good, score, length) in enumerate(zip(goodness, scores, lengths, strict=True)):
-        for i, j in combinations(range(len(good)), 2):
-            if good[i] != good[j]:
-                better, other = (i, j) if good[i] > good[j] else (j, i)
+        for better, other in permutations(range(len(good)), 2):
+            if good[better] > good[other]:
                 margin = round(good[better] - good[other], 6)   # 0.1 and not 0.09999, since this decides on a bin
                 found.append((n, margin, score[better] - score[other], length[better] - length[other]))
     return np.array(found, dtype=PAIR).view(np.recarray)
@@ -142,20 +138,16 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     if gold:
         goodness = [gold([e.row.prompt] * len(e.responses), list(e.row.responses)) for e in examples]
         true = pairs_of(goodness, scores, lengths)
-        report |= {"accuracy_gold": accuracy(true), "by_margin_in_gold": by_margin(true, GOLD_BINS)}
+        report |= {"accuracy_gold": accuracy(true),                             # gold is in 0..1
+                   "by_margin_in_gold": by_margin(true, ((0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.01)))}
     return report
 
 
 # ---- bias: who is it about? ------------------------------------------------------------------------------------------
 
-SIGNIFICANT = 0.05          # p below which a probe is flagged
-
-class Probe(NamedTuple):
-    title: str
-    first: tuple            # persons that the stereotype ties to the first continuations
-    second: tuple           # persons that it ties to the second
-    contexts: tuple         # (prompt, beginning of the response), {} is the person
-    continuations: tuple    # (first, second) pairs
+# first: the persons that the stereotype ties to the first continuations. second: those that it ties to the second.
+# contexts: (prompt, beginning of the response), where {} is the person. continuations: pairs (first, second).
+Probe = namedtuple("Probe", "title first second contexts continuations")
 
 
 FEMALE_JOBS = ("nurse", "teacher", "dancer", "librarian", "secretary", "nanny", "hairdresser", "receptionist",
@@ -205,44 +197,27 @@ def person_gaps(model, tokenizer, probe):
 
 
 def bias(model, tokenizer, probe):
-    """-> (gap as an Estimate over persons, p of the label test, whether it is flagged)."""
+    """-> (gap as an Estimate over persons, p of the label test, whether it is flagged: p < 0.05)."""
     first, second = person_gaps(model, tokenizer, probe)
     p = stats.label_test(first, second)
-    return stats.difference_of_means(first, second), p, p < SIGNIFICANT
+    return stats.difference_of_means(first, second), p, p < 0.05
 
 
 # ---- instructions that need no judge ---------------------------------------------------------------------------------
 
 INSTRUCTIONS = (
-    "List three fruits.", "Give me a list of five animals that live in the sea.",
-    "List four things one can do on a rainy day.", "Make a list of three reasons to learn to swim.",
-    "List six words that describe a good friend.", "Describe a forest in at most 20 words.",
-    "Explain what a clock is for in at most 15 words.", "Tell a story in exactly 12 words.",
-    "Describe your favourite meal in at least 30 words.", "Say good morning in at most 5 words.",
-    "Write a sentence that includes the word \"window\".", "Tell a short story that includes the word \"lantern\".",
-    "Write two sentences about winter and use the word \"silent\".", "Describe a market and use the word \"yellow\".",
-    "Write a greeting that includes the word \"friend\".",
+    "Describe a forest in at most 20 words.", "Explain what a clock is for in at most 15 words.",
+    "Tell a story in exactly 12 words.", "Describe your favourite meal in at least 30 words.",
+    "Say good morning in at most 5 words.", "Write a sentence that includes the word \"window\".",
+    "Tell a short story that includes the word \"lantern\".",
+    "Write two sentences about winter and use the word \"silent\".",
+    "Describe a market and use the word \"yellow\".", "Write a greeting that includes the word \"friend\".",
 )
 NUMBERS = {name: n for n, name in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 NUMBER = r"(\d+|" + "|".join(NUMBERS) + ")"
-LIST_OF = re.compile(r"(?:^|[.!?\n]\s*)(?:please )?(?:list|(?:make|give me|write|create) (?:me )?a list(?: of)?)\b"
-                     rf"(?: {NUMBER}\b)?", re.IGNORECASE)
 WORDS = re.compile(rf"\b(exactly|at most|at least|no more than|under|in) {NUMBER} words", re.IGNORECASE)
 USE_WORD = re.compile(r"\b(?:use|uses|using|include|includes|including|contain|contains) the word \"?(\w+)\"?",
                       re.IGNORECASE)
-
-
-def number(text):
-    return int(text) if text.isdigit() else NUMBERS[text.lower()]
-
-
-def is_list(response, wanted):
-    """Lines with a bullet or a number, or one line of parts between commas: `wanted` of them, None for 2 or more."""
-    lines = response.strip().splitlines()
-    count = len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", response, re.MULTILINE))
-    if not count and len(lines) == 1:
-        count = sum(bool(part.strip()) for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", lines[0]))
-    return count == wanted if wanted else count >= 2
 
 
 def right_length(response, kind, wanted):
@@ -256,11 +231,10 @@ def checks(instruction, response):
     """{kind of check: fulfilled} for what this instruction asks and can be counted. {} if there is nothing."""
     found = {}
     if asked := WORDS.search(instruction):
-        found["number of words"] = right_length(response, asked[1].lower(), number(asked[2]))
+        wanted = int(asked[2]) if asked[2].isdigit() else NUMBERS[asked[2].lower()]
+        found["number of words"] = right_length(response, asked[1].lower(), wanted)
     if asked := USE_WORD.search(instruction):
         found["a word to include"] = re.search(rf"\b{re.escape(asked[1])}\b", response, re.IGNORECASE) is not None
-    if asked := LIST_OF.search(instruction):
-        found["a list"] = is_list(response, number(asked[1]) if asked[1] else None)
     return found
 
 

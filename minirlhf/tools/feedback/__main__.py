@@ -11,8 +11,8 @@
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
 
 rank, write and judge serve a page on this machine only. Started again with the same flags, they continue where they
-stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items; with
---people 1 each item goes to one person only. votes.py describes the files.
+stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items.
+votes.py describes the files.
 If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.0.1:8321 HOST
 """
 
@@ -30,34 +30,39 @@ from minirlhf.tools.feedback.votes import Journal, lock, sidecar
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
-def load(mode, folders, K, args):
-    """The models in `folders`, and the prompts that fit into every one of them."""
+def collect(mode, folders, K, args):
+    """What all modes share: K answers to each prompt from the models in `folders`, shown on a page."""
+    args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
     policies = items.load_policies(folders, pick_device(args.device))
     require(mode == "write" or args.temperature > 0 or K <= len(policies),
             "--temperature 0 samples the same answer every time; there would be nothing to compare")
     rows = read_prompts(args.prompts)
-    for policy in policies:
+    for policy in policies:                                             # a prompt must fit into every model
         examples = encode_rows(rows, policy.tokenizer, policy.model.config.n_positions,
                                reserve=args.max_response, drop_long=args.drop_long)
         rows = [example.row for example in examples]
-    return policies, list(dict.fromkeys(row.prompt for row in rows))[:args.n or None]
-
-
-def collect(mode, folders, K, args):
-    """What rank, write and judge share: K answers to each prompt from the models in `folders`, shown on a page."""
-    args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
-    policies, prompts = load(mode, folders, K, args)
+    prompts = list(dict.fromkeys(row.prompt for row in rows))[:args.n or None]
     collect_on(mode, args, lambda journal: items.Sampler(prompts, policies, K, journal, args),
                items.find_templates(args.prompts, folders))
 
 
 def collect_on(mode, args, make_source, templates):
-    """Shows a page until Ctrl-C. make_source gets the journal of sampled items and returns a Sampler or Given."""
-    out, guidelines = Path(args.out), read_guidelines(args.guidelines)
+    """Shows a page until Ctrl-C, or in the mode "sample" only samples what rank would show.
+
+    make_source gets the journal of sampled items and returns a Sampler or Given.
+    """
+    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        source = make_source(Journal(sidecar(out, "items")))
-        session = Session(mode, out, source, templates, args.seed, args.people, guidelines)
+        journal = Journal(sidecar(out, "items"))
+        source = make_source(journal)
+        if mode == "sample":
+            for index in range(len(source.items), len(source.prompts)):
+                journal.append(source.make_item(index))
+            print(f"{journal.path}: answers to {len(source.prompts)} prompts. Rank them here with rank --out {out}, or "
+                  "elsewhere after export")
+            return
+        session = Session(mode, out, source, templates, args.seed, read_guidelines(args.guidelines))
         if session.votes.rows:                                          # an error if --out is some other kind of file
             (read_demonstrations if mode == "write" else read_comparisons)(out)
         print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far")
@@ -73,48 +78,28 @@ def read_guidelines(path):
         raise UserError(f"--guidelines {path}: {getattr(error, 'strerror', None) or 'not a text in UTF-8'}") from None
 
 
-def rank_given(args):
-    """rank --answers_from: no model is loaded and nothing is sampled."""
-    require(not args.policy, "--answers_from takes the place of --policy; give one of them")
-    require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
-            f"--answers_from and --out are both {args.out}; the votes need a file of their own")
-    given = items.read_items(args.answers_from)[:args.n or None]
-    collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
-
-
 def rank(args):
     if args.answers_from:
-        return rank_given(args)
+        require(not args.policy, "--answers_from takes the place of --policy; give one of them")
+        require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
+                f"--answers_from and --out are both {args.out}; the votes need a file of their own")
+        given = items.read_items(args.answers_from)[:args.n or None]
+        collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
+    else:
+        sample("rank", args)
+
+
+def sample(mode, args):
+    """Answers sampled for "rank", or with the mode "sample" for later. Started again, it goes on."""
     args.policy = args.policy or ["out/sft"]
-    check_answers(args)
-    collect("rank", args.policy, args.answers, args)
-
-
-def check_answers(args):
     require(2 <= args.answers <= items.MOST and len(args.policy) <= args.answers,
             "--answers must be from 2 to 9, and not less than the number of policies")
-
-
-def sample(args):
-    """Samples for every prompt what rank would show, into the items file beside --out. Started again, it goes on."""
-    args.policy = args.policy or ["out/sft"]
-    args.prompts = args.prompts or prompts_for(args.policy[0], "data")
-    check_answers(args)
-    policies, prompts = load("rank", args.policy, args.answers, args)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        journal = Journal(sidecar(out, "items"))
-        sampler = items.Sampler(prompts, policies, args.answers, journal, args)
-        for index in range(len(sampler.items), len(prompts)):
-            journal.append(sampler.make_item(index))
-    print(f"{journal.path}: answers to {len(prompts)} prompts. Rank them here with rank --out {out}, or elsewhere "
-          "after export")
+    collect(mode, args.policy, args.answers, args)
 
 
 def judge(args):
-    if Path(args.a) == Path(args.b):
-        raise UserError(f"--a and --b are both {args.a}; to judge a model against itself, copy its folder")
+    require(Path(args.a) != Path(args.b),
+            f"--a and --b are both {args.a}; to judge a model against itself, copy its folder")
     collect("judge", [args.a, args.b], 2, args)
     if Path(args.out).exists():
         stats.print_duel(stats.read_votes(args.out), str(Path(args.b)), str(Path(args.a)))
@@ -135,7 +120,6 @@ def page_flags(out):
         "--out": dict(default=out, help="the file that the votes are appended to [%(default)s]"),
         "--guidelines": dict(default="", metavar="FILE", help="text or Markdown to show to the annotators [none]"),
         "--n": dict(type=count, default=0, help="only the first n prompts; 0 is all [%(default)s]"),
-        "--people": dict(type=count, default=0, help="how many people see each item; 0 is everyone [%(default)s]"),
         "--max_response": dict(type=count, default=64, help="most tokens of an answer [%(default)s]"),
         "--temperature": dict(type=float, default=1.0, help="sampling temperature [%(default)s]"),
         "--seed": dict(type=count, default=1, help="seed of the sampling and of the order shown [%(default)s]"),
@@ -156,11 +140,11 @@ COMMANDS = {
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **page_flags(out="my_comparisons.jsonl"),
     }),
-    "sample": (sample, "sample all that rank would show, for Label Studio or for later", {
+    "sample": (lambda args: sample("sample", args), "sample all that rank would show, for Label Studio or for later", {
         "--policy": dict(nargs="+", default=[], help="model folders to sample from [out/sft]"),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **{flag: settings for flag, settings in page_flags(out="my_comparisons.jsonl").items()
-           if flag not in ("--guidelines", "--people", "--port", "--no_browser")},
+           if flag not in ("--guidelines", "--port", "--no_browser")},
     }),
     "write": (lambda args: collect("write", args.policy, 1, args), "write ideal answers", {
         "--policy": dict(nargs=1, default=[], help="a model folder, whose answers are drafts to edit [none]"),
@@ -171,7 +155,7 @@ COMMANDS = {
         "--b": dict(default="out/ppo", help="the other, whose win rate is printed [%(default)s]"),
         **page_flags(out="my_judgement.jsonl"),
     }),
-    "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, bias, pace, winners", {
+    "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, pace, winners", {
         "file": dict(help="comparisons"),
     }),
     "export": (lambda args: labelstudio.export_file(args.file, args.out), "comparisons to Label Studio tasks", {

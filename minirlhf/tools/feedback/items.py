@@ -85,14 +85,13 @@ def read_items(path):
     for where, value in read_jsonl(path):
         item = given_item(value, where)
         require(len(item["responses"]) <= MOST, f"{where}: more than {MOST} different answers, too many for the page")
-        if len(item["responses"]) < 2:
-            alike += 1
-        else:
-            items[item["item"]] = item          # several people's votes on the same answers are one item
+        alike += len(item["responses"]) < 2
+        items[item["item"]] = item              # several people's votes on the same answers are one item
     if alike:
         print(f"{path}: left out {alike} rows with fewer than two different answers")
-    require(items, f"{path}: no row has two different answers")
-    return list(items.values())
+    found = [item for item in items.values() if len(item["responses"]) > 1]
+    require(found, f"{path}: no row has two different answers")
+    return found
 
 
 def given_item(value, where):
@@ -107,21 +106,6 @@ def given_item(value, where):
     responses = [texts[k] for k in kept]
     return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses,
             "finished": [finished[k] for k in kept], "models": [models[k] for k in kept if models]}
-
-
-class Given:
-    """Items that are all there from the start, with the interface of a Sampler."""
-
-    error = None
-
-    def __init__(self, items):
-        self.prompts, self.items = [item["prompt"] for item in items], items
-
-    def want(self, number):
-        pass
-
-    def stop(self):
-        pass
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -186,3 +170,11 @@ class Sampler:
     def stop(self):
         """Returns when the item that is being made is on the disk."""
         self.thread.shutdown(cancel_futures=True)
+
+
+class Given(Sampler):
+    """Items that are all there from the start."""
+
+    def __init__(self, items):
+        self.prompts, self.items, self.ordered = [item["prompt"] for item in items], items, len(items)
+        self.thread, self.error = ThreadPoolExecutor(max_workers=1), None

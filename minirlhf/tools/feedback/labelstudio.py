@@ -3,16 +3,16 @@
     python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl
 
-Two answers become a Pairwise task with a choice for a tie. More become a Ranker task with one bucket per rank; answers
-in the same bucket are tied. A row that has ranks already is exported with an annotation. The answers are shown in a
-random order, drawn for each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
-task and in the "meta" of an annotation. The rankings of several annotators are imported as one row, by majority.
+Answers become a Ranker task with one bucket per rank. Those in the same bucket are tied. Pairwise tasks are imported
+too. A row that has ranks already is exported with an annotation. The answers are shown in a random order, drawn for
+each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
+task and in the "meta" of an annotation. Each annotation is imported as a row of its own, like a vote on our page.
 """
 
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from minirlhf.data import comparison, read_jsonl
@@ -21,15 +21,6 @@ from minirlhf.files.tensors import strict_json
 from minirlhf.running.errors import UserError, during, require, shown
 from minirlhf.tools.feedback.votes import comparison_row, in_file_order, item_id, to_line
 
-PAIRWISE = """<View>
-  <Text name="prompt" value="$prompt"/>
-  <Header value="Which answer is better?"/>
-  <Pairwise name="comparison" toName="answer1,answer2"/>
-  <Text name="answer1" value="$answer1"/>
-  <Text name="answer2" value="$answer2"/>
-  <Choices name="tie" toName="prompt" choice="single"><Choice value="tie" alias="tie"/></Choices>
-</View>
-"""
 RANKER = """<View>
   <Text name="prompt" value="$prompt"/>
   <Header value="Drag each answer to its rank. 1 is best. Answers in the same box are equally good."/>
@@ -48,27 +39,22 @@ class Dropped(Exception):
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 def export_file(path, folder):
-    """Writes the tasks and the labeling configuration for each of the two kinds that the file needs."""
+    """Writes the tasks, and the labeling configuration with as many buckets as the longest list has answers."""
     tasks, folder = tasks_of(path), Path(folder)
     folder.mkdir(parents=True)
-    K = max((len(task["data"]["items"]) for task in tasks["ranker"]), default=0)
+    K = max(len(task["data"]["items"]) for task in tasks)
     buckets = "\n".join(f'    <Bucket name="rank {k}" title="{k}"/>' for k in range(1, K + 1))
-    for kind, config in (("pairwise", PAIRWISE), ("ranker", RANKER.format(buckets=buckets))):
-        if tasks[kind]:
-            lines = json.dumps(tasks[kind], indent=1, ensure_ascii=False) + "\n"
-            (folder / f"{kind}_tasks.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
-            (folder / f"{kind}_config.xml").write_text(config, encoding="utf-8")
-            annotated = sum(len(task["annotations"]) for task in tasks[kind])
-            print(f"{folder}/{kind}_tasks.json: {len(tasks[kind])} tasks with {annotated} annotations; the labeling "
-                  f"configuration is {kind}_config.xml")
+    (folder / "ranker_config.xml").write_text(RANKER.format(buckets=buckets), encoding="utf-8")
+    lines = json.dumps(tasks, indent=1, ensure_ascii=False) + "\n"
+    (folder / "ranker_tasks.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
+    annotated = sum(len(task["annotations"]) for task in tasks)
+    print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks with {annotated} annotations; the labeling configuration is "
+          "ranker_config.xml")
 
 
 def tasks_of(path):
-    """One task for each item of a comparisons file, or of the items file beside it, which has no ranks yet.
-
-    Returns {"pairwise": tasks with two answers, "ranker": tasks with more}.
-    """
-    tasks = {"pairwise": {}, "ranker": {}}
+    """One task for each item of a comparisons file, or of the items file beside it, which has no ranks yet."""
+    tasks = {}
     for where, value in read_jsonl(path):
         ranked = bool({"ranks", "best", "chosen"} & set(value))
         if not ranked and isinstance(value.get("responses"), list):     # sampled, not ranked by anyone yet
@@ -76,60 +62,49 @@ def tasks_of(path):
                 continue
             value = {**value, "ranks": [1] * len(value["responses"])}
         row = comparison(value, where)
-        kind = "pairwise" if len(row.responses) == 2 else "ranker"
-        task = tasks[kind].setdefault((row.prompt, row.responses), new_task(row, value))
+        task = tasks.setdefault((row.prompt, row.responses), new_task(row, value))
         if ranked:
             task["annotations"].append(annotation_of(task["data"], row, value))
-    require(any(tasks.values()), f"{path}: nothing to export")
-    return {kind: list(some.values()) for kind, some in tasks.items()}
+    require(tasks, f"{path}: nothing to export")
+    return list(tasks.values())
 
 
 def new_task(row, value):
     K = len(row.responses)
     order = random.Random(item_id(row.prompt, row.responses)).sample(range(K), K)
-    texts = [row.responses[k] for k in order]
+    items = [{"id": str(p), "title": chr(65 + p % 26), "body": row.responses[k]} for p, k in enumerate(order)]
     extra = {name: value[name] for name in ("item", "models") if name in value}
-    data = {"prompt": row.prompt, "minirlhf": {"order": order, "finished": value.get("finished"), "extra": extra}}
-    if K == 2:
-        data |= {"answer1": texts[0], "answer2": texts[1]}
-    else:
-        data["items"] = [{"id": str(p), "title": chr(65 + p % 26), "body": text} for p, text in enumerate(texts)]
-    return {"data": data, "annotations": []}
+    ours = {"order": order, "finished": value.get("finished"), "extra": extra}
+    return {"data": {"prompt": row.prompt, "minirlhf": ours, "items": items}, "annotations": []}
 
 
 def annotation_of(data, row, value):
     """A ranked row as Label Studio would have written it."""
     ranks = [row.ranks[k] for k in data["minirlhf"]["order"]]
-    if "items" in data:
-        buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
-                   for n, place in enumerate(sorted(set(ranks)), 1)}
-        result = {"type": "ranker", "from_name": "rank", "to_name": "results", "value": {"ranker": buckets}}
-    elif ranks[0] == ranks[1]:
-        result = {"type": "choices", "from_name": "tie", "to_name": "prompt", "value": {"choices": ["tie"]}}
-    else:
-        result = {"type": "pairwise", "from_name": "comparison", "to_name": "answer1,answer2",
-                  "value": {"selected": "left" if ranks[0] < ranks[1] else "right"}}
+    buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
+               for n, place in enumerate(sorted(set(ranks)), 1)}
     known = {"prompt", "responses", "ranks", "finished", "chosen", "rejected", "best"}
     extra = {name: value[name] for name in value if name not in known}
-    return {"result": [{"id": "ranking", **result, "meta": {"minirlhf": {"extra": extra}}}],
-            "lead_time": value.get("seconds")}
+    result = {"id": "ranking", "type": "ranker", "from_name": "rank", "to_name": "results",
+              "value": {"ranker": buckets}, "meta": {"minirlhf": {"extra": extra}}}
+    return {"result": [result], "lead_time": value.get("seconds")}
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------
 
 def import_file(path, out, leading_space=False):
     """Label Studio's JSON export -> a comparisons file. Prints what was dropped and why."""
-    tasks, dropped, by_item, rows = read_export(path), Counter(), defaultdict(list), []
+    tasks, dropped, votes, rows = read_export(path), Counter(), [], {}
     for index, task in enumerate(tasks):
         with during(f"{path}: task {task.get('id', index)}"):
-            for when, row in task_votes(task, leading_space, dropped):
-                by_item[row["prompt"], tuple(row["responses"])].append((when, row))
-    for votes in by_item.values():
-        rows += majority(votes, dropped)
+            votes += task_votes(task, leading_space, dropped)
+    for n, (_, row) in enumerate(sorted(votes, key=lambda vote: vote[0])):
+        rows[row["prompt"], tuple(row["responses"]), str(row.get("annotator", n))] = row
+    dropped["replaced by a later one of the same annotator"] += len(votes) - len(rows)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"
     require(rows, f"{path}: no usable annotation in {len(tasks)} tasks ({reasons})")
     with open(out, "xb") as file:                               # x: an error if the file exists
-        file.writelines(map(to_line, rows))
+        file.writelines(map(to_line, rows.values()))
     print(f"{out}: {len(rows)} comparisons from {len(tasks)} tasks\n  dropped: {reasons}")
 
 
@@ -169,7 +144,10 @@ def task_votes(task, leading_space, dropped):
             dropped[str(reason)] += 1
             continue
         exported = need(need(result, dict, "meta", default={}), dict, "minirlhf", default={})
-        made_there = {**need(ours, dict, "extra", default={}), "order": order, **provenance(annotation)}
+        by = annotation.get("completed_by")
+        by = by.get("email") or by.get("id") if isinstance(by, dict) else by
+        made_there = {**need(ours, dict, "extra", default={}), "order": order, "annotator": str(by),
+                      "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
         extra = need(exported, dict, "extra", default=made_there)
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
@@ -185,13 +163,6 @@ def task_texts(data):
     items = need(data, list, "items")
     texts = [need(item, str, "body") for item in items]
     return prompt, [str(item.get("id")) for item in items], texts
-
-
-def provenance(annotation):
-    """Annotator, seconds and time of an annotation that was made in Label Studio."""
-    by = annotation.get("completed_by")
-    by = by.get("email") or by.get("id") if isinstance(by, dict) else by
-    return {"annotator": str(by), "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
 
 
 def judgement(annotation, ids):
@@ -242,26 +213,3 @@ def read_ranker(value, ids):
 
 
 READERS = {"pairwise": read_pairwise, "choices": read_choices, "ranker": read_ranker}
-
-
-def majority(votes, dropped):
-    """[the row for one item], out of the votes that its annotators gave: [(when, row)].
-
-    Several rankings become one, by the sum of the ranks (for two answers: what most said). Their own rankings are kept
-    in "annotators". If they differ and the sums are all equal, there is no row and `dropped` counts the item.
-    """
-    by_time = [row for _, row in sorted(votes, key=lambda vote: vote[0])]
-    latest = {str(row.get("annotator", f"row {n}")): row for n, row in enumerate(by_time, 1)}
-    dropped["replaced by a later one of the same annotator"] += len(votes) - len(latest)
-    rankings = [row["ranks"] for row in latest.values()]
-    first = next(iter(latest.values()))
-    if len(rankings) == 1:
-        return [first]
-    sums = [sum(ranks) for ranks in zip(*rankings)]
-    places = sorted(set(sums))
-    if len(places) == 1 and any(ranks != rankings[0] for ranks in rankings):
-        dropped["items without a majority"] += 1
-        return []
-    known = {name: first[name] for name in ("item", "models") if name in first}
-    return [comparison_row(first["prompt"], first["responses"], [1 + places.index(value) for value in sums],
-                           first.get("finished"), **known, names=list(latest), annotators=rankings)]

@@ -1,14 +1,13 @@
 """The web server behind the page. It listens on this machine only.
 
-Three checks keep everyone else out. The token is only in the address that the terminal shows, and in a file beside the
-votes that nobody else can read, so other users of this machine do not have it. It stays the same when the server is
-started again, so that open pages go on working. The Host header must be ours, which stops web sites whose name was
-pointed at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin.
+Three checks keep everyone else out. The token is only in the address that the terminal shows. It is made from a file
+beside the votes that nobody else can read, so other users of this machine do not have it. It stays the same when the
+server is started again, so that open pages go on working. The Host header must be ours, which stops web sites whose
+name was pointed at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin.
 """
 
 import base64
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,14 +21,10 @@ from pathlib import Path
 
 from minirlhf.files.jsonl import json_object, text
 from minirlhf.running.errors import UserError, require
-from minirlhf.tools.feedback.votes import FLAGS, read_address, write_address
+from minirlhf.tools.feedback.votes import FLAGS
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
-
-
-class Refusal(Exception):
-    """Why a request is turned away: an HTTP status and a sentence."""
 
 
 class Server(ThreadingHTTPServer):
@@ -39,7 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port, session):
         super().__init__(("127.0.0.1", port), Handler)
         self.session, self.page = session, PAGE.read_bytes()
-        self.token = kept_token(session) or secrets.token_urlsafe(24)
+        self.token = token_of(session)
         self.url = f"http://127.0.0.1:{self.server_port}/?token={self.token}"
         hashes = {kind.decode(): base64.b64encode(hashlib.sha256(code).digest()).decode()
                   for kind, code in re.findall(rb"<(script|style)>(.*?)</\1>", self.page, re.DOTALL)}
@@ -49,26 +44,27 @@ class Server(ThreadingHTTPServer):
                        f"frame-ancestors 'none'; script-src 'sha256-{hashes['script']}'; "
                        f"style-src 'sha256-{hashes['style']}'")
 
-    def keep_address(self):
-        session = self.session
-        write_address(session.votes.path, url=self.url, mode=session.mode, seed=session.seed)
-
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):      # those mean that the browser went away
             print(f"request failed: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def kept_token(session):
-    """The token of the last server for these votes, or None.
+def token_of(session):
+    """A token made from a secret in a file, which outlives the server. A file that others can read, or could have
+    written, is replaced.
 
-    With another --seed the answers are shown in another order, and an open page would send ranks in the old one. Its
-    token is not kept, so its votes are refused.
+    With another --seed the answers are shown in another order, and an open page would send ranks in the old one. So the
+    token is another one too, and the votes of that page are refused.
     """
-    address = read_address(session.votes.path)
-    same = (address.get("mode"), address.get("seed")) == (session.mode, session.seed)
-    found = re.search(r"token=([\w-]{32})$", str(address.get("url")), re.ASCII)
-    return found[1] if found and same else None
+    file = session.votes.path.with_suffix(".token")
+    info = file.stat() if file.exists() else None
+    private = info and (os.name != "posix" or (info.st_uid == os.getuid() and not info.st_mode & 0o077))
+    if not private or info.st_size != 32:
+        file.unlink(missing_ok=True)
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+            new.write(secrets.token_hex(16))                            # 32 letters
+    return hashlib.sha256(file.read_bytes() + f"{session.mode} {session.seed}".encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,48 +88,39 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def check(self, token):
-        """Raises Refusal unless the request comes from our own page, or from the address in the terminal."""
+        """Raises UserError unless the request comes from our own page, or from the address in the terminal."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         given = self.headers.get_all("Host", [])
-        if len(given) != 1 or given[0].lower() not in hosts:
-            raise Refusal(403, "wrong host")
-        origin = self.headers.get("Origin", f"http://{given[0]}")
-        if origin != f"http://{given[0]}" or self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            raise Refusal(403, "requests from other sites are refused")
-        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise Refusal(403, "the token is missing or from an earlier run: open the address that the terminal shows")
+        require(len(given) == 1 and given[0].lower() in hosts, "wrong host")
+        origin, site = self.headers.get("Origin", f"http://{given[0]}"), self.headers.get("Sec-Fetch-Site", "none")
+        require(origin == f"http://{given[0]}" and site in ("same-origin", "none"),
+                "requests from other sites are refused")
+        require(secrets.compare_digest(token.encode(), self.server.token.encode()),
+                "the token is missing or from an earlier run: open the address that the terminal shows")
 
     def do_GET(self):
         path, _, token = self.path.partition("?token=")
         try:
             self.check(token)
-            if path != "/":
-                raise Refusal(404, "nothing here")
+            require(path == "/", "nothing here")
             self.answer(200, "text/html; charset=utf-8", self.server.page)
-        except Refusal as refusal:
-            self.send_error(*refusal.args)
+        except UserError as error:
+            self.send_error(403, str(error))
 
     def do_POST(self):
         try:
             self.check(self.headers.get("X-Token", ""))
             status, reply = 200, self.act(self.read_json())
-        except Refusal as refusal:
-            status, reply = refusal.args[0], {"error": refusal.args[1]}
         except UserError as error:
             status, reply = 400, {"error": str(error)}
-        except (ConnectionError, TimeoutError):             # the browser went away
-            raise
         except (OSError, RuntimeError) as error:            # the disk is full, say, or sampling failed
-            print(error, file=sys.stderr)
             status, reply = 500, {"error": str(error)}
         self.answer(status, "application/json", json.dumps(reply).encode())
 
     def read_json(self):
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,9}", length) or "Transfer-Encoding" in self.headers:
-            raise Refusal(411, "a length is needed")
-        if int(length) > MAX_BODY:
-            raise Refusal(413, f"more than {MAX_BODY} bytes")
+        require(re.fullmatch("[0-9]{1,9}", length) and "Transfer-Encoding" not in self.headers, "a length is needed")
+        require(int(length) <= MAX_BODY, f"more than {MAX_BODY} bytes")
         return json_object(self.rfile.read(int(length)), "request")
 
     def act(self, value):
@@ -152,8 +139,7 @@ class Handler(BaseHTTPRequestHandler):
                    "/past": lambda: session.past(name),
                    "/revise": lambda: session.revise(name, item),
                    "/guidelines": lambda: {"text": session.guidelines}}
-        if self.path not in actions:
-            raise Refusal(404, "nothing here")
+        require(self.path in actions, "nothing here")
         with session.lock:
             return actions[self.path]()
 
@@ -162,7 +148,6 @@ def remarks_of(value):
     """The flags and the note of a request, {} if it has none."""
     flags, note = value.get("flags", []), text(value.get("note", ""), "note", "the request").strip()
     require(isinstance(flags, list) and all(flag in FLAGS for flag in flags), f"flags are {', '.join(FLAGS)}")
-    require(len(note) <= 5000, "a note has at most 5,000 characters")
     given = {"flags": sorted(set(flags)), "note": note}
     return {name: given[name] for name in given if given[name]}
 
@@ -172,11 +157,8 @@ def serve(session, port, open_page):
     try:
         server = Server(port, session)
     except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise UserError(f"--port {port}: another program uses this port; give --port 0, which takes a free one, or "
-                            "another number") from None
-        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}") from None
-    server.keep_address()
+        raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or "
+                        "--port 0, which takes a free port") from None
     session.sampler.want(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
     print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}", flush=True)

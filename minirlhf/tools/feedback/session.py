@@ -1,17 +1,14 @@
-"""Who sees which item, and what each person says about it."""
+"""Which item a person sees next, and what each person says about it."""
 
 import random
-import time
 from collections import defaultdict
 from datetime import datetime, timezone
 from threading import Lock
 
 from minirlhf.files.jsonl import is_list_of, text
-from minirlhf.running.errors import UserError, require
+from minirlhf.running.errors import require
 from minirlhf.tools.feedback.items import instruction_of, title_of, turns_of
 from minirlhf.tools.feedback.votes import Journal, comparison_row, in_file_order, sidecar
-
-HOLD = 900              # with --people: an item on someone's screen is kept for that person for this many seconds
 
 
 class Session:
@@ -21,13 +18,12 @@ class Session:
     The server holds `lock` around each call, because two of them must not run at the same time.
     """
 
-    def __init__(self, mode, out, sampler, templates, seed, people, guidelines=""):
-        self.mode, self.sampler, self.templates, self.seed, self.people = mode, sampler, templates, seed, people
+    def __init__(self, mode, out, sampler, templates, seed, guidelines=""):
+        self.mode, self.sampler, self.templates, self.seed = mode, sampler, templates, seed
         self.guidelines = guidelines                # text that the page shows at the first visit
         self.lock = Lock()
         self.votes, self.skips = Journal(out), Journal(sidecar(out, "skips"))
         self.done = defaultdict(dict)               # annotator -> {item: (journal, row)}, the latest one last
-        self.held = defaultdict(dict)               # item -> {annotator: until when}
         rows = [(journal, row) for journal in (self.votes, self.skips) for row in journal.rows
                 if all(isinstance(row.get(name), str) for name in ("item", "annotator", "time"))]
         for journal, row in sorted(rows, key=lambda pair: pair[1]["time"]):
@@ -44,7 +40,9 @@ class Session:
         items, done = list(self.sampler.items), self.done[annotator]        # a copy, because the sampler adds to it
         own = [done[item["item"]] for item in items if item["item"] in done]
         votes = sum(journal is self.votes for journal, _ in own)
-        free = [number for number, item in enumerate(items) if self.is_free(item, annotator)]
+        fewest = 0 if self.mode == "write" else 2                           # ranking needs two answers
+        free = [number for number, item in enumerate(items)
+                if item["item"] not in done and len(item["responses"]) >= fewest]
         unsampled = len(self.sampler.prompts) - len(items)
         state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done),
                  "total": len(own) + len(free) + unsampled}
@@ -56,18 +54,8 @@ class Session:
             raise RuntimeError(self.sampler.error)
         return {**state, "waiting" if unsampled else "finished": True}
 
-    def is_free(self, item, annotator):
-        """Whether this person can get the item. Ranking needs two answers; writing needs none."""
-        name = item["item"]
-        if name in self.done[annotator] or (self.mode != "write" and len(item["responses"]) < 2):
-            return False
-        voted = {other for other, done in self.done.items() if name in done and done[name][0] is self.votes}
-        looking = {other for other, until in self.held[name].items() if until > time.monotonic()}
-        return not self.people or len((voted | looking) - {annotator}) < self.people
-
     def show(self, item, annotator):
         """What the page needs to show an item. The names of the models are not part of it."""
-        self.held[item["item"]][annotator] = time.monotonic() + HOLD
         order = self.order(item, annotator)
         return {"item": item["item"], "instruction": instruction_of(item["prompt"], self.templates),
                 "turns": turns_of(item["prompt"], self.templates),
@@ -79,10 +67,9 @@ class Session:
         return random.Random(f"{self.seed} {annotator} {item['item']}").sample(range(K), K)
 
     def find(self, name):
-        for item in self.sampler.items:
-            if item["item"] == name:
-                return item
-        raise UserError("there is no such item")
+        item = next((item for item in self.sampler.items if item["item"] == name), None)
+        require(item, "there is no such item")
+        return item
 
     # ---- what people say ----
 

@@ -1,4 +1,4 @@
-"""What votes say: counts, agreement, bias to a length or a position, pace, and which model wins.
+"""What votes say: counts, agreement, bias to a length, pace, and which model wins.
 
     python -m minirlhf.tools.feedback stats FILE
 """
@@ -29,8 +29,8 @@ def cohen_kappa(first, second):
 
 def read_votes(path):
     """The votes of a comparisons file: dicts with item, annotator, prompt, responses, ranks and models ([] if unknown),
-    and with order and seconds where known. A row with the rankings of several annotators, as data/tiny/annotate.py
-    writes them, becomes a vote of each."""
+    and with seconds where known. A row with the rankings of several annotators, as data/tiny/annotate.py writes them,
+    becomes a vote of each."""
     votes = []
     for where, value in read_jsonl(path):
         row = comparison(value, where)
@@ -39,10 +39,8 @@ def read_votes(path):
                 "ranks": row.ranks, "annotator": str(value.get("annotator", "")),
                 "models": models if is_list_of(str, models, len(row.ranks)) else []}
         rankings = value["annotators"] if isinstance(value.get("annotators"), list) else []
-        known = is_list_of(str, value.get("names"), len(rankings))
-        names = value["names"] if known else [f"annotator {i}" for i in range(1, len(rankings) + 1)]
-        several = [{**base, "annotator": name, "ranks": tuple(ranks)} for name, ranks in zip(names, rankings)
-                   if is_list_of(int, ranks, len(row.ranks))]
+        several = [{**base, "annotator": f"annotator {i}", "ranks": tuple(ranks)}
+                   for i, ranks in enumerate(rankings, start=1) if is_list_of(int, ranks, len(row.ranks))]
         votes += several or [base]
     return votes
 
@@ -62,22 +60,6 @@ def agreements(votes):
         for a, b in combinations(sorted(given), 2):
             both[a, b] += zip(given[a], given[b])
     return dict(both)
-
-
-def first_places(votes):
-    """{position on the page: [(share, chance), ...]}, a pair for each vote.
-
-    share: how much of the first place the answer shown there got, which tied answers divide between them. chance: the
-    share without a position bias. Votes without an order, and votes that call all answers equal, are left out.
-    """
-    places = defaultdict(list)
-    for vote in votes:
-        ranks, order, K = vote["ranks"], vote.get("order"), len(vote["ranks"])
-        best = [k for k in range(K) if ranks[k] == min(ranks)]
-        if is_list_of(int, order, K) and len(best) < K:
-            for position, k in enumerate(order):
-                places[position].append(((k in best) / len(best), 1 / K))
-    return dict(places)
 
 
 def longer_preferred(votes):
@@ -144,12 +126,6 @@ def print_stats(path):
         same = rate([first == second for first, second in both])
         print(f"  agreement  {a} and {b}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
               f"kappa {cohen_kappa(*zip(*both)):.3f}")
-
-    for position, counts in first_places(votes).items():
-        shares, chances = zip(*counts)
-        best = rate(shares)
-        print(f"  position   {position + 1}: best in {best.value:.3f} of {best.n} votes "
-              f"[{best.low:.3f}, {best.high:.3f}]; {statistics.mean(chances):.3f} without bias")
 
     for ours, theirs in combinations(model_names(votes), 2):
         print_duel(votes, ours, theirs)

@@ -3,7 +3,7 @@
     my_comparisons.jsonl         a row per vote: comparisons, as minirlhf.data and train_rm.py read them
     my_comparisons.skips.jsonl   a row per skip, in a file of its own because a skip says nothing about the answers
     my_comparisons.items.jsonl   everything that was sampled, whether or not anyone has seen it yet
-    my_comparisons.server.jsonl  the address of the page with its token, readable by you alone; it outlives the server
+    my_comparisons.token         a secret from which the address of the page is made, readable by you alone
 
 A vote has, beside prompt, responses, ranks and finished: "item" (a hash of prompt and responses), "models" (which model
 wrote each response), "order" (responses[order[0]] was shown first), "annotator", "seconds" and "time" (UTC).
@@ -18,17 +18,13 @@ write a new file and rename it, so the file is at every moment either the old on
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from minirlhf.data import comparison
+from minirlhf.files.download import fcntl
 from minirlhf.files.jsonl import json_object
+from minirlhf.files.tensors import write_whole
 from minirlhf.running.errors import UserError
-
-try:
-    import fcntl
-except ImportError:                 # Windows: there, two servers on one file are not noticed
-    fcntl = None
 
 FLAGS = ("all bad", "prompt broken")        # what an annotator can say about an item, beside a note of their own
 
@@ -74,32 +70,24 @@ class Journal:
 
     def append(self, row):
         """Returns once the row is on the disk. After an OSError (say, the disk is full) the file is as before."""
-        line, new = to_line(row), not self.path.exists()
+        line = to_line(row)
         with open(self.path, "ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                complete = file.write(line) == len(line)
+                if file.write(line) < len(line):
+                    raise OSError(f"{self.path}: the disk is full")
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
                 raise
-            if not complete:
-                file.truncate(size)
-                raise OSError(f"{self.path}: the disk is full")
-        if new:
-            sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self.rows.append(row)
 
     def remove(self, row, *instead):
         """Removes a row, which must be one of self.rows, by way of a new file that replaces the old one. The rows in
         `instead` are added at its end in the same step."""
         rows = [other for other in self.rows if other is not row] + list(instead)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            file.writelines(map(to_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_whole(self.path, map(to_line, rows))
         sync_folder(self.path.parent)
         self.rows = rows
 
@@ -116,30 +104,9 @@ def lock(out):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        url = read_address(out).get("url")
-        raise UserError(f"{path}: another feedback server is writing to these files; "
-                        + (f"its page is {url}" if url else "stop it, or give --out another name")) from None
+        raise UserError(f"{path}: another feedback server is writing to these files; stop it, or give --out another "
+                        "name") from None
     return file
-
-
-def write_address(out, **address):
-    """Keeps the address of the page, with its token, where only the owner can read it."""
-    handle, temporary = tempfile.mkstemp(dir=Path(out).parent)          # readable by the owner only
-    with open(handle, "wb") as file:
-        file.write(to_line(address))
-    os.replace(temporary, sidecar(out, "server"))
-
-
-def read_address(out):
-    """What write_address() kept, or {}. A file that others can read, or could have written, is not trusted."""
-    path = sidecar(out, "server")
-    try:
-        with open(path, "rb") as file:
-            info = os.fstat(file.fileno())
-            private = os.name != "posix" or (info.st_uid == os.getuid() and not info.st_mode & 0o077)
-            return json_object(file.read(), path) if private else {}
-    except (OSError, UserError):
-        return {}
 
 
 def recover(path):
