@@ -139,12 +139,25 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(experiment, "shared_models", lambda *_: (tmp_path, tmp_path))
     monkeypatch.setattr(experiment, "run_job",
-                        lambda job: ran.append((job.label, job.seed)) or rows_of(job.label, {job.seed: 0.5})[0])
+                        lambda job: ran.append((job.row["patch"], job.row["seed"]))
+                        or rows_of(job.row["patch"], {job.row["seed"]: 0.5})[0] | job.row)
     for seeds in (["1"], ["1", "2"], ["1", "2"]):
         experiment.main(["run", "algo_grpo", "--seeds", *seeds, "--out", str(tmp_path / "out")])
     assert ran == [("default", 1), ("algo_grpo", 1), ("default", 2), ("algo_grpo", 2)]
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4
-    assert not list((tmp_path / "out/trees").iterdir())
+    assert not (tmp_path / "out/trees").exists()
+
+
+def test_a_run_counts_for_the_code_that_it_was_made_with(tmp_path, monkeypatch):
+    codes = iter(["a", "b", "a", "c", "a", "c"])
+    ran = []
+    monkeypatch.setattr(experiment, "copy_tree", lambda patch, tree: tree.mkdir(parents=True) or next(codes))
+    monkeypatch.setattr(experiment, "shared_models", lambda *_: (tmp_path, tmp_path))
+    monkeypatch.setattr(experiment, "run_job", lambda job: ran.append(job.row["code"])
+                        or rows_of(job.row["patch"], {job.row["seed"]: 0.5})[0] | job.row)
+    for _ in range(3):
+        experiment.main(["run", "algo_grpo", "--out", str(tmp_path / "out")])
+    assert ran == ["a", "b", "c"]
 
 
 @pytest.mark.slow

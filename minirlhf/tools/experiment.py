@@ -11,6 +11,7 @@ of a seed share one SFT model and one reward model, unless a patch trains its ow
 results.jsonl in --out. The same command again continues with what is missing.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -109,31 +110,33 @@ def apply_patch(patch, folder):
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 class Job(NamedTuple):
-    """One patch with one seed. label: how it is called in folders and rows, which may hide the patch's name."""
+    """One patch with one seed."""
     patch: Patch
-    label: str
-    seed: int
-    iterations: int     # 0: as many as the patch says
+    row: dict           # how the run is known in results.jsonl: patch (for a mystery not its name), seed, iterations
+                        # (0: as many as the patch says) and the hash of the code
     out: Path
     loud: bool          # the scripts print to the terminal and not to log.txt
 
     @property
     def folder(self):
         """Where its runs are."""
-        return self.out / (f"{self.label}_{self.iterations}" if self.iterations else self.label) / str(self.seed)
+        name = "_".join(str(part) for part in (self.row["patch"], self.row["iterations"]) if part)
+        return self.out / name / str(self.row["seed"])
 
     def is_row(self, row):
-        return (row["patch"], row["seed"], row["iterations"]) == (self.label, self.seed, self.iterations)
+        return self.row.items() <= row.items()
 
 
 def copy_tree(patch, tree):
-    """A copy of the scripts and all they need, as they are now, with the patch applied."""
+    """A copy of the scripts and all they need, as they are now, with the patch applied -> a hash of the code."""
     shutil.rmtree(tree, ignore_errors=True)
     for name in ("minirlhf", "data"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     for name in SCRIPTS:
         shutil.copy(ROOT / name, tree)
     apply_patch(patch, tree)
+    code = [*tree.glob("*.py"), *tree.glob("minirlhf/*.py"), *tree.glob("minirlhf/running/*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(code))).hexdigest()[:8]
 
 
 def run_script(tree, script, flags, log):
@@ -160,31 +163,31 @@ def shared_models(seed, out, loud):
 
 def run_job(job):
     """Trains and measures -> a row of results.jsonl. A run that ends with an error has only "failed" in its row."""
-    tree, folder = job.out / "trees" / f"{job.label}_{job.seed}", job.folder
+    seed, iterations, folder = job.row["seed"], job.row["iterations"], job.folder
+    tree = job.out / "trees" / f"{folder.parent.name}_{seed}"
     copy_tree(job.patch, tree)
     folder.mkdir(parents=True, exist_ok=True)
-    sft, rm = shared_models(job.seed, job.out, job.loud)
-    row, begun = {"patch": job.label, "seed": job.seed, "iterations": job.iterations}, time.time()
+    (sft, rm), begun = shared_models(seed, job.out, job.loud), time.time()
     (tree / "out").mkdir()
     for kind, model in (("sft", sft), ("rm", rm)):              # where the scripts look for them
         (tree / "out" / kind).symlink_to(model)
     for script, flags in job.patch.runs:
         kind = SCRIPTS[script]
         last, link = folder / kind, tree / "out" / kind
-        shorter = ["--iterations", job.iterations] if job.iterations and kind == "ppo" else []
+        shorter = ["--iterations", iterations] if iterations and kind == "ppo" else []
         shutil.rmtree(last, ignore_errors=True)
         try:
-            run_script(tree, script, [*flags, *shorter, "--seed", job.seed, "--out", last],
+            run_script(tree, script, [*flags, *shorter, "--seed", seed, "--out", last],
                        None if job.loud else folder / "log.txt")
         except UserError as error:
-            return row | {"failed": str(error)}
+            return job.row | {"failed": str(error)}
         link.unlink(missing_ok=True)                            # a script after this one builds on what it made
         link.symlink_to(last)
     seconds = round(time.time() - begun)
-    report = report_of(last) if "ppo" in report_of(last) else measure(last, sft, rm, job.seed)
+    report = report_of(last) if "ppo" in report_of(last) else measure(last, sft, rm, seed)
     figures = report["ppo"] | {"win_rate": report["win_rate"], "kl": report["kl"]}
     shutil.rmtree(tree)
-    return row | {"seconds": seconds} | {name: round(figures[name], 4) for name in FIGURES}
+    return job.row | {"seconds": seconds} | {name: round(figures[name], 4) for name in FIGURES}
 
 
 def measure(policy, sft, rm, seed):
@@ -210,7 +213,8 @@ def run_all(jobs, results, at_once):
     if at_once > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(lambda seed: shared_models(seed, jobs[0].out, jobs[0].loud), sorted({j.seed for j in missing})))
+        seeds = sorted({job.row["seed"] for job in missing})
+        list(pool.map(lambda seed: shared_models(seed, jobs[0].out, jobs[0].loud), seeds))
         for row in tqdm(pool.map(run_job, missing), "experiments", len(missing), disable=None):
             with open(results, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -290,13 +294,11 @@ def main(argv=None):
 
 def compare(patches, args):
     """Runs the default and these (label, Patch) on all seeds, and writes the table and the page of curves."""
-    out = Path(args.out).resolve()
-    for label, patch in patches:                                # a patch that does not fit shows at once
-        copy_tree(patch, out / "trees" / label)
-        shutil.rmtree(out / "trees" / label)
-    every = [("default", read_patch("default")), *patches]
-    jobs = [Job(patch, label, seed, args.iterations, out, args.jobs == 1)
-            for seed in args.seeds for label, patch in every]
+    out, every = Path(args.out).resolve(), [("default", read_patch("default")), *patches]
+    code = {label: copy_tree(patch, out / "trees" / label) for label, patch in every}   # does every patch fit?
+    shutil.rmtree(out / "trees")
+    jobs = [Job(patch, {"patch": label, "seed": seed, "iterations": args.iterations, "code": code[label]}, out,
+                args.jobs == 1) for seed in args.seeds for label, patch in every]
     rows = run_all(jobs, out / "results.jsonl", args.jobs)
     print("\n".join(["", *table(rows, [label for label, _ in every])]))
     runs = [str(run) for job in jobs[:len(every)] if (run := job.folder / "ppo").is_dir()]
