@@ -287,6 +287,8 @@ def main(argv=None):
         bug = hidden_bug(int(args.names[0]))
         if args.command == "reveal":
             print(f"{bug.name}\n\n{bug.header}\n{bug.diff}")
+            for sign in (row for row in read_results(PATCHES / "signs.jsonl") if row["patch"] == bug.name):
+                print("In the log: {column} is {bug} at iteration {iteration} where a good run has {good}".format(**sign))
         else:
             args.iterations = args.iterations or 20
             compare([(f"mystery_{args.names[0]}", bug)], args)
