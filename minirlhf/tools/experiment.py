@@ -287,7 +287,8 @@ def main(argv=None):
         bug = hidden_bug(int(args.names[0]))
         if args.command == "reveal":
             print(f"{bug.name}\n\n{bug.header}\n{bug.diff}")
-            for sign in (row for row in read_results(PATCHES / "signs.jsonl") if row["patch"] == bug.name):
+            signs = [row for row in read_results(PATCHES / "signs.jsonl") if "column" in row and row["patch"] == bug.name]
+            for sign in signs:
                 print("In the log: {column} is {bug} at iteration {iteration} where a good run has {good}".format(**sign))
         else:
             args.iterations = args.iterations or 20
