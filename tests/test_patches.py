@@ -248,7 +248,7 @@ def test_best_of_n_keeps_the_finished_answer_with_the_highest_score(tmp_path, mo
 
 # ---- bugs: training goes on, and the suite has a test that finds each ------------------------------------------------
 
-def test_of(patch):
+def named_test(patch):
     """tests/test_x.py::test_name, which the line "test:" of a bug names."""
     return re.search(r"^test: (\S+)$", parts(patch)[0], flags=re.MULTILINE)[1]
 
@@ -266,13 +266,13 @@ def run_tests(folder, *names):
 
 @pytest.mark.parametrize("patch", BUGS, ids=lambda path: path.stem)
 def test_a_bug_names_a_test(patch):
-    file, name = test_of(patch).split("::")
+    file, name = named_test(patch).split("::")
     assert name in names_in(file)
 
 
 @pytest.mark.slow
 def test_without_the_bugs_their_tests_pass(tmp_path):
-    done = run_tests(tree_with_tests(tmp_path), *sorted(map(test_of, BUGS)))
+    done = run_tests(tree_with_tests(tmp_path), *sorted(map(named_test, BUGS)))
     assert done.returncode == 0, done.stdout
 
 
@@ -282,6 +282,6 @@ def test_a_bug_is_found_by_the_test_that_it_names(patch, tmp_path):
     """By its result: a test whose own mutation no longer fits the changed code would fail for no good reason."""
     folder = tree_with_tests(tmp_path)
     apply(patch, folder)
-    done = run_tests(folder, test_of(patch))
+    done = run_tests(folder, named_test(patch))
     assert done.returncode == 1 and " failed" in done.stdout, done.stdout
     assert "must be brought up to date" not in done.stdout

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -310,13 +311,13 @@ def test_the_facts_are_those_that_gold_measures(world):
 
 
 def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path):
-    asked = ("List two rivers.", "Why?", "Say it in at most 3 words.")
+    asked = ("Name two rivers.", "Why?", "Say it in at most 3 words.")
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
     write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])     # beside the prompts
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
     found = report["instructions"][folders[0]]
-    assert set(found["prompts"]) == {"a list", "number of words"} and len(found["own"]) == 3
+    assert set(found["prompts"]) == {"number of words"} and len(found["own"]) == 3
     assert "gold" not in report["models"][folders[0]] and report["models"][folders[0]]["perplexity"]["n"] == 1
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
