@@ -146,6 +146,7 @@ GOOD = Task("Name the largest of these planets.", "Mars, Jupiter", "Jupiter")
     (None, {"instruction": "a " * 150}),
     (None, {"instruction": "Describe a mapmaker's filesystem at home."}),
     ("3 words", {"instruction": "Name three planets."}),
+    ("3 words", {"instruction": ""}),
     ("150 words", {"instruction": "a " * 151}),
     ("banned", {"instruction": "Please go to the kitchen and cook."}),
     ("banned", {"instruction": "Describe what the Image shows here."}),
@@ -304,7 +305,7 @@ def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, pla
 
 
 @pytest.mark.parametrize("plan, calls, said", [
-    ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404], 1, "HTTP 404"),
+    ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404], 1, "HTTP 404 .--chat"),
     ([307], 1, "HTTP 307"), ([302], 1, "HTTP 302"),
     ([500] * 99, 5, "HTTP 500"), (["html"] * 99, 5, "JSON"), (["number"] * 99, 5, "no choices with a text"),
 ])

@@ -55,9 +55,9 @@ Task = namedtuple("Task", "instruction input output")      # texts; the input is
 
 def read_seeds(path):
     """The seed tasks of a file, and whether its rows are demonstrations, {"prompt", "response"}."""
-    seeds, ours = [], {"prompt": "instruction", "response": "output"}
+    seeds, names = [], {"prompt": "instruction", "response": "output"}
     for where, value in read_objects(path):
-        renamed = {ours.get(name, name): part for name, part in value.items()}
+        renamed = {names.get(name, name): part for name, part in value.items()}
         for part in alpaca.instances({"input": "", **renamed}, where):
             task = Task(*(text_field(part, name, where).strip() for name in Task._fields))
             require(task.instruction and task.output, f"{where}: a seed task needs an instruction and an output")
@@ -153,8 +153,8 @@ def judge(rows, seeds, args):
                 continue
             words = words_of(task.instruction)
             similar = next((text for text, other in pool.items() if rouge_l(words, other) > args.most_similar), None)
-            reasons = [reason for reason, broken in RULES.items() if broken(task, args.banned)]
-            verdict = reasons[0] if reasons else TOO_SIMILAR if similar else KEPT
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None)
+            verdict = verdict or (TOO_SIMILAR if similar else KEPT)
             if verdict == KEPT:
                 pool[task.instruction] = words
             yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
@@ -222,7 +222,8 @@ class Endpoint:
                 status, data = self.post(prompt, number)
                 if status == 200:
                     return answer_of(json_object(data, "its answer", "file"))
-                problem = f"HTTP {status}: {data.decode(errors='replace')}"
+                hint = " (--chat is for servers without completions)" if status == 404 else ""
+                problem = f"HTTP {status}{hint}: {data.decode(errors='replace')}"
                 if status < 500 and status not in (408, 429):
                     break
             except (OSError, http.client.HTTPException, UserError) as error:        # among them a cut answer
@@ -300,8 +301,8 @@ def request_all(writer, journal, seeds, args):
         prompts = [prompt_of(random.Random(f"{args.seed} {i}").sample(seeds, SHOWN), args.per_request) for i in numbers]
         for i, (text, complete) in zip(numbers, writer.write(prompts, start)):
             if i >= len(journal.rows):
-                model = args.model or args.endpoint_model
-                journal.append({"request": i, "model": model, "text": text, "complete": complete})
+                journal.append({"request": i, "model": args.model or args.endpoint_model, "text": text,
+                                "complete": complete})
 
 
 def demonstration(task, bare):
