@@ -1,7 +1,8 @@
 """The exercises: our own solution passes each check, the blank and plausible wrong solutions fail it."""
 
 import ast
-import re
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,20 +141,17 @@ def test_the_solution_is_the_difference(capsys):
 
 # ---- what is wrong with the command or the file ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, said", [
-    ("GAE", "did you mean gae"), ("adaptive_betta", "did you mean adaptive_beta"), ("extend", "KVCache.extend"),
-    ("pair_los", "pair_loss"), ("xyz", "exercise list"), ("", "exercise list"), ("../gae", "gae"),
-])
 @pytest.mark.parametrize("command", ["blank", "check", "solution"])
-def test_an_unknown_name_suggests_similar_ones(command, name, said):
-    with pytest.raises(UserError, match=re.escape(said)):
+@pytest.mark.parametrize("name", ["GAE", "extend", "", "../gae"])
+def test_an_unknown_name_is_told_the_known_ones(command, name):
+    with pytest.raises(UserError, match="invalid choice.*gae.*adaptive_beta"):
         exercise.main([command, name])
 
 
 @pytest.mark.parametrize("command", ["check", "solution"])
 @pytest.mark.parametrize("text, said", [
     (None, "blank gae"),
-    (b"x = 1\ndef gae(:\n", r"ppo.py:2: .*def gae\(:"),
+    (b"x = 1\ndef gae(:\n", r"ppo.py: .*line 2"),
     (b"def other():\n    pass\n", "gae is gone"),
     (b"x = '\xff'\n", "ppo.py: .*utf-8"),
     (b"x = '\0'\n", "ppo.py.*null byte"),
@@ -167,9 +165,11 @@ def test_a_file_that_cannot_be_tested_gets_one_line(command, text, said):
 
 
 def test_without_pytest_one_line_names_the_file_that_has_it(monkeypatch):
-    monkeypatch.setattr(exercise.importlib.util, "find_spec", lambda name: None)
+    none = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(stdout="", stderr="No module named pytest\n"),
+                           TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(exercise, "subprocess", none)
     exercise.main(["blank", "gae"])
-    with pytest.raises(UserError, match=r"pip install -r tests/requirements.txt"):
+    with pytest.raises(UserError, match=r"No module named pytest. .*pip install -r tests/requirements.txt"):
         exercise.main(["check", "gae"])
 
 

@@ -1,5 +1,7 @@
 """The page of a run: what it shows is what the files say, and no text in them can become code."""
 
+import base64
+import hashlib
 import json
 import math
 import random
@@ -148,7 +150,6 @@ def test_numbers_that_are_none_leave_a_gap(tmp_path):
 
 def test_a_long_run_is_thinned_visibly_and_keeps_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "POINTS", 200)
-    monkeypatch.setattr(page, "SAMPLES", 20_000)
     n = 2 * page.POINTS + 10
     rows = [{"step": step, "loss/train": step, **({"loss/heldout": step} if step % 100 == 7 else {})}
             for step in range(n)]
@@ -157,10 +158,10 @@ def test_a_long_run_is_thinned_visibly_and_keeps_its_end(tmp_path, monkeypatch):
     steps = found.data["runs"][0]["steps"]
     assert len(steps) <= page.POINTS + 10 and steps[-1] == n - 1 and steps == sorted(steps)
     assert [y for y in found.chart("loss/heldout")["lines"][0]["y"] if y is not None] == list(range(7, n, 100))
-    assert "one row in 3" in found.data["notes"][0] and f"of the {len(samples)}" in found.data["notes"][1]
+    note, = found.data["notes"]
+    assert "one row of metrics in 3" in note
     kept = [row["step"] for row in found.data["samples"]]
-    assert kept[0] == 0 and kept[-1] == samples[-1]["step"] and len(json.dumps(samples)) > 3 * page.SAMPLES
-    assert len(json.dumps(found.data["samples"])) < 1.5 * page.SAMPLES
+    assert kept[0] == 0 and kept[-1] == samples[-1]["step"] and len(samples) / 3 <= len(kept) < len(samples) / 3 + 2
 
 
 # ---- a run that really trained ---------------------------------------------------------------------------------------
@@ -257,7 +258,9 @@ def test_no_text_becomes_code_and_nothing_is_fetched(tmp_path):
     assert ["data", EVIL] in evil.data["tables"][-1]["rows"]
     html = (tmp_path / "evil/page.html").read_text()
     policy, = re.findall(r'Content-Security-Policy"\s+content="([^"]*)"', html)
-    assert policy.startswith("default-src 'none';") and re.search(r"script-src 'sha256-[\w+/]+='$", policy)
+    code = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none';") and policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def half_line(folder):
@@ -298,7 +301,7 @@ def one_line(capsys, *argv):
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
     folder = fake_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    assert f"{tmp_path}/none: no such folder" in one_line(capsys, tmp_path / "none")
+    assert f"{tmp_path}/none: no run.json" in one_line(capsys, tmp_path / "none")
     assert f"{tmp_path}/empty: no run.json" in one_line(capsys, folder, tmp_path / "empty")
     assert f"{tmp_path}/nowhere/x.html" in one_line(capsys, folder, "--out", tmp_path / "nowhere/x.html")
     (folder / "report.json").write_text("{")

@@ -146,6 +146,7 @@ GOOD = Task("Name the largest of these planets.", "Mars, Jupiter", "Jupiter")
     (None, {"instruction": "a " * 150}),
     (None, {"instruction": "Describe a mapmaker's filesystem at home."}),
     ("3 words", {"instruction": "Name three planets."}),
+    ("3 words", {"instruction": ""}),
     ("150 words", {"instruction": "a " * 151}),
     ("banned", {"instruction": "Please go to the kitchen and cook."}),
     ("banned", {"instruction": "Describe what the Image shows here."}),
@@ -275,25 +276,22 @@ def test_what_the_server_is_asked_and_what_is_written(stub, seeds, capsys):
     assert all(KEY not in path.read_text() for path in (seeds.parent / "new").iterdir())
 
 
-def test_the_key_is_optional_and_its_variable_can_be_named(stub, seeds, monkeypatch):
-    monkeypatch.setenv("OTHER", " other \n")
-    ask(stub, seeds, "--key_variable", "OTHER")
-    ask(stub, seeds, "--key_variable", "NO_SUCH_VARIABLE")
+def test_the_key_is_optional_and_has_no_line_ends(stub, seeds, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " other \n")
+    ask(stub, seeds)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(stub, seeds)
     assert [authorization for _, _, authorization in stub.asked] == ["Bearer other", None]
-    monkeypatch.setenv("OTHER", "a\nb")
-    with pytest.raises(UserError, match="OTHER has characters"):
-        ask(stub, seeds, "--key_variable", "OTHER")
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
+    with pytest.raises(UserError, match="OPENAI_API_KEY has characters"):
+        ask(stub, seeds)
 
 
-def test_a_server_that_has_only_chat_is_asked_for_chat(stub, seeds):
-    stub.plan = [404]
-    rows, _ = ask(stub, seeds, "--batch_size", "1", requests=2)
-    assert [path for path, _, _ in stub.asked] == ["/v1/completions"] + ["/v1/chat/completions"] * 2
-    assert stub.asked[1][1]["messages"] == [{"role": "user", "content": stub.asked[0][1]["prompt"]}]
-    assert len(rows) == 3 and sum(stub.waits) == 0
-    stub.asked.clear()
-    ask(stub, seeds, "--chat")
-    assert [path for path, _, _ in stub.asked] == ["/v1/chat/completions"]
+def test_a_chat_server_gets_the_same_text_as_a_message(stub, seeds):
+    rows, _ = ask(stub, seeds)
+    assert ask(stub, seeds, "--chat")[0] == rows
+    (_, plain, _), (path, chat, _) = stub.asked
+    assert path == "/v1/chat/completions" and chat["messages"] == [{"role": "user", "content": plain["prompt"]}]
 
 
 @pytest.mark.parametrize("plan", [500, 503, 429, "cut", "html", "empty", "list", "no choices", "number", "slow"])
@@ -307,8 +305,8 @@ def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, pla
 
 
 @pytest.mark.parametrize("plan, calls, said", [
-    ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404, 404], 2, "HTTP 404"),
-    ([307], 1, "HTTP 307: redirect to http://127.0.0.1:9/v1"), ([302], 1, "HTTP 302: redirect"),
+    ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404], 1, "HTTP 404 .--chat"),
+    ([307], 1, "HTTP 307"), ([302], 1, "HTTP 302"),
     ([500] * 99, 5, "HTTP 500"), (["html"] * 99, 5, "JSON"), (["number"] * 99, 5, "no choices with a text"),
 ])
 def test_what_stays_wrong_is_one_line_without_the_key(stub, seeds, plan, calls, said):
@@ -338,16 +336,15 @@ def test_addresses_that_are_refused(seeds, url):
 
 
 def test_requests_that_are_done_are_not_asked_again_and_more_can_follow(stub, seeds):
-    first, _ = ask(stub, seeds, requests=3)
-    ask(stub, seeds, "--resume", requests=3)
-    assert len(stub.asked) == 3
+    ask(stub, seeds, requests=3)
+    rows, _ = ask(stub, seeds, "--resume", requests=3)
+    assert len(stub.asked) == 3 and len(rows) == 3
     _, meta = ask(stub, seeds, "--resume", requests=5)
     assert len(stub.asked) == 5 and meta["counts"]["requests"] == 5 and meta["template"]
-    with pytest.raises(UserError, match="started with other --seed"):
-        ask(stub, seeds, "--resume", "--seed", "2", requests=5)
-    write_jsonl(seeds, SEEDS[::-1])
-    with pytest.raises(UserError, match="started with other --seed_tasks"):
-        ask(stub, seeds, "--resume", requests=5)
+    rows, meta = ask(stub, seeds, "--resume", "--banned", "trees", "--endpoint_model", "other", requests=6)
+    assert len(stub.asked) == 6 and len(rows) == 2 and meta["options"]["banned"] == "trees"
+    written = [json.loads(line) for line in (seeds.parent / "new/requests.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in written] == ["tiny"] * 5 + ["other"]
 
 
 # ---- a model of ours -------------------------------------------------------------------------------------------------
@@ -494,7 +491,7 @@ def test_transformers_serve_answers_to_the_client(transformers_server, seeds, tm
     with pytest.raises(UserError, match="nothing was kept"):
         self_instruct.main(["--seed_tasks", str(seeds), "--endpoint", transformers_server, "--endpoint_model",
                             str(tmp_path / "random"), "--requests", "3", "--batch_size", "1", "--max_tokens", "30",
-                            "--timeout", "300", "--out", str(tmp_path / "new")])
+                            "--timeout", "300", "--chat", "--out", str(tmp_path / "new")])
     rows = [json.loads(line) for line in (tmp_path / "new/requests.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(row["text"] and not row["complete"] for row in rows)
 

@@ -453,16 +453,16 @@ def titles(figure):
     return [axis.get_title() for axis in figure.axes if axis.get_title()]
 
 
-def test_every_panel_is_drawn_or_named_as_left_out(drawn, capsys):
+def test_every_panel_that_some_run_can_fill_is_drawn(drawn):
     """One run with all metrics, one with a single one, and more runs than colours: a curve each."""
     whole = [{"step": i, **{panel[0]: i for panel in plot.PANELS}} for i in range(3)]
     plot.draw_curves({f"run {k}": whole for k in range(8)}, "")
     assert [len(axis.lines) for axis in drawn[0].axes] == [8] * len(plot.PANELS)
-    assert titles(drawn[0]) == [panel[1] for panel in plot.PANELS] and capsys.readouterr().out == ""
+    assert titles(drawn[0]) == [panel[1] for panel in plot.PANELS]
     few = [{"step": i, "objective/kl": i, "objective/scores": i} for i in range(3)]
-    for draw, panels, named in ((plot.draw_curves, 2, len(plot.PANELS) - 2), (plot.draw_kl, 1, 1)):
+    for draw, panels in ((plot.draw_curves, 2), (plot.draw_kl, 1)):
         draw({"run": few}, "")
-        assert len(titles(drawn[-1])) == panels and capsys.readouterr().out.count("/") == named
+        assert len(titles(drawn[-1])) == panels
 
 
 def test_runs_of_sft_and_reward_models_are_drawn(drawn):
@@ -523,18 +523,9 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(ppo_run
     assert [file.name for file in tmp_path.iterdir()] == ["ppo"]
 
 
-def test_plot_draws_reports(folders, world, tmp_path):
-    pytest.importorskip("matplotlib")
-    evaluated(world, folders[0], reward=world / "rm", out=tmp_path / "report")
-    plot.main([str(tmp_path / "report"), "--kind", "calibration", "--out", str(tmp_path / "picture.png")])
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_plot_refuses_what_it_cannot_draw(ppo_run, tmp_path):
-    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, tmp_path / "ppo.1"], "ppo.1: no such folder"),
+    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, tmp_path / "ppo.1"], "ppo.1: no run.json"),
                        ([ppo_run, ppo_run], "1 different names for 2 folders"),
-                       ([ppo_run, "--labels", "a", "b"], "2 different names for 1 folders"),
-                       ([ppo_run, "--kind", "calibration"], "no report.json"),
-                       ([ppo_run, "--kind", "overoptimization"], "no report.json")):
+                       ([ppo_run, "--labels", "a", "b"], "2 different names for 1 folders")):
         with pytest.raises(UserError, match=said):
             plot.main(list(map(str, argv)))

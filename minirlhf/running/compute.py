@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import dataclasses
 import math
 import os
 import sys
@@ -135,19 +134,15 @@ def memory(cfg, examples, device, *models):
     """What the run will need, as text for the line that a script begins with: "4.1 GB of memory at most".
 
     cfg, examples, device, models: the script's. The policy is the first of PPO's models. If a GPU has less free, the
-    text goes on with advice.
+    text says so.
     """
     need = peak_bytes(cfg, examples, models)
     said = f"{need / 1e9:.2g} GB of memory at most"
-    if device.type != "cuda":
-        return said
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    if need < free:
-        return said
-    smaller = (n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if n < (cfg.micro_batch or cfg.batch_size))
-    fits = next((n for n in smaller if peak_bytes(dataclasses.replace(cfg, micro_batch=n), examples, models) < free), 0)
-    advice = f"--micro_batch {fits} would fit" if fits else "no --micro_batch fits. Try a smaller model or --batch_size"
-    return f"{said}, but {free / 1e9:.2g} GB are free: {advice}"
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+        if need > free:
+            said += f", but {free / 1e9:.2g} GB are free: try a lower --micro_batch or --batch_size"
+    return said
 
 
 def peak_bytes(cfg, examples, models):
@@ -155,10 +150,9 @@ def peak_bytes(cfg, examples, models):
     models = [model for model in models if isinstance(model, nn.Module)]            # a reward may be a function
     trained = {model: sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models}
     weights = sum(p.numel() for model in models for p in model.parameters())
-    moments = 2 * sum(trained.values())                                             # Adam's two of each weight
     passes = [4 * n + pass_bytes(cfg, examples, model) for model, n in trained.items() if n]        # n gradients
     rollout = [rollout_bytes(cfg, examples, models[0])] if hasattr(cfg, "minibatches") else []
-    return 4 * (weights + moments) + max(passes + rollout)
+    return 4 * (weights + 2 * sum(trained.values())) + max(passes + rollout)        # Adam's two moments of each weight
 
 
 def longest(cfg, examples):

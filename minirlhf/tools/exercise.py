@@ -11,9 +11,7 @@ they are.
 
 import ast
 import difflib
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +28,7 @@ from minirlhf.running.runs import move_aside
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("out/exercises")
 TIME_LIMIT = 120        # seconds for the tests of one exercise. They take less than 20, on a busy machine longer
-MOST_LINES = 24         # of the first failure
+MOST_LINES = 40         # of the first failure, its last ones
 
 
 class Exercise(NamedTuple):
@@ -112,14 +110,11 @@ EXERCISES = {           # the functions, in the order of the course
 
 def read_function(path, name):
     """(text of the file, syntax tree of its function or Class.method). UserError names the file and what is wrong."""
+    require(path.exists(), f"{path} is not there yet: python -m minirlhf.tools.exercise blank {name} writes it")
     try:
         source = path.read_text(encoding="utf-8")
-        node = ast.parse(source)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there yet: python -m minirlhf.tools.exercise blank {name} writes it") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
-    except ValueError as error:                                 # not UTF-8, or a null byte
+        node = ast.parse(source, path.name)
+    except (SyntaxError, ValueError) as error:                  # ValueError: not UTF-8, or a null byte
         raise UserError(f"{path}: {error}") from None
     for part in name.split("."):
         node = next((child for child in node.body if getattr(child, "name", "") == part), None)
@@ -171,25 +166,22 @@ def run_tests(exercise, path):
                                   capture_output=True, text=True)
         except subprocess.TimeoutExpired:
             return [("the tests end", "", f"not within {TIME_LIMIT} seconds. Does a loop never end?")]
-        require((folder / "results.xml").exists(), f"pytest did not run: {(done.stderr + done.stdout)[-300:].strip()}")
+        require((folder / "results.xml").exists(), f"pytest did not run: {(done.stderr + done.stdout)[-300:].strip()}. "
+                "It comes with pip install -r tests/requirements.txt")
         return [read_case(case) for case in ElementTree.parse(folder / "results.xml").iter("testcase")]
 
 
 def read_case(case):
-    """test_gae_is_right[1-0.5] -> ("gae is right", "1-0.5", failure); a failure begins where our code last was."""
+    """test_gae_is_right[1-0.5] -> ("gae is right", "1-0.5", the end of the failure or None)."""
     name, _, parameters = case.get("name").partition("[")
     problem = next((child for child in case if child.tag in ("failure", "error")), None)
     if problem is not None:
-        lines = (problem.text or problem.get("message")).splitlines()
-        first = next((i for i, line in enumerate(lines) if line.startswith("E ")), len(lines))
-        ours = [i for i, line in enumerate(lines[:first]) if re.match(r"(tests|minirlhf|train_)\S*:\d+: ", line)]
-        problem = "\n".join(lines[ours[-1] if ours else 0:][:MOST_LINES])
-    return re.sub("^test ", "", name.replace("_", " ")), parameters.rstrip("]"), problem
+        problem = "\n".join((problem.text or problem.get("message")).splitlines()[-MOST_LINES:])
+    return name.replace("_", " ").removeprefix("test "), parameters.rstrip("]"), problem
 
 
 def check(name):
-    """Says which tests pass, and shows the first failure. Whether all pass."""
-    require(importlib.util.find_spec("pytest"), "check needs pytest: pip install -r tests/requirements.txt")
+    """Says which tests pass, and shows the first failure. Exit code 0 if all pass, 1 if not."""
     path = FOLDER / name / EXERCISES[name].file
     read_function(path, name)
     results = run_tests(EXERCISES[name], path)
@@ -203,7 +195,7 @@ def check(name):
         sentence, case, failure = failures[0]
         print(f"\nThe first failure: {sentence}{f', case {case}' if case else ''}\n{failure}")
     print(f"\n{name}: {'not yet' if failures else 'right'}")
-    return not failures
+    sys.exit(1 if failures else 0)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -214,28 +206,17 @@ def print_list():
         print(f"{name:<20}{exercise.minutes:>3} min  {exercise.difficulty:<8}{exercise.file:<24}{begun}".rstrip())
 
 
-def known(name):
-    """The name of an exercise. UserError suggests similar ones."""
-    lower = {each.lower(): each for each in EXERCISES}
-    near = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
-    guess = f"did you mean {' or '.join(near)}?" if near else "python -m minirlhf.tools.exercise list shows all"
-    require(name in EXERCISES, f"there is no exercise {name!r}; {guess}")
-    return name
-
-
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.exercise", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     commands.add_parser("list", help="all exercises, in the order of the course")
     for command, help in (("blank", "write a file in which one function has no body"), ("check", "test your file"),
                           ("solution", "how your file differs from ours")):
-        commands.add_parser(command, help=help).add_argument("name", metavar="NAME")
+        commands.add_parser(command, help=help).add_argument("name", metavar="NAME", choices=EXERCISES)
     args = parser.parse_args(argv)
     if args.command == "list":
         return print_list()
-    passed = {"blank": blank, "check": check, "solution": solution}[args.command](known(args.name))
-    if args.command == "check":
-        sys.exit(0 if passed else 1)
+    {"blank": blank, "check": check, "solution": solution}[args.command](args.name)
 
 
 if __name__ == "__main__":

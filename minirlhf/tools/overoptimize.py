@@ -9,7 +9,6 @@ best of n samples. Gold (what people want) and proxy (what the reward model says
 """
 
 import math
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from minirlhf.running.errors import UserError, require, run_main
 from minirlhf.running.runs import move_aside, read_rows, write_json
 from minirlhf.tools.evaluate.measure import Sampling, answer, gold_function, report_of, rewards_of
 from minirlhf.tools.evaluate.stats import ratio
-from minirlhf.tools.plot import draw_overoptimization
+from minirlhf.tools.plot import draw_overoptimization, subplots
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +88,7 @@ def best_of_n(proxy, values, n):
 def run_script(script, **flags):
     """Runs a training script, say "train_rm.py", as from the command line. UserError if it fails."""
     argv = [f"--{name}={value}" for name, value in flags.items()]
-    print(f"\n$ python {script} {shlex.join(argv)}", flush=True)
+    print(f"\n$ python {script} {' '.join(argv)}", flush=True)
     code = subprocess.run([sys.executable, str(ROOT / script), *argv]).returncode
     require(code == 0, f"{script} stopped with exit code {code}; its own message is above")
 
@@ -211,6 +210,7 @@ def main(argv=None):
     for name, default, help in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
     args = parser.parse_args(argv)
+    subplots(1, 1, (1, 1))                              # raises UserError without matplotlib
     device, out = pick_device(args.device), Path(args.out)
     gold, _ = gold_function(args.gold, args.data)
     require(gold is not None,

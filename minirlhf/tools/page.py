@@ -8,9 +8,7 @@ With --follow, the open page reloads itself until the run has ended. A run that 
 and the page with it. Give an --out elsewhere to follow the new run under the same address.
 """
 
-import base64
 import contextlib
-import hashlib
 import json
 import math
 import time
@@ -28,8 +26,7 @@ from minirlhf.tools.evaluate.tables import FIGURES, Table
 from minirlhf.tools.plot import COLOURS, PANELS, TRAINING
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
-POINTS = 4000           # most rows of metrics on a page. Of longer runs it draws every 2nd, 3rd, ...
-SAMPLES = 1_000_000     # most bytes of samples on a page, likewise
+POINTS = 4000           # most rows of metrics on a page. Of longer runs it shows every 2nd, 3rd, ...
 EVERY = 3               # seconds from one writing to the next, and from one reload to the next
 PATIENCE = 120          # seconds without news after which a run that keeps no lock has ended
 
@@ -38,10 +35,9 @@ PATIENCE = 120          # seconds without news after which a run that keeps no l
 
 def read_folder(folder):
     """What a run has written so far, as a dict. UserError if the folder is not a run's or a line is damaged."""
-    path = Path(folder)
-    require(path.is_dir(), f"{folder}: no such folder")
+    path, config = Path(folder), read_run(folder)
     samples = path / "samples.jsonl"                            # of PPO only
-    return {"name": str(folder), "config": read_run(path), "report": report_of(path), "state": state_of(path),
+    return {"name": str(folder), "config": config, "report": report_of(path), "state": state_of(path),
             "rows": whole_rows(path / "metrics.jsonl", is_metrics),
             "samples": whole_rows(samples, is_sample) if samples.exists() else []}
 
@@ -57,8 +53,8 @@ def whole_rows(file, fits):
 
 
 def is_metrics(row):
-    needed = ("objective/entropy", "rollout/length", "rollout/score_std") * ("objective/kl" in row)
-    return all(type(x) in (int, float) for x in row.values()) and all(name in row for name in needed)
+    return all(type(x) in (int, float) for x in row.values()) and (
+        "objective/kl" not in row or {"objective/entropy", "rollout/length", "rollout/score_std"} <= set(row))
 
 
 def is_sample(row):
@@ -82,22 +78,17 @@ def state_of(folder):
 
 # ---- what the page shows ---------------------------------------------------------------------------------------------
 
-def thinned(run, share):
-    """Leaves about POINTS rows of metrics and SAMPLES bytes of samples, or this share of both, in a run.
+def thin(run):
+    """Leaves about POINTS rows of metrics in a run, every n-th one, and of its samples every n-th step. Returns n.
 
-    Yields sentences that say so. The last row is kept, and what SFT and reward models measure only now and then.
+    The last of both are kept, and what SFT and reward models measure only now and then.
     """
-    rows, usual = run["rows"], min(map(len, run["rows"]), default=0)
-    steps = sorted({row["step"] for row in run["samples"]})
-    every = math.ceil(len(rows) / POINTS / share)
-    if every > 1:
-        run["rows"] = [row for n, row in enumerate(rows) if n % every == 0 or row is rows[-1] or len(row) > usual]
-        yield f"{run['name']}: the curves show one row in {every} of {len(rows):,}"
-    every = math.ceil(len(json.dumps(run["samples"])) / SAMPLES / share)
-    if every > 1 and steps:
-        kept = {*steps[::every], steps[-1]}
-        run["samples"] = [row for row in run["samples"] if row["step"] in kept]
-        yield f"{run['name']}: samples of {len(kept)} of the {len(steps):,} iterations in samples.jsonl"
+    rows, steps = run["rows"], sorted({row["step"] for row in run["samples"]})
+    every = max(1, math.ceil(len(rows) / POINTS))
+    usual, kept = min(map(len, rows), default=0), {*steps[::every], *steps[-1:]}
+    run["rows"] = [row for n, row in enumerate(rows) if n % every == 0 or row is rows[-1] or len(row) > usual]
+    run["samples"] = [row for row in run["samples"] if row["step"] in kept]
+    return every
 
 
 def warnings_of(run):
@@ -161,7 +152,8 @@ def write_page(out, title, runs, tables, notes=(), live=False, report=False):
     runs: from read_folder. tables: Tables. notes: sentences. live: it reloads itself. report: the tables come first.
     """
     warnings = [{"run": k, "step": step, "text": text} for k, run in enumerate(runs) for step, text in warnings_of(run)]
-    notes = [*notes, *(note for run in runs for note in thinned(run, 1 / len(runs)))]
+    notes = [*notes, *(f"{run['name']}: one row of metrics in {n}, and of the samples one iteration in {n}"
+                       for run in runs if (n := thin(run)) > 1)]
     options = dict.fromkeys(name for run in runs for name in run["config"])
     values = [[name, *(run["config"].get(name, "") for run in runs)] for name in options]
     tables = [*tables, Table("Options", ["", *(run["name"] for run in runs)], values)]
@@ -174,13 +166,9 @@ def write_page(out, title, runs, tables, notes=(), live=False, report=False):
         "tables": [table._replace(rows=[[str(cell) for cell in row] for row in table.rows])._asdict()
                    for table in tables if table.rows],
     }
-    html = TEMPLATE.read_text(encoding="utf-8")
-    code = html.partition("<script>")[2].partition("</script>")[0]      # the only code that the browser may run
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    html = html.replace("HASH_OF_SCRIPT", f"'sha256-{digest}'")
     # "<" as an escape, so that no text on the page can end the element that the data is in.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_whole(Path(out), [html.replace("DATA", text).encode()])
+    write_whole(Path(out), [TEMPLATE.read_text(encoding="utf-8").replace("DATA", text).encode()])
 
 
 def write_runs(out, folders, follow):
@@ -193,13 +181,12 @@ def write_runs(out, folders, follow):
 
 def keep_writing(out, folders):
     """Writes the page until no run goes on."""
-    seen = time.time()
+    seen, live = time.time(), True
     try:
-        while time.time() - seen < PATIENCE:
+        while live and time.time() - seen < PATIENCE:
             time.sleep(EVERY)
             with contextlib.suppress(UserError, OSError):       # a new run may be moving the folder aside
-                if not write_runs(out, folders, follow=True):
-                    break
+                live = write_runs(out, folders, follow=True)
                 seen = time.time()
     finally:
         write_runs(out, folders, follow=False)

@@ -1,11 +1,9 @@
-"""Pictures of runs and reports (needs matplotlib: pip install -r tests/requirements.txt).
+"""Pictures of runs (needs matplotlib: pip install -r tests/requirements.txt).
 
     python -m minirlhf.tools.plot out/ppo                                       curves of PPO, SFT or a reward model
     python -m minirlhf.tools.plot out/ppo out/calm --out both.png               several runs, overlaid
     python -m minirlhf.tools.plot out/ppo --metrics objective/kl loss/policy    some metrics only
     python -m minirlhf.tools.plot out/ppo --kind kl                             score and gold against KL
-    python -m minirlhf.tools.plot out/report --kind calibration                 reliability of reward models
-    python -m minirlhf.tools.plot out/overoptimize --kind overoptimization      what tools.overoptimize found
 
 Grey is the healthy range of PPO in the embedded world. "How to read the log" in minirlhf/DETAILS.md says what it means
 when a curve leaves it.
@@ -20,7 +18,6 @@ from minirlhf.files.tensors import write_whole
 from minirlhf.running.config import Parser
 from minirlhf.running.errors import UserError, require, run_main
 from minirlhf.running.runs import read_rows, read_run
-from minirlhf.tools.evaluate.measure import report_of
 
 PANELS = [  # metric, title, unit, healthy range (that of the table in minirlhf/DETAILS.md)
     ("objective/scores", "Score of the reward model", "SFT standard deviations", (-0.2, 1.7)),
@@ -75,16 +72,12 @@ def save(figure, out):
 # runs: {label: rows of metrics.jsonl}
 
 def choose_panels(runs, metrics, usual):
-    """The panels of these metrics, which must be logged. With None: of `usual` those that some run here can fill."""
+    """The panels of these metrics, which must be logged. With None: of the `usual` ones those that a run here has."""
     logged = dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name != "step")
     for name in metrics or ():
         require(name in logged, f"--metrics {name}: not in these runs, which have {', '.join(logged)}")
-    if metrics:
-        known = {panel[0]: panel for panel in PANELS + TRAINING}
-        return [known.get(name, (name, name, "", None)) for name in metrics]
-    if left_out := [panel[0] for panel in usual if panel[0] not in logged]:
-        print(f"left out, since no run here has it: {', '.join(left_out)}")
-    return [panel for panel in usual if panel[0] in logged]
+    known = {panel[0]: panel for panel in PANELS + TRAINING}
+    return [known.get(name, (name, name, "", None)) for name in metrics or usual if name in logged]
 
 
 def draw_panels(runs, panels, out, x="step"):
@@ -97,11 +90,10 @@ def draw_panels(runs, panels, out, x="step"):
         for colour, marker, (label, rows) in zip(cycle(COLOURS), cycle(MARKERS), runs.items()):
             rows = [row for row in rows if metric in row and x in row]
             xs, ys, steps = ([row[name] for row in rows] for name in (x, metric, "step"))
-            if rows:
-                few = x != "step" or len(rows) < 20             # a single point would be no line
-                lines[label], = axis.plot(xs, ys, color=colour, linewidth=0.5 if x != "step" else 1.2,
-                                          marker=marker if few else None, markersize=4)
-            if rows and x != "step":                            # dark at first and light at the end
+            few = x != "step" or len(rows) < 20                 # a single point would be no line
+            lines[label], = axis.plot(xs, ys, color=colour, linewidth=0.5 if x != "step" else 1.2,
+                                      marker=marker if few else None, markersize=4)
+            if x != "step":                                     # dark at first and light at the end
                 axis.scatter(xs, ys, c=steps, vmin=0, vmax=last, marker=marker, s=22, zorder=3)
         if healthy:
             limits = axis.get_ylim()
@@ -113,11 +105,10 @@ def draw_panels(runs, panels, out, x="step"):
 
 
 def finish(figure, axes, panels, x, lines):
-    """Names the lowest x-axes, hides what has no panel, and adds the colours of time and the legend."""
+    """Names the x-axes, hides what has no panel, and adds the colours of time and the legend."""
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
-    for axis in axes.flat[max(0, len(panels) - axes.shape[1]):len(panels)]:
-        axis.set_xlabel("step" if x == "step" else "KL to the SFT model, nats per sequence")
+    figure.supxlabel("step" if x == "step" else "KL to the SFT model, nats per sequence", fontsize=9)
     if x != "step":
         figure.colorbar(axes[0, 0].collections[-1], ax=axes, label="PPO iteration")
     if len(lines) > 1:
@@ -126,40 +117,17 @@ def finish(figure, axes, panels, x, lines):
 
 def draw_curves(runs, out, metrics=None):
     """What PPO logs, or the losses and accuracies of SFT and reward models, against the step (PPO: the iteration)."""
-    logged = {name for rows in runs.values() for row in rows for name in row}
-    usual = PANELS * ("objective/kl" in logged) + [panel for panel in TRAINING if panel[0] in logged]
-    draw_panels(runs, choose_panels(runs, metrics, usual), out)
+    draw_panels(runs, choose_panels(runs, metrics, [panel[0] for panel in PANELS + TRAINING]), out)
 
 
 def draw_kl(runs, out, metrics=None):
     """Score and, where a run has it, gold against KL: a point per iteration, coloured by time."""
     for label, rows in runs.items():
         require("objective/kl" in rows[0], f"{label}: not a PPO run, so it has no KL to draw against")
-    draw_panels(runs, choose_panels(runs, metrics, PANELS[:2]), out, x="objective/kl")
+    draw_panels(runs, choose_panels(runs, metrics, ("objective/scores", "objective/gold")), out, x="objective/kl")
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
-
-def spans(low, middle, high):
-    """The ends of error bars as matplotlib wants them: distances from the middle."""
-    return [[b - a for a, b in zip(low, middle, strict=True)], [b - a for a, b in zip(middle, high, strict=True)]]
-
-
-def draw_calibration(rewards, out):
-    """How often a reward model is right against how sure it is. rewards: {label: "reward" of a report of evaluate}."""
-    figure, ((axis,),) = subplots(1, 1, (5, 4.5))
-    axis.plot([0.5, 1], [0.5, 1], color="0.5", linestyle="--", linewidth=1, label="perfectly calibrated")
-    for colour, (label, reward) in zip(cycle(COLOURS), rewards.items()):
-        confidence, accuracy, pairs = zip(*reward["reliability"])
-        value, low, high = ([estimate[name] for estimate in accuracy] for name in ("value", "low", "high"))
-        axis.errorbar(confidence, value, spans(low, value, high), color=colour, linewidth=1.2, marker="o", markersize=4,
-                      capsize=2, label=f"{label}: ECE {reward['ece']['value']:.3f}, {sum(pairs):,} pairs")
-    axis.set(xlabel="probability that the model gives to the answer it prefers",
-             ylabel="share of pairs in which annotators agree with it",
-             title="Calibration of the reward model (95 % intervals)")
-    axis.legend()
-    save(figure, out)
-
+# ---- over-optimisation -----------------------------------------------------------------------------------------------
 
 def draw_overoptimization(report, out):
     """Gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL). report: that of overoptimize."""
@@ -184,10 +152,8 @@ def draw_law(axis, law, row, colour, label):
     d, gold, proxy = points["d"], points["gold"], points["proxy"]
     if law == "bon":                                            # these have intervals: (value, low, high)
         (gold, low, high), (proxy, _, _) = zip(*gold), zip(*proxy)
-        axis.errorbar(d, gold, spans(low, gold, high), color=colour, linestyle="none", marker="o", markersize=4,
-                      capsize=2)
-    else:
-        axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
+        axis.vlines(d, low, high, color=colour)
+    axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
     axis.plot(d, proxy, color=colour, linestyle="--", linewidth=1)
     line = [max(d) * k / 200 for k in range(1, 201)]
     fit = [x * (found["a"] - found["b"] * (x if law == "bon" else math.log(x))) for x in line]
@@ -200,25 +166,16 @@ def draw_law(axis, law, row, colour, label):
 
 def read_metrics(folder):
     """The rows of metrics.jsonl of a run."""
-    require(Path(folder).is_dir(), f"{folder}: no such folder")
     read_run(folder)
     rows = read_rows(Path(folder) / "metrics.jsonl")
     require(rows, f"{folder}: metrics.jsonl has no step yet")
     return rows
 
 
-def read_report(folder, key, writer):
-    """The report.json that the tool `writer` has written in a folder. It must have `key`."""
-    require(Path(folder).is_dir(), f"{folder}: no such folder")
-    report = report_of(folder)
-    require(key in report, f"{folder}: no report.json of {writer} with \"{key}\" in it")
-    return report
-
-
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.plot", description=__doc__)
-    parser.add_argument("folders", nargs="+", help="folders of runs, or of reports")
-    parser.add_argument("--kind", choices=("curves", "kl", "calibration", "overoptimization"), default="curves")
+    parser.add_argument("folders", nargs="+", help="folders of runs")
+    parser.add_argument("--kind", choices=("curves", "kl"), default="curves")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="names in metrics.jsonl, a panel each")
     parser.add_argument("--labels", nargs="+", help="names for the legend, one per folder [the folders' own]")
     parser.add_argument("--out", help="the picture to write [the kind's name.png]")
@@ -227,16 +184,8 @@ def main(argv=None):
     require(len(labels) == len(set(labels)) == len(args.folders),
             f"the legend has {len(set(labels))} different names for {len(args.folders)} folders: "
             "give each a name with --labels")
-    if args.kind == "overoptimization":
-        require(len(args.folders) == 1, "--kind overoptimization draws one folder")
-        draw_overoptimization(read_report(args.folders[0], "labels", "tools.overoptimize"), out)
-    elif args.kind == "calibration":
-        reports = [read_report(folder, "reward", "tools.evaluate") for folder in args.folders]
-        draw_calibration({label: report["reward"] for label, report in zip(labels, reports, strict=True)}, out)
-    else:
-        runs = {label: read_metrics(folder) for label, folder in zip(labels, args.folders, strict=True)}
-        draw = draw_kl if args.kind == "kl" else draw_curves
-        draw(runs, out, args.metrics)
+    draw = draw_kl if args.kind == "kl" else draw_curves
+    draw(dict(zip(labels, map(read_metrics, args.folders))), out, args.metrics)
     print(f"wrote {out}")
 
 

@@ -7,22 +7,20 @@ Each request shows the model three of the seed tasks as a numbered list and asks
 2022, "Self-Instruct"; the form and the rules are those of Stanford Alpaca, 2023). What it writes is cut into tasks. A
 task is kept if it passes the rules and is new: not too similar to any seed or any task kept before.
 
-    DIR/requests.jsonl          what the model wrote, a line per request, on the disk as soon as it is there
+    DIR/requests.jsonl          what which model wrote, a line per request, on the disk as soon as it is there
     DIR/blocks.jsonl            every task that was found in it: kept, or the reason why not
     DIR/demonstrations.jsonl    the kept ones, for train_sft.py
     DIR/meta.json               the template, the options, and how many were rejected for what
 
-The last three are computed from the first one. So after a crash --resume continues to the same files.
+The last three are computed from the first one. So --resume continues after a crash to the same files, and with other
+rules it judges anew what the model wrote.
 """
 
-import contextlib
 import http.client
-import json
 import os
 import random
 import re
 import time
-import urllib.error
 import urllib.request
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +31,7 @@ from tqdm import tqdm
 
 from data.alpaca import prepare as alpaca
 from data.common import read_objects, text_field
-from minirlhf.files.download import sha256_of
-from minirlhf.files.tensors import json_object, read_json, write_json, write_whole
+from minirlhf.files.tensors import json_object, write_json, write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, respond
 from minirlhf.running.compute import generator, pick_device
@@ -47,8 +44,9 @@ from minirlhf.weights import from_pretrained
 HEADER = ("Tasks for a language model: an instruction, an input (<noinput> if there is none) and an output. "
           "Continue the list up to task {last}.\n\n")
 SHOWN, NO_INPUT = 3, "<noinput>"        # seed tasks in a prompt; what stands for an empty input
-ATTEMPTS, LARGEST = 5, 10_000_000       # tries of a request to a server; most bytes of its answer
-
+WAITS = 0, 1, 4, 16, 64                 # seconds before each try of a request to a server
+LARGEST = 10_000_000                    # most bytes of a server's answer
+KEY_VARIABLE = "OPENAI_API_KEY"         # the environment variable with the server's key, if it wants one
 
 Task = namedtuple("Task", "instruction input output")      # texts; the input is "" where there is none
 
@@ -57,15 +55,15 @@ Task = namedtuple("Task", "instruction input output")      # texts; the input is
 
 def read_seeds(path):
     """The seed tasks of a file, and whether its rows are demonstrations, {"prompt", "response"}."""
-    seeds, ours = [], {"prompt": "instruction", "response": "output"}
+    seeds, names = [], {"prompt": "instruction", "response": "output"}
     for where, value in read_objects(path):
-        renamed = {"input": "", **{ours.get(name, name): part for name, part in value.items()}}
-        for part in alpaca.instances(renamed, where):
-            instruction, input, output = (text_field(part, name, where).strip() for name in Task._fields)
-            require(instruction and output, f"{where}: a seed task needs an instruction and an output")
-            require("###" not in instruction + input + output,
+        renamed = {names.get(name, name): part for name, part in value.items()}
+        for part in alpaca.instances({"input": "", **renamed}, where):
+            task = Task(*(text_field(part, name, where).strip() for name in Task._fields))
+            require(task.instruction and task.output, f"{where}: a seed task needs an instruction and an output")
+            require("###" not in "".join(task),
                     f"{where}: this task has ### in it, which separates the tasks of a list")
-            seeds.append(Task(" ".join(instruction.split()).rstrip(":"), input, output))
+            seeds.append(task._replace(instruction=" ".join(task.instruction.split()).rstrip(":")))
     require(len(seeds) >= SHOWN, f"{path}: {len(seeds)} seed tasks are too few, a request shows {SHOWN}")
     return seeds, "prompt" in value
 
@@ -108,11 +106,12 @@ def parse_block(block, k):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
-RULES = {       # why a task is rejected: whether it is, given the task and the banned words. Ours are the last two.
+RULES = {       # why a task is rejected: whether it is, given the task and --banned. The last two are ours.
     "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
     "instruction of more than 150 words": lambda task, _: len(task.instruction.split()) > 150,
     "instruction with a banned word": lambda task, banned: any(
-        re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE) for word in banned),
+        re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE)
+        for word in filter(None, banned.split(","))),
     "asks for a program": lambda task, _: task.instruction.startswith("Write a program"),
     "begins with punctuation": lambda task, _: task.instruction[0].isascii() and not task.instruction[0].isalnum(),
     "begins with a character that is not ASCII": lambda task, _: not task.instruction[0].isascii(),
@@ -141,32 +140,21 @@ def rouge_l(a, b):
     return 2 * (len(a) - row.bit_count()) / max(len(a) + len(b), 1)
 
 
-def similar_one(words, pool, most):
-    """The first instruction of the pool, {instruction: its words}, with a ROUGE-L above `most`. None if there is none.
-
-    The lengths alone rule many out: the lcs is at most as long as the shorter one.
-    """
-    n = len(words)
-    return next((text for text, other in pool.items() if 2 * min(n, len(other)) > most * (n + len(other))
-                 and rouge_l(words, other) > most), None)
-
-
 def judge(rows, seeds, args):
     """Yields each block of each request in order, a dict with its fields and its "verdict": KEPT, or the reason.
 
-    A task must be new against the seeds and against all that were kept before it.
+    A task must be new: its instruction may have no ROUGE-L above --most_similar with any seed or any task kept before.
     """
     pool = {seed.instruction: words_of(seed.instruction) for seed in seeds}
-    banned = list(filter(None, args.banned.split(",")))
     for row in rows:
         for block, task in parse_list(row["text"], SHOWN + 1, args.per_request, row["complete"]):
             if isinstance(task, str):
                 yield {"request": row["request"], "verdict": task, "block": block}
                 continue
             words = words_of(task.instruction)
-            similar = similar_one(words, pool, args.most_similar)
-            last = TOO_SIMILAR if similar else KEPT
-            verdict = next((reason for reason, broken in RULES.items() if broken(task, banned)), last)
+            similar = next((text for text, other in pool.items() if rouge_l(words, other) > args.most_similar), None)
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None)
+            verdict = verdict or (TOO_SIMILAR if similar else KEPT)
             if verdict == KEPT:
                 pool[task.instruction] = words
             yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
@@ -202,23 +190,24 @@ class Model:
         return [(texts.get(i, ""), False) for i in range(len(prompts))]
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would send the key to another address."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Returns every answer as it is. A redirect is not followed, because it would send the key to another address."""
 
-    def redirect_request(self, *_):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 class Endpoint:
     """A server that speaks OpenAI's completions or chat format: llama.cpp, vLLM, Ollama, or a hosted one."""
 
     def __init__(self, args):
-        self.args, self.url, self.chat = args, args.endpoint.rstrip("/"), args.chat
+        self.args, self.url, self.key = args, args.endpoint.rstrip("/"), os.environ.get(KEY_VARIABLE, "").strip()
         require(re.fullmatch(r"https?://[^/@\s]+(/.*)?/v1", self.url), "--endpoint must be http(s)://HOST/v1, and "
-                f"without a password. The key comes from ${args.key_variable}")
-        self.key = os.environ.get(args.key_variable, "").strip()
-        require(re.fullmatch("[!-~]*", self.key), f"${args.key_variable} has characters that are in no key")
-        self.opener = urllib.request.build_opener(NoRedirects)
+                f"without a password. The key comes from ${KEY_VARIABLE}")
+        require(re.fullmatch("[!-~]*", self.key), f"${KEY_VARIABLE} has characters that are in no key")
+        self.opener = urllib.request.build_opener(AnyStatus)
 
     def write(self, prompts, start):
         """As Model.write, but one by one. All requests of a batch run at the same time."""
@@ -226,39 +215,33 @@ class Endpoint:
             yield from threads.map(self.ask, prompts, range(start, start + len(prompts)))
 
     def ask(self, prompt, number):
-        """(text, complete). What a retry may cure is tried ATTEMPTS times, with longer and longer waits."""
-        for attempt in range(ATTEMPTS):
-            time.sleep(4 ** (attempt - 1) if attempt and chat == self.chat else 0)
-            chat = self.chat                            # another thread may have found that there is only chat
+        """(text, complete). What a retry may cure is tried again, with longer and longer waits."""
+        for wait in WAITS:
+            time.sleep(wait)
             try:
-                return self.post(prompt, number, chat)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {self.said(error)}"
-                if error.code == 404 and not chat:
-                    self.chat = True
-                elif error.code < 500 and error.code not in (408, 429):
+                status, data = self.post(prompt, number)
+                if status == 200:
+                    return answer_of(json_object(data, "its answer", "file"))
+                hint = " (--chat is for servers without completions)" if status == 404 else ""
+                problem = f"HTTP {status}{hint}: {data.decode(errors='replace')}"
+                if status < 500 and status not in (408, 429):
                     break
             except (OSError, http.client.HTTPException, UserError) as error:        # among them a cut answer
-                problem = getattr(error, "reason", error)
-        raise UserError(f"{self.url}, request {number}: {problem}. --resume goes on from here")
+                problem = str(getattr(error, "reason", error))
+        said = problem.replace(self.key or "\0", "(the key)")[:300]                 # some servers repeat it
+        raise UserError(f"{self.url}, request {number}: {said}. --resume goes on from here")
 
-    def post(self, prompt, number, chat):
-        args = self.args
-        asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    def post(self, prompt, number):
+        """The server's answer: (HTTP status, bytes)."""
+        args, path, asked = self.args, "/completions", {"prompt": prompt}
+        if args.chat:
+            path, asked = "/chat/completions", {"messages": [{"role": "user", "content": prompt}]}
         body = {"model": args.endpoint_model, **asked, "max_tokens": args.max_tokens, "temperature": 1.0, "top_p": 1.0,
                 "seed": (args.seed * 1_000_003 + number) % 2**31, "stop": [f"\n{SHOWN + args.per_request + 1}. Instr"]}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        path = "/chat/completions" if chat else "/completions"
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url + path, to_line(body), headers)
         with self.opener.open(request, timeout=args.timeout) as reply:
-            return answer_of(json_object(reply.read(LARGEST), "its answer", "file"))
-
-    def said(self, error):
-        """What the server says about an HTTPError, without the key, which some servers repeat."""
-        said = f"redirect to {error.headers['Location']}" if "Location" in error.headers else ""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            said = said or " ".join(error.read(LARGEST).decode(errors="replace").split())
-        return (said or error.reason).replace(self.key or "\0", "(the key)")[:300]
+            return reply.status, reply.read(LARGEST)
 
 
 def answer_of(value):
@@ -276,7 +259,6 @@ OPTIONS = (     # name, default, help
     ("model", "", "who writes: a model folder, GPT-2 or GPT-J"),
     ("endpoint", "", "or a server, http(s)://HOST/v1"),
     ("endpoint_model", "", "the server's name for its model"),
-    ("key_variable", "OPENAI_API_KEY", "the environment variable with the server's key, if it wants one"),
     ("requests", 100, "how often the model is asked. A retry is not a request"),
     ("per_request", 3, "new tasks asked for in a request"),
     ("banned", "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,"
@@ -289,38 +271,21 @@ OPTIONS = (     # name, default, help
     ("device", "", "cuda, mps or cpu; the first available if empty"),
     ("out", "", "the folder to write"),
 )
-MAY_CHANGE = ("key_variable", "requests", "timeout", "device", "out", "resume")     # with --resume
 
 
 def parse_args(argv):
     parser = Parser(prog="python -m minirlhf.tools.self_instruct", description=__doc__)
     for name, default, help in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
-    parser.add_argument("--chat", action="store_true", help="ask the server for chat. Without it, only where it has "
-                        "no completions")
-    parser.add_argument("--resume", action="store_true", help="go on after a crash, or with more --requests")
+    parser.add_argument("--chat", action="store_true", help="ask the server for chat, if it has no completions")
+    parser.add_argument("--resume", action="store_true", help="go on after a crash, with more --requests, or with "
+                        "other rules, which are then applied to all that was written")
     args = parser.parse_args(argv)
     require(args.seed_tasks and args.out and bool(args.model) != bool(args.endpoint and args.endpoint_model),
             "give --seed_tasks, --out, and either --model or --endpoint with --endpoint_model")
     require(min(args.requests, args.per_request, args.max_tokens, args.batch_size, args.timeout) > 0,
             "--requests, --per_request, --max_tokens, --batch_size and --timeout must be above 0")
     return args
-
-
-def open_folder(args, folder):
-    """The journal of the requests in --out: a new one, or with --resume that of the same command."""
-    options = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    options["seed_tasks"] = sha256_of(args.seed_tasks)
-    if args.resume:
-        before = read_json(folder / "meta.json")["options"]
-        changed = [f"--{name}" for name in options if options[name] != before.get(name)]
-        require(not changed, f"--resume: {folder} was started with other {', '.join(changed)}. Give it the same")
-    else:
-        move_aside(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / "meta.json", {"options": options})
-    lock(folder)
-    return Journal(folder / "requests.jsonl")
 
 
 def request_all(writer, journal, seeds, args):
@@ -336,21 +301,26 @@ def request_all(writer, journal, seeds, args):
         prompts = [prompt_of(random.Random(f"{args.seed} {i}").sample(seeds, SHOWN), args.per_request) for i in numbers]
         for i, (text, complete) in zip(numbers, writer.write(prompts, start)):
             if i >= len(journal.rows):
-                journal.append({"request": i, "text": text, "complete": complete})
+                journal.append({"request": i, "model": args.model or args.endpoint_model, "text": text,
+                                "complete": complete})
 
 
 def demonstration(task, bare):
-    """A task as a row of ours: in Stanford's template, or without one where the seeds have none."""
+    """A kept task as a row of ours: in Stanford's template, or without one where the seeds have none."""
     if bare:
-        return {"prompt": "\n".join(filter(None, task[:2])), "response": " " + task.output}
-    return alpaca.demonstration(task._asdict(), "new task", Counter())
+        return {"prompt": f"{task['instruction']}\n{task['input']}".strip(), "response": " " + task["output"]}
+    return alpaca.demonstration(task, "new task", Counter())
 
 
 def main(argv=None):
     args = parse_args(argv)
     folder, (seeds, bare) = Path(args.out), read_seeds(args.seed_tasks)
     writer = Model(args) if args.model else Endpoint(args)
-    journal = open_folder(args, folder)
+    if not args.resume:
+        move_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    journal = Journal(folder / "requests.jsonl")
     request_all(writer, journal, seeds, args)
     rows = journal.rows[:args.requests]
     blocks = list(judge(rows, seeds, args))
@@ -358,10 +328,11 @@ def main(argv=None):
     write_whole(folder / "blocks.jsonl", map(to_line, blocks))
     print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items()))
     require(counts[KEPT], f"{folder}: nothing was kept. {folder / 'blocks.jsonl'} has what the model wrote")
-    tasks = [Task(*(block[name] for name in Task._fields)) for block in blocks if block["verdict"] == KEPT]
-    write_whole(folder / "demonstrations.jsonl", [to_line(demonstration(task, bare)) for task in tasks])
+    kept = [demonstration(block, bare) for block in blocks if block["verdict"] == KEPT]
+    write_whole(folder / "demonstrations.jsonl", map(to_line, kept))
     templates = {} if bare else {"template": alpaca.TEMPLATE, "template_with_input": alpaca.TEMPLATE_WITH_INPUT}
-    write_json(folder / "meta.json", {**templates, **read_json(folder / "meta.json"), "counts": counts})
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    write_json(folder / "meta.json", {**templates, "options": options, "counts": counts})
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def details_of(report):
 def introduction(report):
     """One sentence on how the answers were sampled."""
     sampling = report["sampling"]
-    stop = f", stop {sampling['stop']}" * bool(sampling["stop"])
+    stop = f", stop {sampling['stop']}" if sampling["stop"] else ""
     return (f"{report['n_prompts']} held-out prompts ({report['prompts']}), one sampled answer of each model, seed "
             f"{report['seed']}, temperature {sampling['temperature']:g}, at most {sampling['max_response']} "
             f"tokens{stop}. In brackets: 95 % intervals.")
