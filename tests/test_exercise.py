@@ -198,8 +198,9 @@ def test_tests_that_never_end_are_stopped(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXERCISES)
-def test_our_own_solution_of_each_passes(name, capsys):
+@pytest.mark.parametrize("name", ["KVCache.extend", "plackett_luce_loss", "gae", "sft_loss"])
+def test_our_own_solution_passes(name, capsys):
+    """One exercise of each file, since the tests of all of them pass on our code anyway."""
     original = (ROOT / EXERCISES[name].file).read_bytes()
     solve(name)
     assert check(name) == 0
