@@ -42,6 +42,24 @@ def results_table(kind, iterations):
     return [link(line) for line in experiment.table(rows_with(iterations), ["default", *measured(kind, iterations)])]
 
 
+def by_seed(rows, name, figure="gold", digits=3):
+    """The figure of each seed: with two seeds a mean would hide what an interval of Student's t cannot say."""
+    own = sorted((row["seed"], row[figure]) for row in rows if row["patch"] == name and figure in row)
+    return " / ".join(f"{value:.{digits}f}" for _, value in own)
+
+
+def ablations_table():
+    """One row per ablation: gold and KL of each seed, and the paired difference in gold to the default."""
+    rows = rows_with(SHORT)
+    default = {row["seed"]: row for row in rows if row["patch"] == "default" and "gold" in row}
+    lines = ["| | gold of each seed | KL of each seed | gold minus default |", "|" + "---|" * 4]
+    for name in ("default", *measured("ablate_", SHORT)):
+        own = [row for row in rows if row["patch"] == name and "gold" in row]
+        gap = experiment.against_default(own, default) if name != "default" else ""
+        lines.append(link(f"| {name} | {by_seed(rows, name)} | {by_seed(rows, name, 'kl', 1)} | {gap} |"))
+    return lines
+
+
 def verdict(gap):
     """What an interval allows to say."""
     low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups()) if "[" in gap else (-1, 1)
@@ -51,15 +69,13 @@ def verdict(gap):
 def bugs_table():
     """One row per bug: gold, what shows it, from which iteration on, and whether the log's warnings say it."""
     rows = rows_with(SHORT)
-    golds = {name: [row["gold"] for row in rows if row["patch"] == name and "gold" in row]
-             for name in {"default", *measured("bug_", SHORT)}}
     signs = {row["patch"]: row for _, row in read_jsonl(experiment.PATCHES / "signs.jsonl")}
-    lines = ["| | gold | what shows it | good run | with the bug | from iteration | warning |", "|" + "---|" * 7,
-             f"| default | {experiment.summary(golds['default'])} | | | | | |"]
+    lines = ["| | gold of each seed | what shows it | good run | with the bug | from iteration | warning |",
+             "|" + "---|" * 7, f"| default | {by_seed(rows, 'default')} | | | | | |"]
     for name in measured("bug_", SHORT):
-        own, sign = golds[name], signs.get(name, {})
+        sign = signs.get(name, {})
         cells = [sign.get(key) for key in ("column", "good", "bug", "iteration", "health")]
-        cells = [experiment.summary(own) or "stops", *cells]
+        cells = [by_seed(rows, name) or "stops", *cells]
         cells = ["" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
         lines.append(link(f"| {name} | {' | '.join(cells[:-1])} | {cells[-1] or 'silent'} |"))
     return lines
@@ -85,7 +101,7 @@ def effects_table():
 
 
 TABLES = {
-    README: {"algorithms": lambda: results_table("algo_", 0), "ablations": lambda: results_table("ablate_", SHORT),
+    README: {"algorithms": lambda: results_table("algo_", 0), "ablations": ablations_table,
              "bugs": bugs_table},
     DETAILS: {"effects": effects_table},
 }
