@@ -62,6 +62,8 @@ def ablations_table():
 
 def verdict(gap):
     """What an interval allows to say."""
+    if gap and "[" not in gap:
+        return "one seed"
     low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups()) if "[" in gap else (-1, 1)
     return "**lower gold**" if high < 0 else "**higher gold**" if low > 0 else "no effect seen"
 

@@ -107,6 +107,14 @@ def test_a_ratio_that_is_always_one_is_right_with_one_step_per_rollout_only(heal
     assert signs(history) == expected
 
 
+@pytest.mark.parametrize("share, expected", [(1.2, []), (1.6, ["value loss"])])
+def test_a_value_model_that_is_worse_than_a_constant_is_named(healthy, share, expected):
+    """A constant has a loss of about half the variance of the scores. The warning leaves room for noise."""
+    spread = [row["rollout/score_std"] for row in healthy[-WINDOW:]]
+    loss = share * 0.5 * (sum(spread) / WINDOW) ** 2
+    assert signs(changed(healthy, "loss/value", lambda i, x: loss)) == expected
+
+
 def test_trends_need_two_windows_of_iterations(healthy):
     n = 2 * WINDOW
     history = changed(healthy, "rollout/eos_rate", lambda i, x: 1 - 0.04 * i)
