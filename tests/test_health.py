@@ -33,9 +33,13 @@ def signs(history):
 
 def changed(history, name, function):
     """The history with function(iteration, value) in place of one metric. The KL's other estimate, which is never
-    negative, goes with it."""
+    negative, goes with it, and the value loss with the square of the scores' standard deviation."""
     rows = [row | {name: function(i, row[name])} for i, row in enumerate(history)]
-    return [row | {"objective/kl_k3": abs(row["objective/kl"])} for row in rows] if name == "objective/kl" else rows
+    if name == "objective/kl":
+        return [row | {"objective/kl_k3": abs(row["objective/kl"])} for row in rows]
+    if name == "rollout/score_std":
+        return [row | {"loss/value": row["loss/value"] * (row[name] / old[name]) ** 2} for row, old in zip(rows, history)]
+    return rows
 
 
 def test_a_healthy_run_is_not_complained_about_at_any_iteration(healthy):
