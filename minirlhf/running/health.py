@@ -74,10 +74,8 @@ def complaints(history):
         ("over-optimisation", rise["objective/scores"] > 0.05 and rise["objective/gold"] < -0.02,
          "the score rises while the true preference falls: the policy exploits the reward model. More comparisons, a "
          "higher --beta or fewer --iterations help."),
-        ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"])
-         or trend and level["loss/value"] > 0.7 * level["rollout/score_std"] ** 2 > 0,
-         "the value loss grew tenfold, or a constant would predict the returns better. Lower --value_lr, or look for "
-         "values, returns or scores of another scale."),
+        ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"]),
+         "the value loss grew tenfold. Lower --value_lr, or look for scores of another scale."),
         ("value model", trend and fmean(row.get("value/explained_variance", 1) for row in before + recent) <= 0,
          f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are noise. Is it trained? "
          "Do the scores reach the tokens? A higher --value_lr or --batch_size helps."),
