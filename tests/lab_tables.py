@@ -102,6 +102,22 @@ def effects_table():
     return lines
 
 
+def draw(out):
+    """Gold against KL at the end of training: a point per seed, a colour per algorithm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for n, name in enumerate(("default", *measured("algo_", 0))):
+        own = [row for row in rows_with(0) if row["patch"] == name and "gold" in row]
+        axis.scatter([row["kl"] for row in own], [row["gold"] for row in own], s=28, color=f"C{n % 10}",
+                     marker="osD^vP*X<>hd"[n % 12], label="PPO (default)" if name == "default" else name[5:])
+    axis.set(xlabel="KL to the SFT model, nats per sequence", ylabel="gold on held-out prompts, 0 to 1")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(out, dpi=100)
+
+
 TABLES = {
     README: {"algorithms": lambda: results_table("algo_", 0), "ablations": ablations_table,
              "bugs": bugs_table},
@@ -122,3 +138,4 @@ def filled(document):
 if __name__ == "__main__":
     for document in TABLES:
         document.write_text(filled(document))
+    draw(README.with_name("gold_kl.png"))
