@@ -30,7 +30,7 @@ def measured(kind, iterations):
     rows = [row for row in rows_with(iterations) if row["patch"].startswith(kind)]
     names = {row["patch"] for row in rows}
     found = {name: [row.get("gold", -1) for row in rows if row["patch"] == name] for name in names}
-    return sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))
+    return sorted(found, key=lambda name: (-sum(found[name]) / len(found[name]), name))
 
 
 def link(line, folder=""):
