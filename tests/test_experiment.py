@@ -161,8 +161,17 @@ def test_a_run_counts_for_the_code_that_it_was_made_with(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_experiment_from_nothing_and_one_that_fails(tmp_path, monkeypatch, capsys):
-    """The real chain with two iterations of PPO: default, GRPO, and a script that ends with an error."""
+def test_an_experiment_with_a_patch_and_one_that_fails(tmp_path, monkeypatch, capsys):
+    """The real scripts, two iterations of PPO: default, GRPO, and a script that ends with an error.
+
+    The shared models are there already, after one pass over a part of the data.
+    """
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(open(ROOT / "data/tiny/comparisons.jsonl").readlines()[:200]))
+    models = tmp_path / "lab/models/1"
+    experiment.run_script(ROOT, "train_sft.py", ["--epochs", 1, "--out", models / "sft"], tmp_path / "log.txt")
+    experiment.run_script(ROOT, "train_rm.py", ["--epochs", 1, "--data", few, "--heldout", "", "--model", models / "sft",
+                                                "--out", models / "rm"], tmp_path / "log.txt")
     (tmp_path / "patches").mkdir()
     (tmp_path / "patches/algo_grpo.patch").write_text((ROOT / "minirlhf/patches/algo_grpo.patch").read_text())
     (tmp_path / "patches/bug_none.patch").write_text("Nothing.\nrun: train_ppo.py --temperature x\n")
@@ -170,7 +179,8 @@ def test_an_experiment_from_nothing_and_one_that_fails(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     experiment.main(["run", "algo_grpo", "bug_none", "--iterations", "2", "--jobs", "2", "--out", "lab"])
     rows = {row["patch"]: row for row in map(json.loads, open(tmp_path / "lab/results.jsonl"))}
-    assert 0.3 < rows["default"]["gold"] < 0.9 and 0.3 < rows["algo_grpo"]["gold"] < 0.9
+    assert 0 < rows["default"]["gold"] < 0.9 and 0 < rows["algo_grpo"]["gold"] < 0.9
+    assert rows["default"]["code"] != rows["algo_grpo"]["code"]
     assert "--temperature" in rows["bug_none"]["failed"]
     assert "--temperature" in capsys.readouterr().out
-    assert "algo_grpo/1/ppo" in (tmp_path / "lab/bug_none.html").read_text()
+    assert "algo_grpo_2/1/ppo" in (tmp_path / "lab/bug_none.html").read_text()

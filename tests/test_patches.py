@@ -86,9 +86,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", ALGORITHMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
 def test_a_patched_script_runs(patch, trained, tmp_path):
-    """The last command leaves a policy that an unpatched tree reads."""
+    """All its commands, two iterations of PPO. The last one leaves a policy that an unpatched tree reads."""
     folder = shutil.copytree(trained, tmp_path / "tree")
     apply(patch, folder)
     *before, (script, *flags) = commands(patch)
