@@ -62,10 +62,12 @@ def ablations_table():
 
 def verdict(gap):
     """What an interval allows to say."""
-    if gap and "[" not in gap:
+    if "[" not in gap:
         return "one seed"
-    low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups()) if "[" in gap else (-1, 1)
-    return "**lower gold**" if high < 0 else "**higher gold**" if low > 0 else "no effect seen"
+    low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups())
+    if low <= 0 <= high:
+        return "no effect seen" if max(-low, high) < 0.1 else "cannot tell: the interval is too wide"
+    return "**lower gold**" if high < 0 else "**higher gold**"
 
 
 def bugs_table():
