@@ -172,6 +172,7 @@ def test_frozen_blocks_need_neither_gradients_nor_activations(monkeypatch):
     assert compute.peak_bytes(cfg, examples, [model]) < whole - 12 * frozen
 
 
+@pytest.mark.slow
 def test_the_readme_has_the_table_that_the_command_prints(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tests/bench"))
     importlib.import_module("memory").main()

@@ -421,6 +421,7 @@ def kill_when(process, journal, lines):
     return False
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_write_the_files_of_a_run_that_was_not_killed(stub, seeds, tmp_path):
     """One at a time, and each answer takes 30 ms and depends on the seed in the request only."""
     stub.texts = varied

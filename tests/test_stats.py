@@ -32,6 +32,7 @@ def test_sign_test_is_the_count_of_all_coin_sequences(wins, losses):
     assert sign_test(wins, losses) == pytest.approx(as_uneven / 2 ** n)
 
 
+@pytest.mark.slow
 def test_sign_test_of_large_counts():
     assert sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.05) and sign_test(5000, 5000) == 1
 
@@ -109,7 +110,8 @@ def coverage(simulate):
 
 @pytest.mark.parametrize("simulate", [share, small_share, gap, gap_of_small_groups, mean_of_skewed,
                                       accuracy_of_pairs_that_share_a_prompt, accuracy_near_one,
-                                      at_equal_length, error_of_a_calibrated_judge, ratio_of_sums])
+                                      at_equal_length, ratio_of_sums,
+                                      pytest.param(error_of_a_calibrated_judge, marks=pytest.mark.slow)])
 def test_intervals_cover_the_truth_in_95_of_100_repeats(simulate):
     assert 0.93 <= coverage(simulate) <= 0.97
 

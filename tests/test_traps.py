@@ -709,6 +709,7 @@ def test_trap_21_a_resumed_run_is_the_run(world, monkeypatch):
     check_resume(world, monkeypatch, train_ppo.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", [
     ("run.restore(**saved)", "run.restore(policy=policy, value=value)"),                        # a new optimizer
     ('run.state.get("beta", cfg.beta)', "cfg.beta"),
