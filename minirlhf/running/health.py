@@ -24,10 +24,7 @@ def complaints(history):
     first, now, recent = history[0], history[-1], history[-WINDOW:]
     trend = len(history) >= 2 * WINDOW
     before = history[-2 * WINDOW:-WINDOW] if trend else []
-    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)
-    for name in now:
-        level[name] = fmean(row.get(name, math.nan) for row in recent)
-        rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
+    level, rise = level_and_rise(recent, before)
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
     gain = level["objective/scores"] - first["objective/scores"]
     first_entropy = first["objective/entropy"] / first["rollout/length"] or math.nan            # nats per token
@@ -83,6 +80,15 @@ def complaints(history):
          "more than 40 % of the ratios are clipped. Lower --lr or --epochs."),
     ]
     return [(sign, sentence) for sign, holds, sentence in checks if holds]
+
+
+def level_and_rise(recent, before):
+    """{metric: its mean over the recent iterations}, and how much that is above the mean of those before."""
+    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)
+    for name in recent[-1]:
+        level[name] = fmean(row.get(name, math.nan) for row in recent)
+        rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
+    return level, rise
 
 
 def check_first_ratio(sums, n_tokens, dtype):

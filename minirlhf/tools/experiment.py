@@ -87,9 +87,9 @@ def hunks_of(patch):
         elif line.startswith("@@ "):
             hunks.append((int(re.match(r"@@ -(\d+)", line)[1]), [], []))
         elif hunks and line[:1] in " -+" and not line.startswith("--- a/"):
-            for lines, own in zip(hunks[-1][1:], (" -", " +")):
-                if line[:1] in own:                             # an empty line of context may have lost its blank
-                    lines.append(line[1:])
+            _, old, new = hunks[-1]
+            old += [line[1:]] * (line[:1] in " -")              # an empty line of context may have lost its blank
+            new += [line[1:]] * (line[:1] in " +")
     return files
 
 
@@ -120,8 +120,8 @@ class Job(NamedTuple):
     @property
     def folder(self):
         """Where its runs are."""
-        name = "_".join(str(part) for part in (self.row["patch"], self.row["iterations"]) if part)
-        return self.out / name / str(self.row["seed"])
+        name, seed, iterations = (self.row[key] for key in ("patch", "seed", "iterations"))
+        return self.out / (f"{name}_{iterations}" if iterations else name) / str(seed)
 
     def is_row(self, row):
         return self.row.items() <= row.items()
@@ -208,13 +208,12 @@ def read_results(file):
 
 def run_all(jobs, results, at_once):
     """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done."""
-    rows = read_results(results)
-    missing = [job for job in jobs if not any(job.is_row(row) for row in rows)]
+    missing = [job for job in jobs if not any(map(job.is_row, read_results(results)))]
     if at_once > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
     with ThreadPoolExecutor(at_once) as pool:
-        seeds = sorted({job.row["seed"] for job in missing})
-        list(pool.map(lambda seed: shared_models(seed, jobs[0].out, jobs[0].loud), seeds))
+        list(pool.map(lambda seed: shared_models(seed, jobs[0].out, jobs[0].loud),
+                      sorted({job.row["seed"] for job in missing})))
         for row in tqdm(pool.map(run_job, missing), "experiments", len(missing), disable=None):
             with open(results, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -252,7 +251,7 @@ def table(rows, patches):
         own = [row for row in rows if row["patch"] == name and "gold" in row]
         failed = next((row["failed"] for row in rows if row["patch"] == name and "failed" in row), "")
         cells = [summary([row[figure] for row in own], digits) for figure, digits in TABLE.items()]
-        cells = cells if own else [failed] + [""] * (len(TABLE) - 1)
+        cells[0] = cells[0] or failed
         lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} | "
                      f"{against_default(own, default) if name != 'default' else ''} |")
     return lines
@@ -287,9 +286,9 @@ def main(argv=None):
         bug = hidden_bug(int(args.names[0]))
         if args.command == "reveal":
             print(f"{bug.name}\n\n{bug.header}\n{bug.diff}")
-            signs = [row for row in read_results(PATCHES / "signs.jsonl") if "column" in row and row["patch"] == bug.name]
-            for sign in signs:
-                print("In the log: {column} is {bug} at iteration {iteration} where a good run has {good}".format(**sign))
+            for sign in read_results(PATCHES / "signs.jsonl"):
+                if sign["patch"] == bug.name and "column" in sign:
+                    print("In the log: {column} is {bug} at iteration {iteration}, {good} in a good run".format(**sign))
         else:
             args.iterations = args.iterations or 20
             compare([(f"mystery_{args.names[0]}", bug)], args)
