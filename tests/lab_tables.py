@@ -38,14 +38,26 @@ def link(line, folder=""):
     return re.sub(r"^\| ((?:algo|ablate|bug)_\w+) ", rf"| [\1]({folder}\1.patch) ", line)
 
 
-def results_table(kind, iterations):
-    return [link(line) for line in experiment.table(rows_with(iterations), ["default", *measured(kind, iterations)])]
-
-
 def by_seed(rows, name, figure="gold", digits=3):
     """The figure of each seed: with two seeds a mean would hide what an interval of Student's t cannot say."""
     own = sorted((row["seed"], row[figure]) for row in rows if row["patch"] == name and figure in row)
     return " / ".join(f"{value:.{digits}f}" for _, value in own)
+
+
+def algorithms_table():
+    """One row per algorithm: means over seeds (up to two seeds: each), and time and gold against the default's."""
+    rows, columns = rows_with(0), {name: digits for name, digits in experiment.TABLE.items() if name != "seconds"}
+    default = {row["seed"]: row for row in rows if row["patch"] == "default"}
+    heads = " | ".join(["", "seeds", *columns, "time", "gold minus default"]).replace("_", " ")
+    lines = [f"|{heads} |", "|" + "---|" * (len(columns) + 4)]
+    for name in ("default", *measured("algo_", 0)):
+        own = {row["seed"]: row for row in rows if row["patch"] == name}
+        cells = [experiment.summary([row[figure] for row in own.values()], digits) if len(own) > 2
+                 else by_seed(rows, name, figure, digits) for figure, digits in columns.items()]
+        gap = experiment.against_default(list(own.values()), default) if name != "default" else ""
+        time = own[1]["seconds"] / default[1]["seconds"]        # all of seed 1 ran one after another, with one thread
+        lines.append(link(f"| {name} | {len(own)} | {' | '.join(cells)} | {time:.2f} | {gap} |"))
+    return lines
 
 
 def ablations_table():
@@ -121,8 +133,7 @@ def draw(out):
 
 
 TABLES = {
-    README: {"algorithms": lambda: results_table("algo_", 0), "ablations": ablations_table,
-             "bugs": bugs_table},
+    README: {"algorithms": algorithms_table, "ablations": ablations_table, "bugs": bugs_table},
     DETAILS: {"effects": effects_table},
 }
 
