@@ -120,6 +120,19 @@ def test_the_command_asks_whom_and_how_often_its_flags_say(policy, tmp_path, cap
     assert "lazy" in capsys.readouterr().err
 
 
+def test_two_models_share_the_answers_to_a_prompt(policy, tmp_path, capsys):
+    torch.manual_seed(2)
+    other = tmp_path / "other"
+    save_pretrained(GPT2(GPT2Config(vocab_size=768, n_positions=128, n_embd=16, n_layer=1, n_head=2)), other)
+    save_tokenizer(load_tokenizer(TINY), other)
+    one, two, both = (annotate.sample(list(map(str, models)), ["A.", "B."], K, seed=1)
+                      for models, K in (([policy], 2), ([other], 2), ([policy, other], 4)))
+    assert both == [first + second for first, second in zip(one, two)] and one != two
+    with pytest.raises(SystemExit):
+        annotate.main(["--model", "a", "b", "--k", "3"])
+    assert "--k 3" in capsys.readouterr().err
+
+
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -128,7 +141,7 @@ def world(monkeypatch, tmp_path):
     called = []
 
     def run_script(folder, script, *words, **flags):
-        called.append((script, flags))
+        called.append((script, flags | {"words": words}))
         out = Path(flags.get("out", ""))
         out.mkdir(parents=True, exist_ok=True)
         if script.endswith("annotate.py"):
@@ -143,7 +156,8 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(labels, "run_script", run_script)
     monkeypatch.setattr(labels, "CONDITIONS", {
         "small": labels.Condition(20), "first": labels.Condition(10, ppo=True),
-        "second": labels.Condition(30, k=2, ppo=True, after="first")})
+        "second": labels.Condition(30, k=2, ppo=True, after="first"),
+        "mixed": labels.Condition(30, k=2, after="first", mixed=True)})
     return called
 
 
@@ -155,9 +169,9 @@ def run(tmp_path, *flags):
 def test_every_condition_gets_one_row_a_seed(world, tmp_path):
     rows = run(tmp_path, "--seeds", "1", "2")
     assert sorted((row["condition"], row["seed"]) for row in rows) == [
-        (name, seed) for name in ("first", "second", "small") for seed in (1, 2)]
+        (name, seed) for name in ("first", "mixed", "second", "small") for seed in (1, 2)]
     assert sorted(script for script, _ in world) == sorted(
-        2 * (["train_sft.py"] + ["data/tiny/annotate.py", "train_rm.py"] * 3 + ["train_ppo.py"] * 2))
+        2 * (["train_sft.py"] + ["data/tiny/annotate.py", "train_rm.py"] * 4 + ["train_ppo.py"] * 2))
     first = next(row for row in rows if row["condition"] == "first" and row["seed"] == 2)
     assert first["rm_accuracy_gold"] == 0.77 and first["gold"] == 0.9 and first["gold_fell"] == pytest.approx(0.3)
     assert first["agreement"] == round(annotate.agreement(ROWS[:10]), 4) and 0 < first["kappa_12"] < 1
@@ -167,10 +181,22 @@ def test_a_second_round_samples_from_ppo_and_keeps_the_first(world, tmp_path):
     run(tmp_path, "--seeds", "1", "--only", "second")
     sampled = [flags for script, flags in world if script.endswith("annotate.py")]
     trained = [flags for script, flags in world if script == "train_rm.py"]
-    assert [Path(flags["model"]).parts[-2:] for flags in sampled] == [("1", "sft"), ("first", "ppo")]
+    assert [writers(flags) for flags in sampled] == [[("1", "sft")], [("first", "ppo")]]
     assert [Path(flags["model"]).parts[-2:] for flags in trained] == [("1", "sft"), ("1", "sft")]
     assert Path(trained[1]["data"]).read_text().splitlines() == [json.dumps(row) for row in ROWS[:10] + ROWS[:30]]
     assert [flags["batch_size"] for flags in trained] == [32, 64] and trained[0]["epochs"] == 20
+
+
+def writers(flags):
+    """The models that annotate.py was told to sample from, the last two parts of their folders."""
+    words = flags["words"]
+    return [Path(word).parts[-2:] for word in words[words.index("--model") + 1:]]
+
+
+def test_a_mixed_round_samples_from_both(world, tmp_path):
+    run(tmp_path, "--seeds", "1", "--only", "mixed")
+    assert [writers(flags) for script, flags in world if script.endswith("annotate.py")] == [
+        [("1", "sft")], [("first", "ppo"), ("1", "sft")]]
 
 
 def test_what_has_a_row_is_skipped_and_what_was_made_is_used(world, tmp_path):

@@ -102,8 +102,14 @@ def agreement(rows: list[dict]) -> float:
     return sum(same) / len(same) if same else math.nan
 
 
-def sample(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
-    """K answers of the model to each prompt, each with whether the model ended it with EOS."""
+def sample(model_folders: list[str], prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
+    """K answers to each prompt, as many of each model, each with whether the model ended it with EOS."""
+    each = K // len(model_folders)
+    of_models = [sample_one(folder, prompts, each, seed) for folder in model_folders]
+    return [[answer for answers in of_prompt for answer in answers] for of_prompt in zip(*of_models)]
+
+
+def sample_one(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
     stop = stop_of("", tokenizer)
@@ -122,7 +128,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Lets simulated annotators rank sampled answers.")
     kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
     rules = ", ".join(f"{rule} ({what})" for rule, what in CONSENSUS.items())
-    parser.add_argument("--model", default="out/sft", help="the model to sample from, such as out/sft or out/ppo")
+    parser.add_argument("--model", nargs="+", default=["out/sft"],
+                        help="the model to sample from; several share the answers to a prompt [out/sft]")
     parser.add_argument("--n", type=int, default=4000, help="number of training prompts")
     parser.add_argument("--n_test", type=int, default=512, help="number of held-out prompts; 0 writes no such file")
     parser.add_argument("--k", type=int, default=4, help="answers per prompt")
@@ -134,7 +141,10 @@ def arguments(argv=None):
                         help=f"how several rankings become one: {rules} [%(default)s]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.k % len(args.model):
+        parser.error(f"--k {args.k}: {len(args.model)} models cannot share that many answers equally")
+    return args
 
 
 def main(argv=None):

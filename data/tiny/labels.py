@@ -51,6 +51,7 @@ class Condition(NamedTuple):
     panel: Panel = Panel()
     ppo: bool = False
     after: str = ""                     # a condition whose PPO model writes the answers; its comparisons are kept
+    mixed: bool = False                 # the SFT model writes half of the answers to each prompt then
 
 
 ONE, THREE = ("careful",), ("careful",) * 3
@@ -73,7 +74,8 @@ def conditions():
         for rule in CONSENSUS:
             found[f"third {kind}, {rule}"] = Condition(panel=Panel(("careful", "careful", kind), consensus=rule))
     found |= {"third left out": Condition(panel=Panel(("careful", "careful"))),
-              "two rounds": Condition(500, ppo=True, after="500 prompts")}
+              "two rounds": Condition(500, ppo=True, after="500 prompts"),
+              "two rounds, mixed": Condition(500, ppo=True, after="500 prompts", mixed=True)}
     return found
 
 
@@ -114,9 +116,11 @@ def build(name, seed, out):
         comparisons, rows = folder / "comparisons.jsonl", condition.prompts
         if not comparisons.exists():
             panel = condition.panel
-            run_script(folder, "data/tiny/annotate.py", "--annotators", *panel.annotators, noise=panel.noise,
-                       consensus=panel.consensus, model=first / "ppo" if first else sft, n=condition.prompts, n_test=0,
-                       k=condition.k, seed=seed, out=folder)
+            writers = [first / "ppo"] if first else []
+            writers += [sft] if condition.mixed or not first else []
+            run_script(folder, "data/tiny/annotate.py", "--annotators", *panel.annotators, "--model", *writers,
+                       noise=panel.noise, consensus=panel.consensus, n=condition.prompts, n_test=0, k=condition.k,
+                       seed=seed, out=folder)
         if first:
             rows += CONDITIONS[condition.after].prompts
             write_whole(folder / "both.jsonl", [(first / comparisons.name).read_bytes(), comparisons.read_bytes()])
@@ -188,7 +192,8 @@ def tables():
     third = {"careful": "1000 prompts", "left out": "third left out"} | {
         f"{kind}, {rule} of three": f"third {kind}, {rule}" for rule in CONSENSUS for kind in BAD}
     rounds = {"500 in one round": "500 prompts", "1,000 in one round": "1000 prompts",
-              "500, and 500 on PPO's answers": "two rounds"}
+              "500, and 500 on PPO's answers": "two rounds",
+              "500, and 500 on answers of PPO and SFT": "two rounds, mixed"}
     seen = {kind: (f"third {kind}, sum", "1000 prompts") for kind in BAD}
     return {
         "size": Table("prompts with four answers", sizes, (ACCURACY,), {"more than 1,000": ACCURACY[1]}),
@@ -196,8 +201,8 @@ def tables():
                      (GOLD, ("gold lost in training", "gold_fell"), ("score", "score"), ("KL", "kl")),
                      {"more gold than 1,000": "gold"}),
         "answers": Table("answers to a prompt", {
-            "2, to 2,000 prompts": ("2 answers", "1000 prompts"), "4, to 1,000 prompts": ("1000 prompts",) * 2,
-            "8, to 500 prompts": ("8 answers", "1000 prompts")}, (ACCURACY,), {"more than 4": ACCURACY[1]}),
+            "2, to 2,000 prompts": ("2 answers", "2 answers"), "4, to 1,000 prompts": ("1000 prompts", "2 answers"),
+            "8, to 500 prompts": ("8 answers", "2 answers")}, (ACCURACY,), {"more than 2": ACCURACY[1]}),
         "noise": Table("noise of one annotator", {
             label: (f"{level}, one", "default, one") for label, level in levels.items()}, (ACCURACY,),
             {"more than default": ACCURACY[1]}),
