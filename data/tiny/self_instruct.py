@@ -48,10 +48,10 @@ def write_rows(path, rows):
     return path
 
 
-def train(out, **flags):
+def train(out, *words, **flags):
     """One run of train_sft.py, unless it is there already."""
     if not (out / "report.json").exists():
-        train_sft.main([f"--{name}={value}" for name, value in {**flags, "heldout": "", "out": out}.items()])
+        train_sft.main([*words, *(f"--{name}={value}" for name, value in {**flags, "heldout": "", "out": out}.items())])
     return out
 
 
@@ -122,7 +122,7 @@ def one(out, n, seed, writer, rows):
         new, counts = generate(folder / "new", model, seeds_file, seed)
         result = {"counts": counts, "generated": quality(new)}
     data = write_rows(folder / "demonstrations.jsonl", originals + new)
-    model = train(folder / "sft", data=data, epochs=max(1, round(READ / (n + len(new)))), seed=seed)
+    model = train(folder / "sft", "--drop_long", data=data, epochs=max(1, round(READ / (n + len(new)))), seed=seed)
     result["sft"] = assess(model)
     write_json(folder / "result.json", result)
     return result
