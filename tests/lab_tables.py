@@ -76,10 +76,12 @@ def verdict(gap):
     """What an interval allows to say."""
     if "[" not in gap:
         return "one seed"
-    low, high = map(float, re.search(r"\[(\S+), (\S+)\]", gap).groups())
-    if low <= 0 <= high:
+    low, high, p = map(float, re.search(r"\[(\S+), (\S+)\], p [<]?\s*(\S+)", gap).groups())
+    if low == high == 0:
+        return "never acted here"
+    if p >= 0.05:
         return "no effect seen" if max(-low, high) < 0.1 else "cannot tell: the interval is too wide"
-    return "**lower gold**" if high < 0 else "**higher gold**"
+    return "**lower gold**" if low + high < 0 else "**higher gold**"
 
 
 def bugs_table():

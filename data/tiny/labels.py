@@ -36,7 +36,7 @@ from minirlhf.tools.experiment import read_results, summary
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 
 ROWS, GUIDE = HERE / "labels.jsonl", ROOT / "data/README.md"
-VISITS = 4000           # prompts that a reward model reads in all, within 4 to 20 passes
+VISITS = 16000          # answers that a reward model reads in all, within 4 to 20 passes
 ANSWERS = 128           # answers in a batch of the reward model, whatever K is
 WINDOW = 8              # iterations of PPO that are averaged
 LOCKS = defaultdict(threading.Lock)
@@ -126,7 +126,7 @@ def build(name, seed, out):
             write_whole(folder / "both.jsonl", [(first / comparisons.name).read_bytes(), comparisons.read_bytes()])
             comparisons = folder / "both.jsonl"
         reward = train(folder, "rm", "train_rm.py", model=sft, data=comparisons, seed=seed,
-                       heldout=HERE / "comparisons_test.jsonl", epochs=min(20, max(4, VISITS // rows)),
+                       heldout=HERE / "comparisons_test.jsonl", epochs=min(20, max(4, VISITS // (rows * condition.k))),
                        batch_size=ANSWERS // condition.k)
         if condition.ppo:
             train(folder, "ppo", "train_ppo.py", model=sft, reward=reward, seed=seed,
@@ -188,6 +188,7 @@ class Table(NamedTuple):
 
 def tables():
     sizes = {f"{n:,}": (f"{n} prompts", "1000 prompts") for n in SIZES}
+    doublings = {f"{n:,}": (f"{n} prompts", f"{before} prompts") for before, n in zip((SIZES[0], *SIZES), SIZES)}
     levels = {f"{level}, {noise}": level for level, noise in NOISES.items()} | {"coin-flip": "coin"}
     third = {"careful": "1000 prompts", "left out": "third left out"} | {
         f"{kind}, {rule} of three": f"third {kind}, {rule}" for rule in CONSENSUS for kind in BAD}
@@ -196,7 +197,7 @@ def tables():
               "500, and 500 on answers of PPO and SFT": "two rounds, mixed"}
     seen = {kind: (f"third {kind}, sum", "1000 prompts") for kind in BAD}
     return {
-        "size": Table("prompts with four answers", sizes, (ACCURACY,), {"more than 1,000": ACCURACY[1]}),
+        "size": Table("prompts with four answers", doublings, (ACCURACY,), {"more than the row above": ACCURACY[1]}),
         "ppo": Table("prompts with four answers", {label: sizes[label] for label in (f"{n:,}" for n in WITH_PPO)},
                      (GOLD, ("gold lost in training", "gold_fell"), ("score", "score"), ("KL", "kl")),
                      {"more gold than 1,000": "gold"}),
@@ -215,7 +216,7 @@ def tables():
             ("kappa of 1 and 2", "kappa_12"), ("of 1 and 3", "kappa_13"), ("of 2 and 3", "kappa_23"),
             ("1 prefers the longer", "longer_1"), ("3 does", "longer_3")), {}),
         "rounds": Table("prompts", {label: (name, "1000 prompts") for label, name in rounds.items()},
-                        (ACCURACY, GOLD, ("gold lost in training", "gold_fell"), ("KL", "kl")),
+                        (ACCURACY, GOLD, ("gold lost in training", "gold_fell"), ("score", "score"), ("KL", "kl")),
                         {"more gold than 1,000 in one round": "gold"}),
     }
 
