@@ -25,6 +25,7 @@ from minirlhf.files.tensors import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, respond
 from minirlhf.running.compute import generator
+from minirlhf.running.errors import run_main
 from minirlhf.weights import from_pretrained
 
 MAX_RESPONSE = 48   # tokens; a story has at most 34
@@ -149,7 +150,6 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     panel = Panel(tuple(args.annotators), args.noise, args.consensus)
     splits = (("prompts.jsonl", "comparisons.jsonl", args.n, args.seed),
               ("prompts_test.jsonl", "comparisons_test.jsonl", args.n_test, args.seed + 1))
@@ -163,9 +163,10 @@ def main(argv=None):
             responses, finished = map(list, zip(*answers))
             rows.append(annotate(prompt, responses, rng, finished, panel))
         lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        args.out.mkdir(parents=True, exist_ok=True)
         write_whole(args.out / target, (line.encode() for line in lines))
         print(f"{args.out / target}: {len(rows)} rows, annotators agree on {agreement(rows):.3f} of the pairs")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,6 +29,7 @@ from minirlhf.data import read_demonstrations, read_prompts
 from minirlhf.files.tensors import read_json, write_json
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.running.errors import run_main
 from minirlhf.tools import self_instruct
 from minirlhf.tools.evaluate.measure import Sampling, answer
 from minirlhf.tools.self_instruct import HEADER, SHOWN, Task, encode_list
@@ -177,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
