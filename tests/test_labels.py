@@ -250,6 +250,13 @@ def test_the_guide_has_the_tables_that_the_rows_give(capsys):
         assert f"{name}\n\n{table}\n" in printed
 
 
+def test_the_curve_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(labels, "CURVE", tmp_path / "curve.png")
+    labels.main(["draw"])
+    assert labels.CURVE.read_bytes().startswith(b"\x89PNG")
+
+
 def test_writing_fills_the_tables_and_leaves_the_rest(tmp_path, monkeypatch):
     guide = "one\n" + "".join(f"<!-- table {name} -->\nold\n<!-- end -->\ntwo\n" for name in labels.tables())
     monkeypatch.setattr(labels, "GUIDE", tmp_path / "README.md")

@@ -3,6 +3,7 @@
     python data/tiny/labels.py run [--seeds 1 2 3] [--jobs 2]      trains what labels.jsonl has no row for yet
     python data/tiny/labels.py table                               prints the tables of data/README.md
     python data/tiny/labels.py write                               puts them into data/README.md
+    python data/tiny/labels.py draw                                the curve of data/README.md (needs matplotlib)
 
 Each seed has its own SFT model. For each condition annotate.py samples answers of that model and lets its annotators
 rank them, and train_rm.py learns from the rankings. For some conditions PPO follows. A row of labels.jsonl holds what
@@ -35,7 +36,7 @@ from minirlhf.tools.evaluate.stats import rate, t_limit
 from minirlhf.tools.experiment import read_results, summary
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 
-ROWS, GUIDE = HERE / "labels.jsonl", ROOT / "data/README.md"
+ROWS, GUIDE, CURVE = HERE / "labels.jsonl", ROOT / "data/README.md", ROOT / "data/labels.png"
 VISITS = 16000          # answers that a reward model reads in all, within 4 to 20 passes
 ANSWERS = 128           # answers in a batch of the reward model, whatever K is
 WINDOW = 8              # iterations of PPO that are averaged
@@ -269,11 +270,28 @@ def filled(text, rows):
                   lambda mark: f"{mark[1]}{markdown(every[mark[2]], rows)}\n{mark[3]}", text, flags=re.DOTALL)
 
 
+def draw(rows, out):
+    """What the number of comparisons is worth, on a logarithmic scale: a point per seed, a line through the means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axis, (label, metric) in zip(figure.subplots(1, 2), (ACCURACY, GOLD)):
+        found = {n: list(values_of(rows, f"{n} prompts", metric).values()) for n in SIZES}
+        found = {n: values for n, values in found.items() if values}
+        axis.plot(list(found), [statistics.fmean(values) for values in found.values()], color="C0")
+        axis.scatter([n for n in found for _ in found[n]], [value for n in found for value in found[n]], s=20)
+        axis.set(xscale="log", xlabel="prompts with four answers", ylabel=label, ylim=(0.5, 1))
+        axis.set_xticks(SIZES, [f"{n:,}" for n in SIZES], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=100)
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=("run", "table", "write"))
+    parser.add_argument("command", choices=("run", "table", "write", "draw"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="the measured rows [data/tiny/labels.jsonl]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of run [1 2 3]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each [%(default)s]")
@@ -283,6 +301,8 @@ def main(argv=None):
     if args.command == "run":
         return run(args)
     rows = read_results(args.rows)
+    if args.command == "draw":
+        return draw(rows, CURVE)
     if args.command == "write":
         return write_whole(GUIDE, [filled(GUIDE.read_text(encoding="utf-8"), rows).encode()])
     for name, table in tables().items():
