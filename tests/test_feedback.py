@@ -869,7 +869,9 @@ def test_ctrl_c_ends_judge_with_the_win_rate_and_stats_says_the_same(tmp_path, p
     command = [sys.executable, "-m", "minirlhf.tools.feedback", "judge", "--max_response", "8", "--no_browser",
                "--port", "0", "--n", "20", "--a", str(policy_folder), "--b", str(other),
                "--out", str(tmp_path / "judged.jsonl")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # a shell that starts the tests in the background makes them ignore Ctrl-C, and that would be inherited
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     found = next(filter(None, (re.search(r":(\d+)/\?token=(\S+)", line) for line in process.stdout)))
     address, sides = Address(int(found[1]), found[2]), []
     for n in range(20):
