@@ -111,6 +111,7 @@ def sample(model_folders: list[str], prompts: list[str], K: int, seed: int) -> l
 
 
 def sample_one(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
+    """K answers of one model to each prompt."""
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
     stop = stop_of("", tokenizer)
