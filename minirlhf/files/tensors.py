@@ -9,19 +9,17 @@ A file may come from anyone. So every offset and size is checked against the len
 nothing in a file is ever executed. A file with anything wrong in it is refused as a whole.
 """
 
-import contextlib
 import itertools
 import json
 import math
 import mmap
-import os
 import pickle
-import statistics
 import zipfile
 
 import torch
 
-from minirlhf.running.errors import UserError, require, shown
+from minirlhf.files.errors import UserError, require, shown
+from minirlhf.files.json_files import json_object, read_json, write_whole
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}       # the types that weights can have
 # Bytes of one number. Files can also hold types that are not weights.
@@ -30,40 +28,6 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 IMPLEMENTED = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
                "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False}
 TOO_LARGE = 2 ** 29         # with sizes below this no matrix of a model has 2 ** 63 bytes, which PyTorch cannot count
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-def strict_json(data):
-    """Bytes -> their value as UTF-8 JSON. ValueError says what is wrong, also for a key that occurs twice, of which
-    json.loads would silently use the last one."""
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_key_twice)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def no_key_twice(pairs):
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError(f'"{statistics.mode(name for name, _ in pairs)}" is there twice')
-    return values
-
-
-def json_object(data, where, kind="line"):
-    """Bytes that hold one JSON object -> dict. where, kind: what an error names, the file or line and what it is."""
-    try:
-        value = strict_json(data)
-    except ValueError as error:
-        raise UserError(f"{where}: not a {kind} of JSON in UTF-8 ({error})") from None
-    require(isinstance(value, dict),
-            f"{where}: a {kind} must be an object like {{\"name\": ...}}, not {data[:40]!r}")
-    return value
-
-
-def read_json(file):
-    """A file with one JSON object in it -> dict."""
-    return json_object(file.read_bytes(), file, "file")
 
 
 # ---- reading tensors -------------------------------------------------------------------------------------------------
@@ -238,36 +202,3 @@ def write_safetensors(file, tensors):
     header += b" " * (-len(header) % 8)                         # so that the numbers begin at a multiple of 8
     body = (t.detach().cpu().contiguous().view(torch.uint8).numpy() for t in tensors.values())
     write_whole(file, itertools.chain([len(header).to_bytes(8, "little"), header], body))
-
-
-def write_json(file, values):
-    write_whole(file, [(json.dumps(values, indent=2) + "\n").encode()])
-
-
-def write_whole(file, parts):
-    """Writes pieces of bytes to a file, completely or not at all."""
-    with whole_file(file) as f:
-        f.writelines(parts)
-
-
-@contextlib.contextmanager
-def whole_file(file, previous=None):
-    """A file to write bytes to, which takes its name only when all of it is on the disk. If the program crashes or the
-    disk is full, the old file stays as it was. With `previous` the old file is kept under that name.
-    """
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if previous and file.exists():
-            os.replace(file, previous)
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # torch.save hides a full disk behind a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be written: {reason}. What was there before is unchanged") from None

@@ -6,7 +6,6 @@ nobody can insert an EOS, encoding.eot_token, through a prompt.
 
 import base64
 import codecs
-import json
 import os
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from minirlhf.files.download import OFFICIAL, cache_folder, download, model_folder, sha256_of
-from minirlhf.files.tensors import read_json, write_json, write_whole
-from minirlhf.running.errors import UserError, require
+from minirlhf.files.json_files import read_json, write_json, write_whole
+from minirlhf.files.errors import UserError, require
 
 # How GPT-2 splits text into pieces before it merges bytes: the expression of openai/gpt-2 encoder.py in a faster form,
 # which is tiktoken's r50k_pat_str.
