@@ -125,9 +125,9 @@ def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer,
     prompts, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
     rng = generator(cfg.seed, SAMPLE, iteration)
     uniforms = shard(torch.rand(cfg.batch_size, cfg.max_response, generator=rng)).to(device)
+    sampler = sampling_copy(policy) if cfg.dtype == "bfloat16" else policy
     responses, response_mask, finished = generate(
-        sampling_copy(policy, cfg.dtype), prompts, prompt_mask, uniforms,
-        parse_stop(cfg.stop, tokenizer), cfg.temperature)
+        sampler, prompts, prompt_mask, uniforms, parse_stop(cfg.stop, tokenizer), cfg.temperature)
     prompt_texts = [example.row.prompt for example in shard(batch)]
     texts = [decode(tokenizer, response[mask].tolist())
              for response, mask in zip(responses.cpu(), response_mask.cpu())]
@@ -183,10 +183,9 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
     for epoch in range(cfg.epochs):
         order = torch.randperm(
             len(rollout.ids), generator=generator(cfg.seed, MINIBATCH, iteration, epoch))
-        for rows in order.tensor_split(cfg.minibatches):
+        for number, rows in enumerate(order.tensor_split(cfg.minibatches)):
             n_tokens = all_sum(rollout.response_mask[rows].sum())       # of all processes
             rows = rows[lengths[rows].argsort(stable=True)]             # few pads in each part
-            first = len(sums) == 0
 
             for part in micro_batches(rows, cfg.micro_batch):
                 R = int(lengths[part].max())
@@ -201,7 +200,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
                 stats = ppo.policy_stats(new_logprobs.detach(), logprobs, cfg.clip)
                 for name, x in (stats | {"loss/policy": losses.detach()}).items():
                     sums[name] += ppo.masked_sum(x, mask)
-            if first:
+            if epoch == number == 0:
                 health.check_first_ratio(sums, rollout.response_mask[rows].sum(), cfg.dtype)
             sum_gradients(policy)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
@@ -211,8 +210,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
             for part in micro_batches(rows, cfg.micro_batch):
                 R = int(lengths[part].max())
                 ids, mask = rollout.ids[part, :P + R], rollout.response_mask[part, :R]
-                new_values = value_model(ids, rollout.attention_mask[part, :P + R])
-                new_values = at_response(new_values, P)                 # (part, R)
+                new_values = at_response(value_model(ids, rollout.attention_mask[part, :P + R]), P)
                 values, returns = rollout.values[part, :R], rollout.returns[part, :R]
                 losses = ppo.value_losses(new_values, values, returns, cfg.clip)
                 (ppo.masked_sum(losses, mask) / n_tokens).backward()

@@ -67,8 +67,7 @@ def visible_positions(attention_mask, T):
     """
     S = attention_mask.shape[1]
     causal = torch.ones(T, S, dtype=torch.bool, device=attention_mask.device).tril(S - T)
-    itself = causal.triu(S - T)                                 # the diagonal
-    return causal & (attention_mask[:, None, None, :] | itself)
+    return causal & (attention_mask[:, None, None, :] | causal.triu(S - T))     # triu: itself
 
 
 def attention(q, k, v, visible):

@@ -20,6 +20,12 @@ WINDOW = 5          # iterations that a trend compares with as many before them
 def rollout_metrics(rollout, beta, gold_scores):
     """What the log says about a rollout. Units and healthy ranges: minirlhf/DETAILS.md."""
     mask, all_rows = rollout.response_mask, torch.ones_like(rollout.finished)
+    responses, returns = rollout.ids[:, rollout.P:], rollout.returns
+    # Different pairs of neighbouring tokens / all pairs: low if all responses are alike.
+    pairs = torch.stack([responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]            # (N, 2)
+    # 1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
+    unexplained = ppo.masked_variance(returns - rollout.values, mask)
+    variance = ppo.masked_variance(returns, mask)
     kl = ppo.sequence_mean(rollout.logprobs - rollout.ref_logprobs, mask)
     kl_k3 = ppo.kl_k3(rollout.logprobs, rollout.ref_logprobs)                   # (B, R)
     score = ppo.masked_mean(rollout.scores, all_rows)
@@ -33,8 +39,8 @@ def rollout_metrics(rollout, beta, gold_scores):
         "rollout/length": ppo.sequence_mean(torch.ones_like(rollout.logprobs), mask),
         "rollout/eos_rate": ppo.masked_mean(rollout.finished.float(), all_rows),
         "rollout/score_std": ppo.masked_variance(rollout.scores, all_rows).sqrt(),
-        "rollout/distinct_2": ppo.distinct_2(rollout.ids[:, rollout.P:], mask),
-        "value/explained_variance": ppo.explained_variance(rollout.values, rollout.returns, mask),
+        "rollout/distinct_2": len(torch.unique(pairs, dim=0)) / max(len(pairs), 1),
+        "value/explained_variance": 1 - unexplained / variance if variance > 1e-8 else 0,
     }
     if gold_scores is not None:
         metrics["objective/gold"] = ppo.masked_mean(gold_scores.to(mask.device), all_rows)

@@ -55,12 +55,6 @@ def whiten(x, mask):
 
 # ---- 3. Log-probabilities ------------------------------------------------------------------------
 
-def log_softmax(logits, temperature):
-    """Log-probabilities over the vocabulary, in float32 or better whatever the logits are in."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits / temperature, dim=-1)
-
-
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability of each token: logits (..., V), tokens (...) int64 -> (...), in nats.
 
@@ -68,12 +62,13 @@ def token_logprobs(logits, tokens, temperature=1.0):
     temperature must be the sampling temperature: PPO's ratio compares the distribution that acted,
     not the one at temperature 1.
     """
-    return log_softmax(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def token_entropy(logits, temperature=1.0):
     """Entropy of the next-token distribution: (..., V) -> (...), in nats."""
-    logprobs = log_softmax(logits, temperature)
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
@@ -144,12 +139,6 @@ def value_losses(new_values, values, returns, clip):
 
 # ---- 8. Log, and adjust beta ---------------------------------------------------------------------
 
-def distinct_2(ids, mask):
-    """Different pairs of neighbouring tokens / all pairs: low if all are alike. Both (B, R)."""
-    pairs = torch.stack([ids[:, :-1], ids[:, 1:]], dim=-1)[mask[:, 1:]]                 # (N, 2)
-    return len(torch.unique(pairs, dim=0)) / max(len(pairs), 1)
-
-
 def policy_stats(new_logprobs, logprobs, clip):
     """What to log about each token of an update, all (B, R).
 
@@ -161,15 +150,6 @@ def policy_stats(new_logprobs, logprobs, clip):
     return {"policy/approxkl": 0.5 * log_ratio ** 2,
             "policy/clipfrac": ((ratio - 1).abs() > clip).float(),
             "policy/ratio": ratio}
-
-
-def explained_variance(values, returns, mask):
-    """1 - Var(return - V) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
-
-    Constant returns leave nothing to explain: 0.
-    """
-    total = masked_variance(returns, mask)
-    return torch.where(total > 1e-8, 1 - masked_variance(returns - values, mask) / total, 0)
 
 
 def adaptive_beta(beta, kl, target, n, horizon=10_000):

@@ -7,7 +7,6 @@ The reward model is read at the last token, the value model at every token.
 
 import math
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -36,15 +35,14 @@ class ScalarHeadModel(nn.Module):
 
     def normalised_scores(self, ids, attention_mask):
         """The normalised score of each sequence, (B,): the scalar at its last real token."""
-        scores = at_last_token(self(ids, attention_mask), attention_mask)           # (B,)
-        return (scores - self.reward_mean) / self.reward_std
+        raw_scores = at_last_token(self(ids, attention_mask), attention_mask)
+        return (raw_scores - self.reward_mean) / self.reward_std
 
 
 def at_last_token(x, attention_mask):
     """x (B, T) at the last real token of each row -> (B,), wherever the pads are."""
     pads_after = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)          # (B, 1)
-    last = attention_mask.shape[1] - 1 - pads_after
-    return x.gather(1, last).squeeze(1)
+    return x.gather(1, x.shape[1] - 1 - pads_after).squeeze(1)
 
 
 # ---- losses on comparisons -----------------------------------------------------------------------
@@ -64,27 +62,14 @@ def pair_loss(scores, ranks):
     return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))).mean()
 
 
-def choice_losses(scores, ranks):
-    """-log probability that each answer is chosen over all worse ones: (N, K), 0 if none is."""
-    better = preferred(ranks)
-    itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
-    rivals = scores[:, None, :].masked_fill(~(better | itself), -math.inf)         # (N, K, K)
-    return (rivals.logsumexp(dim=2) - scores).masked_fill(~better.any(dim=2), 0)
-
-
 def best_loss(scores, ranks):
-    """Softmax cross-entropy of the best answer, or the mean of several (Ziegler 2019)."""
-    best = ranks == 1
-    losses = choice_losses(scores, ranks).masked_fill(~best, 0)
-    return (losses.sum(dim=1) / best.sum(dim=1)).mean()
+    """-log of the softmax probability of the best answer, or of the best ones (Ziegler 2019)."""
+    everything = scores.masked_fill(ranks == 0, -math.inf).logsumexp(dim=1)        # (N,)
+    best = scores.masked_fill(ranks != 1, -math.inf).logsumexp(dim=1)
+    return (everything - best).mean()
 
 
-def plackett_luce_loss(scores, ranks):
-    """-log likelihood of the ranking: choose the best, then the best of the rest, and so on."""
-    return choice_losses(scores, ranks).sum(dim=1).mean()
-
-
-LOSSES = {"pairs": pair_loss, "best": best_loss, "plackett_luce": plackett_luce_loss}
+LOSSES = {"pairs": pair_loss, "best": best_loss}
 
 
 # ---- accuracy ------------------------------------------------------------------------------------

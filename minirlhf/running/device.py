@@ -62,11 +62,8 @@ def set_precision(device, dtype):
                 "bfloat16. Use --dtype float32")
 
 
-def sampling_copy(model, dtype):
-    """What to sample from: in bfloat16 a copy whose matrices are converted once, where autocast would convert them for
-    every token. In float32 the model itself."""
-    if dtype != "bfloat16":
-        return model
+def sampling_copy(model):
+    """A copy to sample from in bfloat16. Autocast would convert every matrix again for every token; these are it."""
     copied = copy.deepcopy(model)
     for module in copied.h.modules():
         if isinstance(module, torch.nn.Linear):
