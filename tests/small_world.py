@@ -8,12 +8,12 @@ import torch
 
 import train_ppo
 from minirlhf import generate as sampling
+from minirlhf import health
 from minirlhf.data import Row, encode_rows
-from minirlhf.reward_functions import FunctionReward
+from minirlhf.files.tokenizer import encoding_from_ranks, save_tokenizer
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running import health
-from minirlhf.files.tokenizer import encoding_from_ranks, save_tokenizer
+from minirlhf.reward_functions import FunctionReward
 from minirlhf.weights import save_pretrained
 
 LETTERS = "abcdefghij"
@@ -133,24 +133,30 @@ def config(**changes):
 class Networks:
     """The four networks in memory, none of them at a special point, and a rollout of theirs."""
 
-    def __init__(self, cfg, B=12, reward=None):
-        cfg = dataclasses.replace(cfg, batch_size=B)
-        self.cfg, self.policy, self.reference = cfg, letters_gpt2(0), letters_gpt2(0).requires_grad_(False)
+    def __init__(self, cfg, B=12, reward_model=None):
+        self.cfg = dataclasses.replace(cfg, batch_size=B)
+        self.policy, self.reference = letters_gpt2(0), letters_gpt2(0).requires_grad_(False)
         with torch.no_grad():
             for p in self.policy.parameters():                  # a KL that is not 0
                 p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        self.value = ScalarHeadModel(letters_gpt2(2))
-        self.reward = reward or ScalarHeadModel(letters_gpt2(1)).requires_grad_(False)
-        self.rollout = roll_out(self, examples(B), cfg)
+        self.value_model = ScalarHeadModel(letters_gpt2(2))
+        self.reward_model = reward_model or ScalarHeadModel(letters_gpt2(1)).requires_grad_(False)
+        self.rollout = self.make_rollout()
 
-    def update(self, lr=0.1):
+    def make_rollout(self, beta=None, iteration=0):
+        """Steps 1 to 6 on as many prompts as the batch has."""
+        beta = self.cfg.beta if beta is None else beta
+        return train_ppo.make_rollout(examples(self.cfg.batch_size), self.policy, self.reference, self.reward_model,
+                                      self.value_model, TOKENIZER, self.cfg, beta, iteration)
+
+    def update(self, lr=0.1, iteration=0):
         """One call of update() with plain gradient descent; returns its metrics."""
-        cfg = dataclasses.replace(self.cfg, lr=lr, value_lr=lr)
-        optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (self.policy, self.value)]
-        return train_ppo.update(self.rollout, self.policy, self.value, *optimizers, cfg, 0)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (self.policy, self.value_model)]
+        return train_ppo.update(self.rollout, self.policy, self.value_model, *optimizers, self.cfg, iteration)
 
     def weights(self):
-        return torch.cat([p.detach().flatten() for model in (self.policy, self.value) for p in model.parameters()])
+        models = self.policy, self.value_model
+        return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
 def skip_first_ratio_check(patch):
@@ -159,20 +165,15 @@ def skip_first_ratio_check(patch):
 
 
 def move_away(rollout, distance=0.3):
-    """Random changes of a rollout's log-probabilities and values, so that some ratios and values are clipped."""
-    for seed, name in enumerate(("logprobs", "values")):
-        x = getattr(rollout, name)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-        setattr(rollout, name, x + distance * noise)
+    """The rollout with other log-probabilities and values, so that some ratios and values are clipped."""
+    rng = torch.Generator().manual_seed(0)
+    noise = distance * torch.randn(2, *rollout.logprobs.shape, generator=rng)
+    return rollout._replace(logprobs=rollout.logprobs + noise[0], values=rollout.values + noise[1])
 
 
-def roll_out(networks, batch, cfg, iteration=0, beta=None):
-    """Steps 1 to 6: a rollout with all its fields."""
-    n, rollout = networks, train_ppo.roll_out(networks.policy, batch, TOKENIZER, (EOS, 0), cfg, iteration, CPU)
-    beta = cfg.beta if beta is None else beta
-    train_ppo.make_experience(rollout, n.policy, n.reference, n.reward, cfg, beta)
-    train_ppo.estimate_advantages(rollout, n.value, cfg)
-    return rollout
+def rows_of(ids, mask):
+    """Each row as a tuple of its tokens, without pads."""
+    return [tuple(row[own].tolist()) for row, own in zip(ids, mask)]
 
 
 def examples(B):
