@@ -1,12 +1,13 @@
 """Proof that a test would notice: the code under test with a defect put in, on which the same check must fail.
 
-    check(real)                                             # passes
-    with pytest.raises(AssertionError):
-        check(mutant(real, "mask.sum()", "mask.numel()"))   # is caught
+    check()                                                                     # passes
+    assert_noticed((ppo, "masked_mean", "mask.sum()", "mask.numel()"), check)   # is caught
 """
 
 import inspect
 import textwrap
+
+import pytest
 
 
 def mutant(function, *changes):
@@ -24,3 +25,11 @@ def mutant(function, *changes):
     names = {}
     exec(source, function.__globals__, names)
     return names[function.__name__]
+
+
+def assert_noticed(defect, check, *args, errors=AssertionError):
+    """The check fails while a function has a defect: (its module or class, its name, old, new, ...)."""
+    owner, name, *changes = defect
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors):
+        patch.setattr(owner, name, mutant(getattr(owner, name), *changes))
+        check(*args)

@@ -171,6 +171,17 @@ def move_away(rollout, distance=0.3):
     return rollout._replace(logprobs=rollout.logprobs + noise[0], values=rollout.values + noise[1])
 
 
+def recorded(patch, module, name):
+    """A list that fills with the arguments and the result of every call of a module's function."""
+    calls, function = [], getattr(module, name)
+
+    def watched(*args):
+        calls.append((args, function(*args)))
+        return calls[-1][1]
+    patch.setattr(module, name, watched)
+    return calls
+
+
 def rows_of(ids, mask):
     """Each row as a tuple of its tokens, without pads."""
     return [tuple(row[own].tolist()) for row, own in zip(ids, mask)]
