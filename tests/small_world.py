@@ -136,6 +136,7 @@ class Networks:
     def __init__(self, cfg, B=12, reward_model=None):
         self.cfg = dataclasses.replace(cfg, batch_size=B)
         self.policy, self.reference = letters_gpt2(0), letters_gpt2(0).requires_grad_(False)
+        self.policy.dtype = self.reference.dtype = cfg.dtype
         with torch.no_grad():
             for p in self.policy.parameters():                  # a KL that is not 0
                 p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
