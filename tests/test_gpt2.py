@@ -74,7 +74,7 @@ def test_what_is_under_a_pad_does_not_matter():
     assert torch.equal(model(ids, mask)[mask], model(ids.masked_fill(~mask, 99), mask)[mask])
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [11, 1], [12]])
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [12]])
 def test_the_cache_changes_nothing(pieces):
     model = small_model()
     ids, mask = padded([random_ids(1, 12)[0].tolist(), random_ids(1, 4)[0].tolist()], left=True)

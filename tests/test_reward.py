@@ -1,6 +1,5 @@
 """The reward model's head and its losses: equal where theory says so, and right about strengths that are known."""
 
-import itertools
 import math
 
 import pytest
@@ -8,15 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import train_rm
-from minirlhf import reward
 from minirlhf.files.errors import UserError
 from minirlhf.data import Example, Row, read_comparisons
-from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
-from mutation import mutant
+from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pairs_right
 from small_world import tiny_gpt2, write_jsonl
 from test_ppo import check_gradient, randn
 
-NAMES = ("pairs", "best", "plackett_luce")      # a loss that somebody adds need not be one of rankings
+NAMES = ("pairs", "best")           # a loss that somebody adds need not be one of rankings
 
 
 def tensor(*rows):
@@ -31,7 +28,7 @@ def pair(a, b):
 # ---- equal where theory says so --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (7, 1)])
+@pytest.mark.parametrize("ranks", [(1, 2), (7, 1)])
 def test_with_two_answers_all_losses_are_the_pair_loss(name, ranks):
     a, b = randn(2).tolist()
     better, worse = (a, b) if ranks[0] < ranks[1] else (b, a)
@@ -51,32 +48,18 @@ def check_pairs(pair_loss):
 
 
 def check_best(best_loss):
-    """Against cross_entropy: the best of K, whatever is said of the others; and the mean over several best ones."""
+    """Against cross_entropy: the best of K, whatever is said of the others. Of several best ones, any of them will do."""
     rewards, best = randn(8, 4), torch.arange(8) % 4
     expected = F.cross_entropy(rewards, best)
     only = torch.where(F.one_hot(best, 4) == 1, 1, 2)
     ranked = torch.stack([torch.tensor([1 if k == b else 2 + (k + b) % 3 for k in range(4)]) for b in best])
     for ranks in (only, ranked):
         torch.testing.assert_close(best_loss(rewards, ranks), expected)
-    a, b, c = randn(3).tolist()
-    assert math.isclose(best_loss(randn(1, 3), tensor((1, 1, 2))), (pair(a, c) + pair(b, c)) / 2, rel_tol=1e-9)
+    a, b, c = randn(3).exp().tolist()
+    assert math.isclose(best_loss(randn(1, 3), tensor((1, 1, 2))), -math.log((a + b) / (a + b + c)), rel_tol=1e-9)
 
 
-def check_plackett_luce(plackett_luce_loss):
-    """Against choosing without replacement, step by step; the chances of all 24 rankings sum to 1."""
-    rewards, total = randn(4), 0.0
-    for order in itertools.permutations(range(4)):              # best first
-        chance, left = 1.0, list(order)
-        while left:
-            weights = [math.exp(rewards[i]) for i in left]
-            chance, left = chance * weights[0] / sum(weights), left[1:]
-        ranks = torch.tensor([[1 + order.index(i) for i in range(4)]])
-        assert math.isclose(math.exp(-plackett_luce_loss(rewards[None], ranks)), chance, rel_tol=1e-9)
-        total += chance
-    assert math.isclose(total, 1)
-
-
-CHECKS = {"pairs": check_pairs, "best": check_best, "plackett_luce": check_plackett_luce}
+CHECKS = {"pairs": check_pairs, "best": check_best}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,31 +72,6 @@ def test_absolute_values_of_the_losses(name):
     """The better answer one unit ahead: -log sigmoid(1) = 0.31326. Equal rewards: log 2. One unit behind: 1.31326."""
     for rewards, loss in (([1.0, 0], 0.31326), ([3.0, 3], 0.69315), ([0.0, 1], 1.31326)):
         assert math.isclose(LOSSES[name](tensor(rewards), tensor((1, 2))), loss, abs_tol=1e-5)
-
-
-@pytest.mark.parametrize("name, old, new", [
-    ("pairs", "/ better.sum(dim=(1, 2))).mean()", "/ better.sum(dim=(1, 2)) ** 2).mean()"),    # trap 18: twice
-    ("pairs", "/ better.sum(dim=(1, 2))).mean()", ").sum() / better.sum()"),                   # mean over all pairs
-    ("pairs", "F.logsigmoid", "torch.sigmoid"),
-    ("best", "best = ranks == 1", "best = ranks == ranks.max()"),
-    ("best", "/ best.sum(dim=1)", "/ 2"),
-    ("plackett_luce", ".sum(dim=1).mean()", ".mean()"),
-])
-def test_other_losses_are_noticed(name, old, new):
-    changed = mutant(LOSSES[name], old, new)
-    with pytest.raises(AssertionError):
-        CHECKS[name](changed)
-
-
-@pytest.mark.parametrize("name, old, new", [
-    ("plackett_luce", "better | itself", "better.any() | itself"),                              # rivals that are better
-    ("plackett_luce", "better | itself", "better"),                                             # not itself among them
-    ("best", "better | itself", "better"),
-])
-def test_a_choice_among_too_many_or_too_few_is_noticed(name, old, new, monkeypatch):
-    monkeypatch.setattr(reward, "choice_losses", mutant(reward.choice_losses, old, new))
-    with pytest.raises(AssertionError):
-        CHECKS[name](LOSSES[name])
 
 
 # ---- ties and answers that are not there -----------------------------------------------------------------------------
@@ -136,7 +94,7 @@ def test_what_stands_where_there_is_no_answer_changes_no_loss_gradient_or_accura
     for value in (0.0, filler):
         x = rewards.masked_fill(ranks == 0, value).requires_grad_()
         loss = LOSSES[name](x, ranks)
-        results.append((loss, *torch.autograd.grad(loss, x), *pair_accuracy(x.detach(), ranks)))
+        results.append((loss, *torch.autograd.grad(loss, x), *pairs_right(x.detach(), ranks)))
         assert (results[-1][1][ranks == 0] == 0).all()
     assert all(torch.equal(a, b) for a, b in zip(*results))
     alone = LOSSES[name](rewards[:1, :2], ranks[:1, :2])        # and the batch is the mean of its prompts
@@ -153,9 +111,9 @@ def test_a_ranking_without_a_first_place_is_refused_with_its_line(tmp_path):
 
 def test_accuracy_counts_strict_pairs_and_equal_rewards_half():
     rewards, ranks = torch.tensor([[3.0, 1, 1, 2], [1, 2, 9, 9]]), tensor((1, 2, 3, 3), (1, 2, 0, 0))
-    right, pairs = pair_accuracy(rewards, ranks)
-    assert pairs.tolist() == [5, 1]                             # 0>1 0>2 0>3 1>2 1>3, and 0>1
-    assert right.tolist() == [3 + 0.5 + 0, 0]
+    right, pairs = pairs_right(rewards, ranks)
+    assert pairs == 5 + 1                                       # 0>1 0>2 0>3 1>2 1>3, and 0>1
+    assert right == 3 + 0.5 + 0
 
 
 # ---- strengths recovered, gradients ----------------------------------------------------------------------------------
@@ -173,36 +131,20 @@ def sampled_rankings(n, K, seed=0):
     return items, order.argsort(dim=1) + 1
 
 
-def check_recovers(loss, K):
+@pytest.mark.parametrize("name, K", [("pairs", 2), ("pairs", 4), ("best", 4)])
+def test_strengths_are_recovered_from_sampled_comparisons(name, K):
     items, ranks = sampled_rankings(20_000, K)
     strengths = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([strengths], max_iter=50, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        value = loss(strengths[items], ranks)
+        value = LOSSES[name](strengths[items], ranks)
         value.backward()
         return value
     optimizer.step(closure)
     found = strengths.detach() - strengths.detach().mean()
     assert (found - (STRENGTHS - STRENGTHS.mean())).abs().max() < 0.06
-
-
-@pytest.mark.parametrize("K", [2, 4])
-@pytest.mark.parametrize("name", NAMES)
-def test_strengths_are_recovered_from_sampled_comparisons(name, K):
-    check_recovers(LOSSES[name], K)
-
-
-@pytest.mark.parametrize("old, new", [
-    ("F.logsigmoid", "-F.relu(1 - scores[:, :, None] + scores[:, None, :]) + 0 * F.logsigmoid"),     # a hinge
-    ("- scores[:, None, :]", "- scores[:, None, :].detach()"),
-    ("- scores[:, None, :])", "- scores[:, None, :] - 0.5)"),                                        # a margin
-])
-def test_losses_that_distort_the_strengths_are_noticed(old, new):
-    changed = mutant(reward.pair_loss, old, new)
-    with pytest.raises(AssertionError):
-        check_recovers(changed, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,20 +155,14 @@ def test_gradients_of_the_ranking_losses(name):
 
 # ---- the head, and where it is read ----------------------------------------------------------------------------------
 
-def check_head(defect=1.0):
+def test_the_head_starts_with_scores_of_variance_one():
     """Hidden states after the layer norm have length sqrt(C): their initial score has a variance near 1."""
     scores = []
     for seed in range(100):
         head = ScalarHeadModel(tiny_gpt2(C=64, seed=seed)).score
         hidden = 8 * F.normalize(randn(20, 64, seed=seed), dim=1).float()
-        scores.append(defect * head(hidden).detach())
+        scores.append(head(hidden).detach())
     assert 0.9 < torch.cat(scores).std() < 1.1
-
-
-def test_the_head_starts_with_scores_of_variance_one():
-    check_head()
-    with pytest.raises(AssertionError):
-        check_head(65 ** -0.5)                                  # the square root forgotten: 1 / (C + 1)
 
 
 def test_the_last_token_is_found_wherever_the_pads_are():
