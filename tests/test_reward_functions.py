@@ -18,9 +18,8 @@ def returns(value):
 
 
 @pytest.mark.parametrize("value", [
-    [1.0, 2.0, 3.0], (1, 2, 3), np.array([1.0, 2.0, 3.0]), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]),
-    torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True), torch.tensor([1, 2, 3]),
-    [np.float32(1), np.float64(2), np.int64(3)], [torch.tensor(1.0), torch.tensor(2), 3],
+    (1.0, 2, 3), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True),
+    [np.float32(1), torch.tensor(2), 3],
 ], ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}")
 def test_lists_arrays_and_tensors_of_numbers_are_scores(value):
     scores = returns(value)
@@ -28,8 +27,7 @@ def test_lists_arrays_and_tensors_of_numbers_are_scores(value):
 
 
 @pytest.mark.parametrize("value", [
-    None, 1.0, "abc", [1.0, 2.0], [1.0] * 4, [], {"a": 1, "b": 2, "c": 3}, np.float32(1), torch.tensor(1.0), torch.zeros(4),
-    (score for score in [1.0, 2.0, 3.0]),
+    None, 1.0, "abc", [1.0, 2.0], {"a": 1, "b": 2, "c": 3}, torch.zeros(4), (score for score in [1.0, 2.0, 3.0]),
 ], ids=str)
 def test_what_is_no_list_of_the_right_length_is_refused(value):
     with pytest.raises(UserError, match="must return a list of 3 numbers, not "):
@@ -37,8 +35,7 @@ def test_what_is_no_list_of_the_right_length_is_refused(value):
 
 
 @pytest.mark.parametrize("score", [
-    "1", None, True, float("nan"), float("-inf"), 1e39, 10**400, [1.0], 1j, np.float32("nan"), np.float64(1e39), np.bool_(True),
-    torch.tensor(float("inf")), torch.tensor(True), torch.zeros(1), np.datetime64("2026-01-01"),
+    "1", None, True, float("nan"), 1e39, 10**400, [1.0], np.float32("nan"), torch.tensor(float("inf")), torch.zeros(1),
 ], ids=repr)
 def test_a_score_that_is_no_finite_number_is_refused_with_its_response(score):
     """1e39 is finite in Python and infinite in the float32 that a score becomes."""
@@ -46,7 +43,7 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_response(score):
         returns([0.0, score, 0.0])
 
 
-@pytest.mark.parametrize("value", [np.zeros((3, 1)), torch.zeros(3, 1), torch.tensor([True] * 3), np.array(["a"] * 3)], ids=str)
+@pytest.mark.parametrize("value", [np.zeros((3, 1)), torch.tensor([True] * 3)], ids=str)
 def test_an_array_of_something_else_is_refused_with_the_first_response(value):
     with pytest.raises(UserError, match="the reward function gave .* for the response ' a' to 'p'"):
         returns(value)
@@ -79,7 +76,7 @@ def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tm
         load_function(f"{tmp_path}/reward.py:f")
 
 
-@pytest.mark.parametrize("spec", ["reward.py", "nowhere.py:f", ".py:f", "x" * 5000 + ".py:f", "a\0.py:f", "tests:f", ""])
+@pytest.mark.parametrize("spec", ["reward.py", "nowhere.py:f", "a\0.py:f", ""])
 def test_a_spec_that_names_no_file_is_one_clear_error(spec):
     with pytest.raises(UserError, match="not FILE.py:function with a file that exists"):
         load_function(spec)
