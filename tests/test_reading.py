@@ -1,6 +1,5 @@
 """How much somebody has to read to follow one PPO iteration: which of our functions and files it runs through."""
 
-from minirlhf.data import batch_at
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ from small_world import ppo_flags, small_world
 import train_ppo
 
 ROOT = Path(__file__).resolve().parents[1]
-BOOK = {f"minirlhf/{name}.py" for name in ("gpt2", "generate", "reward", "ppo")}       # read before, and the same for all
+BOOK = {"train_ppo.py", *(f"minirlhf/{name}.py" for name in ("gpt2", "generate", "reward", "ppo"))}     # read anyway
 UNSEEN = {"minirlhf/running/cpu.py"}                            # stands in for F.linear on some processors, and nobody reads it
-MOST_FUNCTIONS, MOST_FILES, MOST_LOADED = 18, 5, 20
+MOST_FUNCTIONS, MOST_FILES, MOST_LOADED = 9, 5, 30
 
 
 class LoopBody:
@@ -28,7 +27,7 @@ class LoopBody:
         name = str(Path(code.co_filename).relative_to(ROOT))
         if code.co_name == "batch_at":                          # with which every pass begins
             self.passes += 1
-        ours = name.startswith(("train_", "minirlhf/", "data/")) and name not in BOOK | UNSEEN      # .venv may be there too
+        ours = name.startswith(("train_", "minirlhf/", "data/")) and name not in UNSEEN             # .venv may be there too
         if self.passes == 2 and ours and "<" not in code.co_name:
             self.called.add((name, code.co_qualname))
 
@@ -42,12 +41,13 @@ def test_one_iteration_of_ppo_runs_through_few_functions_and_files(tmp_path):
         train_ppo.main(ppo_flags(tmp_path, "--iterations", 3))
     finally:
         sys.setprofile(None)
-    files = {name for name, _ in watch.called}
-    print(f"{len(watch.called)} functions in {len(files)} files")
-    for name, function in sorted(watch.called):
+    outside = sorted((name, function) for name, function in watch.called if name not in BOOK)
+    files = {name for name, _ in outside}
+    print(f"{len(outside)} functions in {len(files)} files outside of the book")
+    for name, function in outside:
         print(f"  {name:<32} {function}")
     assert watch.passes == 3 and ("train_ppo.py", "update") in watch.called
-    assert len(files) <= MOST_FILES and len(watch.called) <= MOST_FUNCTIONS
+    assert len(files) <= MOST_FILES and len(outside) <= MOST_FUNCTIONS
 
 
 LOADED = """
