@@ -1,7 +1,6 @@
 """Proof that a test would notice: the code under test with a defect put in, on which the same check must fail.
 
-    check()                                                                     # passes
-    assert_noticed((ppo, "masked_mean", "mask.sum()", "mask.numel()"), check)   # is caught
+    assert_notices(check, (ppo, "masked_mean", "mask.sum()", "mask.numel()"))
 """
 
 import inspect
@@ -27,9 +26,10 @@ def mutant(function, *changes):
     return names[function.__name__]
 
 
-def assert_noticed(defect, check, *args, errors=AssertionError):
-    """The check fails while a function has a defect: (its module or class, its name, old, new, ...)."""
-    owner, name, *changes = defect
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors):
-        patch.setattr(owner, name, mutant(getattr(owner, name), *changes))
-        check(*args)
+def assert_notices(check, *defects, errors=AssertionError):
+    """The check passes, and fails while a function has one of the defects: (module or class, its name, old, new, ...)."""
+    check()
+    for owner, name, *changes in defects:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(errors):
+            patch.setattr(owner, name, mutant(getattr(owner, name), *changes))
+            check()

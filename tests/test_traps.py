@@ -3,6 +3,7 @@ code, and the same check failing once the defect is put in. The numbers are thos
 
 import math
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import answers, gpt2, health, ppo, reward
-from minirlhf.data import Example, Row, encode_rows
+from minirlhf import answers, data, gpt2, health, ppo, reward
+from minirlhf.data import Example, Row
 from minirlhf.files.errors import UserError
 from minirlhf.generate import generate, left_pad, response_logits, right_pad
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.reward_functions import TINY_GOLD, load_function
 from minirlhf.running import runs
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
-from mutation import assert_noticed, mutant
+from mutation import assert_notices, mutant
 from small_world import (EOS, TOKENIZER, GivenScores, Networks, config, generate_with_logprobs, letters_gpt2,
                          move_away, ppo_flags, ragged_mask, read_metrics, recorded, rows_of, run_ppo, script_flags,
                          skip_first_ratio_check, small_world, tiny_gpt2)
@@ -52,16 +53,12 @@ def test_trap_01_the_ratio_is_one_on_the_first_minibatch(world, dtype):
     check_first_minibatch(world, dtype)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("ids[:, P:], cfg.temperature)", "ids[:, P:])"),
-    ("policy, ids, rollout.attention_mask[part, :P + R], P)", "policy, ids, None, P)"),
-    ("ids[:, P:], cfg.temperature)", "ids[:, P:].roll(1, 1), cfg.temperature)"),
-])
-def test_trap_01_an_update_that_sees_something_else_is_noticed_by_test_and_script(world, monkeypatch, old, new):
-    assert_noticed((train_ppo, "update", old, new), check_first_minibatch, world, "float32")
-    monkeypatch.setattr(train_ppo, "update", mutant(train_ppo.update, old, new))
-    with pytest.raises(UserError, match="before the first update the log-ratio is"):
-        run_ppo(world, "--temperature", 0.7)
+def test_trap_01_an_update_that_sees_something_else_is_noticed_by_test_and_script(world):
+    logits, tokens = "policy, ids, rollout.attention_mask[part, :P + R], P)", "ids[:, P:], cfg.temperature)"
+    defects = [(train_ppo, "update", old, new) for old, new in (
+        (tokens, "ids[:, P:])"), (logits, "policy, ids, None, P)"), (tokens, "ids[:, P:].roll(1, 1), cfg.temperature)"))]
+    assert_notices(lambda: check_first_minibatch(world, "float32"), *defects)
+    assert_notices(lambda: run_ppo(world, "--temperature", 0.7), *defects, errors=UserError)
 
 
 def test_trap_01_cached_sampling_draws_from_the_log_probabilities_that_are_computed_later(world, monkeypatch):
@@ -88,17 +85,17 @@ def check_left_padding():
 
 
 def test_trap_02_left_padding_moves_no_position():
-    check_left_padding()
-    assert_noticed((gpt2, "position_ids", "attention_mask.long().cumsum(dim=1) - attention_mask.long()",
-                    "torch.ones_like(attention_mask).long().cumsum(dim=1) - 1"), check_left_padding)
+    assert_notices(check_left_padding, (
+        gpt2, "position_ids", "attention_mask.long().cumsum(dim=1) - attention_mask.long()",
+        "torch.ones_like(attention_mask).long().cumsum(dim=1) - 1"))
 
 
 def test_trap_03_there_is_no_dropout_in_the_update(world, monkeypatch):
     """Dropout that somebody adds to a Block is trained with in SFT. All else is as without it, to the last bit."""
     def metrics():
-        for name, script, data in (("sft", train_sft, "demonstrations"), ("rm", train_rm, "comparisons")):
-            file = f"{world}/{data}.jsonl"
-            script.main(script_flags(world, f"{name}_dropout", "--data", file, "--heldout", file, "--lr", 0, "--epochs", 1))
+        for name, script, kind in (("sft", train_sft, "demonstrations"), ("rm", train_rm, "comparisons")):
+            file = f"{world}/{kind}.jsonl"
+            script.main(script_flags(world, f"{name}_dropout", "--data", file, "--heldout", file, "--lr", 0, "--epochs", 2))
         return [read_metrics(world / f"{name}_dropout") for name in ("sft", "rm")] + [run_ppo(world)]
 
     monkeypatch.setattr(answers, "SAMPLES", 8)
@@ -130,10 +127,9 @@ def check_sampler_and_scorer_agree(B=4000):
 
 
 def test_trap_04_responses_are_scored_under_the_distribution_they_were_sampled_from():
-    check_sampler_and_scorer_agree()
     top_k = "logits.masked_fill(logits < logits.topk(2).values[:, -1:], -1e9) / max(temperature, 1e-9)"
-    for defect in ("logits", top_k):
-        assert_noticed((train_ppo, "generate", "logits / max(temperature, 1e-9)", defect), check_sampler_and_scorer_agree)
+    assert_notices(check_sampler_and_scorer_agree, *[
+        (train_ppo, "generate", "logits / max(temperature, 1e-9)", new) for new in ("logits", top_k)])
 
 
 # ---- 5 to 7: the KL is the KL ----------------------------------------------------------------------------------------
@@ -183,19 +179,14 @@ def check_sequence_kl(B=4000, temperature=0.7):
 
 
 def test_trap_05_the_logged_kl_is_the_exact_kl_and_the_one_that_is_paid():
-    check_sequence_kl()
-
-
-@pytest.mark.parametrize("defect", [
-    (train_ppo, "generate", "logits / max(", "(logits - torch.eye(3)[stop_token] * 1e9 * (t < 2)) / max("),
-    (health, "rollout_metrics", LOGGED, LOGGED.replace("mask)", "torch.ones_like(mask))")),
-    (train_ppo, "make_rollout", "token_rewards(logprobs - ref_logprobs,", "token_rewards(2 * (logprobs - ref_logprobs),"),
-    (train_ppo, "make_rollout", "token_rewards(logprobs - ref_logprobs,", "token_rewards(ref_logprobs - logprobs,"),
-    (train_ppo, "make_rollout", "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part], cfg.temperature)",
-     "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part])"),
-], ids=["minimum length", "padding counted", "another KL is paid", "sign", "temperature of the reference"])
-def test_trap_05_another_kl_is_noticed(defect):
-    assert_noticed(defect, check_sequence_kl)
+    paid, reference = "token_rewards(logprobs - ref_logprobs,", "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part]"
+    assert_notices(
+        check_sequence_kl,
+        (train_ppo, "generate", "logits / max(", "(logits - torch.eye(3)[stop_token] * 1e9 * (t < 2)) / max("),
+        (health, "rollout_metrics", LOGGED, LOGGED.replace("mask)", "torch.ones_like(mask))")),     # padding counted
+        (train_ppo, "make_rollout", paid, "token_rewards(2 * (logprobs - ref_logprobs),"),
+        (train_ppo, "make_rollout", paid, "token_rewards(ref_logprobs - logprobs,"),
+        (train_ppo, "make_rollout", f"{reference}, cfg.temperature)", f"{reference})"))
 
 
 def check_estimates_kl(never_negative, estimator=None):
@@ -214,8 +205,8 @@ def test_trap_06_k1_and_k3_estimate_the_exact_kl():
 
 
 def test_trap_06_another_sign_is_noticed():
-    for old, new in (("= ref_logprobs - logprobs", "= logprobs - ref_logprobs"), ("- log_ratio", "+ log_ratio")):
-        assert_noticed((ppo, "kl_k3", old, new), check_estimates_kl, True)
+    assert_notices(partial(check_estimates_kl, True), (ppo, "kl_k3", "= ref_logprobs - logprobs", "= logprobs - ref_logprobs"),
+                   (ppo, "kl_k3", "- log_ratio", "+ log_ratio"))
 
 
 def check_reference_stays(world):
@@ -233,10 +224,9 @@ def check_reference_stays(world):
 
 
 def test_trap_07_the_policy_is_not_its_own_reference(world):
-    check_reference_stays(world)
-    for change in ("reference = policy", "policy.wte = reference.wte"):
-        defect = train_ppo, "main", "examples, heldout = load", f"{change}; examples, heldout = load"
-        assert_noticed(defect, check_reference_stays, world)
+    assert_notices(partial(check_reference_stays, world), *[
+        (train_ppo, "main", "examples, heldout = load", f"{change}; examples, heldout = load")
+        for change in ("reference = policy", "policy.wte = reference.wte")])
 
 
 # ---- 8 to 11: where a response ends ----------------------------------------------------------------------------------
@@ -257,9 +247,8 @@ def check_learns_to_stop():
 
 
 def test_trap_08_the_eos_is_among_the_labels():
-    check_learns_to_stop()
-    assert_noticed((train_sft, "response_logprobs", "list(map(len, prompts)))[:, 1:]",
-                    f"list(map(len, prompts)))[:, 1:] & (ids[:, 1:] != {EOS})"), check_learns_to_stop)
+    labels = "list(map(len, prompts)))[:, 1:]"
+    assert_notices(check_learns_to_stop, (train_sft, "response_logprobs", labels, f"{labels} & (ids[:, 1:] != {EOS})"))
 
 
 def check_eos_gets_gradient():
@@ -276,9 +265,8 @@ def check_eos_gets_gradient():
 
 
 def test_trap_09_the_eos_is_in_the_ppo_mask():
-    check_eos_gets_gradient()
     losses = "logprobs, advantages, cfg.clip)"
-    assert_noticed((train_ppo, "update", losses, f"{losses} * (ids[:, P:] != {EOS})"), check_eos_gets_gradient)
+    assert_notices(check_eos_gets_gradient, (train_ppo, "update", losses, f"{losses} * (ids[:, P:] != {EOS})"))
 
 
 def check_score_position():
@@ -288,11 +276,9 @@ def check_score_position():
 
 
 def test_trap_10_the_score_is_on_the_last_token_and_not_on_the_pad_after_it():
-    check_score_position()
-    for column in ("response_mask.sum(dim=1, keepdim=True)",
-                   "torch.full((len(response_mask), 1), response_mask.shape[1] - 1)"):
-        defect = ppo, "token_rewards", "response_mask.sum(dim=1, keepdim=True) - 1", column
-        assert_noticed(defect, check_score_position)
+    assert_notices(check_score_position, *[
+        (ppo, "token_rewards", "response_mask.sum(dim=1, keepdim=True) - 1", column)
+        for column in ("response_mask.sum(dim=1, keepdim=True)", "torch.full_like(scores[:, None].long(), rewards.shape[1] - 1)")])
 
 
 def check_missing_eos():
@@ -304,9 +290,8 @@ def check_missing_eos():
 
 
 def test_trap_10_the_missing_eos_score_fires():
-    check_missing_eos()
-    assert_noticed((train_ppo, "generate", "finished[rows] = ended", "finished[rows] = True"), check_missing_eos)
-    assert_noticed((train_ppo, "make_rollout", "torch.where(finished,", "torch.where(~finished,"), check_missing_eos)
+    assert_notices(check_missing_eos, (train_ppo, "generate", "finished[rows] = ended", "finished[rows] = True"),
+                   (train_ppo, "make_rollout", "torch.where(finished,", "torch.where(~finished,"))
 
 
 def check_reward_position():
@@ -321,11 +306,12 @@ def check_reward_position():
 
 
 def test_trap_11_the_reward_is_read_at_the_last_token_wherever_the_pads_are():
-    check_reward_position()
     last = "x.shape[1] - 1 - pads_after"
-    for defect in ((f"x.gather(1, {last}).squeeze(1)", "x.mean(dim=1)"), (f"x.gather(1, {last}).squeeze(1)", "x[:, -1]"),
-                   (last, "attention_mask.sum(dim=1, keepdim=True) - 1")):      # right only while the pads are on the right
-        assert_noticed((reward, "at_last_token", *defect), check_reward_position)
+    assert_notices(
+        check_reward_position,
+        (reward, "at_last_token", f"x.gather(1, {last}).squeeze(1)", "x.mean(dim=1)"),
+        (reward, "at_last_token", f"x.gather(1, {last}).squeeze(1)", "x[:, -1]"),
+        (reward, "at_last_token", last, "attention_mask.sum(dim=1, keepdim=True) - 1"))     # right if all pads are on the right
 
 
 # ---- 12 to 15: statistics --------------------------------------------------------------------------------------------
@@ -370,30 +356,19 @@ def check_update_under_poison(poison):
 
 
 def test_trap_12_nothing_under_the_mask_reaches_a_metric_a_gradient_or_a_weight():
-    for poison in (1e6, math.nan):
-        check_rollout_under_poison(poison)
-    for poison in (1e6, -1e6):
-        check_update_under_poison(poison)
-
-
-@pytest.mark.parametrize("owner, name, old, new, poison", [
-    (ppo, "masked_sum", "x.masked_fill(~mask, 0).sum()", "(x * mask).sum()", math.nan),
-    (ppo, "masked_mean", "all_sum(masked_sum(x, mask))", "x.sum()", 1e6),
-    (ppo, "gae", "values.masked_fill(~response_mask, 0)", "values", 1e6),
-    (health, "rollout_metrics", "ppo.sequence_mean(rollout.entropy, mask)", "rollout.entropy.sum()", 1e6),
-])
-def test_trap_12_a_rollout_that_reads_pads_is_noticed(owner, name, old, new, poison):
-    assert_noticed((owner, name, old, new), check_rollout_under_poison, poison)
-
-
-def test_trap_12_an_update_that_reads_pads_is_noticed():
-    """masked_sum alone will not do: the loss is right, and the gradient of exp at a pad is 0 * inf.
-
-    Either of the two lines below prevents that, so both are taken out.
-    """
-    assert_noticed((train_ppo, "update", "new_logprobs = new_logprobs.masked_fill(~mask, 0)", "pass",
-                    "rollout.logprobs[part, :R].masked_fill(~mask, 0)", "rollout.logprobs[part, :R]"),
-                   check_update_under_poison, -1e6, errors=(AssertionError, RuntimeError))  # "norm is non-finite"
+    """Of the update masked_sum alone will not do: the loss is right, and the gradient of exp at a pad is 0 * inf. Either
+    of two lines prevents that, so both are taken out."""
+    assert_notices(partial(check_rollout_under_poison, math.nan),
+                   (ppo, "masked_sum", "x.masked_fill(~mask, 0).sum()", "(x * mask).sum()"))
+    assert_notices(partial(check_rollout_under_poison, 1e6),
+                   (ppo, "masked_mean", "all_sum(masked_sum(x, mask))", "x.sum()"),
+                   (ppo, "gae", "values.masked_fill(~response_mask, 0)", "values"),
+                   (health, "rollout_metrics", "ppo.sequence_mean(rollout.entropy, mask)", "rollout.entropy.sum()"))
+    check_update_under_poison(1e6)
+    new, old = "new_logprobs = new_logprobs", "rollout.logprobs[part, :R]"
+    assert_notices(partial(check_update_under_poison, -1e6), (
+        train_ppo, "update", f"{new}.masked_fill(~mask, 0)", new, f"{old}.masked_fill(~mask, 0)", old),
+        errors=(AssertionError, RuntimeError))                          # "the total norm is non-finite"
 
 
 def check_signal_between_episodes():
@@ -409,15 +384,13 @@ def check_signal_between_episodes():
 
 
 def test_trap_13_advantages_are_not_normalised_per_sequence():
-    check_signal_between_episodes()
     per_row = "x.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)"
-    assert_noticed((ppo, "whiten", "(x - masked_mean(x, mask))", f"(x - {per_row})"), check_signal_between_episodes)
+    assert_notices(check_signal_between_episodes, (ppo, "whiten", "(x - masked_mean(x, mask))", f"(x - {per_row})"))
 
 
 def test_trap_14_returns_come_before_whitening():
-    check_advantages()
     whitening = "advantages = ppo.whiten(advantages, response_mask)"
-    assert_noticed((train_ppo, "make_rollout", whitening, f"{whitening}; returns = advantages + values"), check_advantages)
+    assert_notices(check_advantages, (train_ppo, "make_rollout", whitening, f"{whitening}; returns = advantages + values"))
 
 
 def check_every_row_attends():
@@ -430,9 +403,8 @@ def check_every_row_attends():
 
 
 def test_trap_15_no_nan_from_a_row_that_sees_nothing():
-    check_every_row_attends()
-    own = "(attention_mask[:, None, None, :] | causal.triu(S - T))"
-    assert_noticed((gpt2, "visible_positions", own, "attention_mask[:, None, None, :]"), check_every_row_attends)
+    seen = "(attention_mask[:, None, None, :] | causal.triu(S - T))"
+    assert_notices(check_every_row_attends, (gpt2, "visible_positions", seen, "attention_mask[:, None, None, :]"))
 
 
 def check_small_batches_are_finite():
@@ -446,9 +418,8 @@ def check_small_batches_are_finite():
 
 @pytest.mark.filterwarnings("ignore:std")
 def test_trap_15_no_nan_from_the_deviation_of_one():
-    check_small_batches_are_finite()
-    assert_noticed((health, "rollout_metrics", "ppo.masked_variance(rollout.scores, all_rows).sqrt()",
-                    "rollout.scores.std()"), check_small_batches_are_finite)
+    assert_notices(check_small_batches_are_finite, (
+        health, "rollout_metrics", "ppo.masked_variance(rollout.scores, all_rows).sqrt()", "rollout.scores.std()"))
 
 
 # ---- 16 and 17: the step ---------------------------------------------------------------------------------------------
@@ -490,22 +461,19 @@ def check_accumulation(world, name):
         assert (trained_weights(world, name, "--micro_batch", micro_batch) - whole).abs().max() < 1e-6
 
 
+DEFECTS = {     # the loss divided by the micro-batch
+    "sft": [("main", "[0] / n_tokens", "[0] / sum(len(example.responses[0]) for example in part)")],
+    "rm": [("main", "(loss / len(batch)).backward()", "(loss / len(part)).backward()"),
+           ("language_loss", "logprobs / tokens.repeat_interleave(tokens)", "logprobs / len(logprobs) * len(examples)")],
+    "ppo": [("update", f"losses = ppo.{loss}(", f"n_tokens = mask.sum(); losses = ppo.{loss}(")
+            for loss in ("policy_losses", "value_losses")],
+}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_trap_16_micro_batches_do_not_change_the_step(world, monkeypatch, few_samples, name):
     monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
-    check_accumulation(world, name)
-
-
-@pytest.mark.parametrize("name, function, old, new", [
-    ("sft", "main", "[0] / n_tokens", "[0] / sum(len(example.responses[0]) for example in part)"),
-    ("rm", "main", "(loss / len(batch)).backward()", "(loss / len(part)).backward()"),
-    ("rm", "language_loss", "logprobs / tokens.repeat_interleave(tokens)", "logprobs / len(logprobs) * len(examples)"),
-    ("ppo", "update", "losses = ppo.policy_losses(", "n_tokens = mask.sum(); losses = ppo.policy_losses("),
-    ("ppo", "update", "losses = ppo.value_losses(", "n_tokens = mask.sum(); losses = ppo.value_losses("),
-])
-def test_trap_16_dividing_by_the_micro_batch_is_noticed(world, monkeypatch, few_samples, name, function, old, new):
-    monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
-    assert_noticed((SCRIPTS[name][0], function, old, new), check_accumulation, world, name)
+    assert_notices(partial(check_accumulation, world, name), *[(SCRIPTS[name][0], *defect) for defect in DEFECTS[name]])
 
 
 def steps_of(world, name):
@@ -529,31 +497,10 @@ def check_gradient_is_clipped(world, name):
     assert max(lengths) < 1.0001 and any(abs(length - 1) < 1e-4 for length in lengths)
 
 
-DEFECTS = {"sft": ("main", "model", "optimizer"), "rm": ("main", "reward_model", "optimizer"),
-           "ppo": ("update", "value_model", "value_optimizer")}      # a function of the script, and names in it
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_trap_17_gradients_are_clipped_after_backward(world, few_samples, name):
-    check_gradient_is_clipped(world, name)
-    function, model, optimizer = DEFECTS[name]
-    clip = f"torch.nn.utils.clip_grad_norm_({model}.parameters(), 1.0, error_if_nonfinite=True)"
-    late = SCRIPTS[name][0], function, clip, "pass", f"{optimizer}.step()", f"{optimizer}.step(); {clip}"
-    assert_noticed(late, check_gradient_is_clipped, world, name)
-
-
 def check_no_gradient_is_left(world, name):
     _, optimizers = steps_of(world, name)
     for optimizer in optimizers:
         assert all(p.grad is None or (p.grad == 0).all() for p in optimizer.param_groups[0]["params"])
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_trap_17_no_stale_gradient_is_left_for_the_next_rollout(world, few_samples, name):
-    check_no_gradient_is_left(world, name)
-    function, _, optimizer = DEFECTS[name]
-    stale = SCRIPTS[name][0], function, f"{optimizer}.zero_grad()", "pass"
-    assert_noticed(stale, check_no_gradient_is_left, world, name)
 
 
 def check_optimizer(world, name):
@@ -564,11 +511,29 @@ def check_optimizer(world, name):
         assert optimizer.defaults["betas"] in ((0.9, 0.999), (0.9, 0.95)) and optimizer.defaults["weight_decay"] == 0
 
 
+STEPS = {"sft": ("main", "model", "optimizer"), "rm": ("main", "reward_model", "optimizer"),
+         "ppo": ("update", "value_model", "value_optimizer")}           # a function of the script, and names in it
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_trap_17_gradients_are_clipped_after_backward(world, few_samples, name):
+    function, model, optimizer = STEPS[name]
+    clip = f"torch.nn.utils.clip_grad_norm_({model}.parameters(), 1.0, error_if_nonfinite=True)"
+    too_late = f"{optimizer}.step()", f"{optimizer}.step(); {clip}"
+    assert_notices(partial(check_gradient_is_clipped, world, name), (SCRIPTS[name][0], function, clip, "pass", *too_late))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_trap_17_no_stale_gradient_is_left_for_the_next_rollout(world, few_samples, name):
+    function, _, optimizer = STEPS[name]
+    assert_notices(partial(check_no_gradient_is_left, world, name),
+                   (SCRIPTS[name][0], function, f"{optimizer}.zero_grad()", "pass"))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_trap_17_the_betas_of_adam_are_two(world, few_samples, name):
-    check_optimizer(world, name)
     change = ("lr=cfg.value_lr,", "lr=cfg.value_lr, betas=(0.9, 0.9),") if name == "ppo" else ("0.95", "0.9")
-    assert_noticed((SCRIPTS[name][0], "main", *change), check_optimizer, world, name)
+    assert_notices(partial(check_optimizer, world, name), (SCRIPTS[name][0], "main", *change))
 
 
 # Trap 18, the number of pairs divided by twice: tests/test_reward.py, test_each_loss_is_what_its_name_says.
@@ -594,9 +559,9 @@ def check_controller(target=4.0, B=24):
 
 
 def test_trap_19_the_controller_reaches_its_target_in_the_unit_that_is_logged():
-    check_controller()
-    assert_noticed((health, "rollout_metrics", LOGGED, LOGGED.replace("sequence_mean", "masked_mean")), check_controller)
-    assert_noticed((ppo, "adaptive_beta", "max(kl / target - 1", "max(1 - kl / target"), check_controller)
+    assert_notices(check_controller,
+                   (health, "rollout_metrics", LOGGED, LOGGED.replace("sequence_mean", "masked_mean")),
+                   (ppo, "adaptive_beta", "max(kl / target - 1", "max(1 - kl / target"))
 
 
 def check_scores_are_the_reward_models(world):
@@ -612,12 +577,10 @@ def check_scores_are_the_reward_models(world):
 
 
 def test_trap_20_ppo_loads_the_reward_model_that_was_trained(world):
-    check_scores_are_the_reward_models(world)
-    loaded = "reward_model = scalar_from_pretrained(cfg.reward, cfg.dtype)"
+    loaded, used = "reward_model = scalar_from_pretrained(cfg.reward, cfg.dtype)", "[reward_model.normalised_scores("
     fresh = f"{loaded}.apply(lambda part: getattr(part, 'reset_parameters', lambda: None)())"
-    raw = "[0.3 + 2 * reward_model.normalised_scores("
-    for defect in (("main", loaded, fresh), ("make_rollout", "[reward_model.normalised_scores(", raw)):
-        assert_noticed((train_ppo, *defect), check_scores_are_the_reward_models, world)
+    assert_notices(partial(check_scores_are_the_reward_models, world), (train_ppo, "main", loaded, fresh),
+                   (train_ppo, "make_rollout", used, used.replace("[", "[0.3 + 2 * ")))
 
 
 class PowerCut(Exception):
@@ -653,14 +616,12 @@ def test_trap_21_a_resumed_run_is_the_run(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old, new", [
-    ("run.restore(**saved)", "run.restore(policy=policy, value=value_model)"),                  # a new optimizer
-    ('run.state.get("beta", cfg.beta)', "cfg.beta"),
-    ("cfg.batch_size, iteration, cfg.seed", "cfg.batch_size, iteration - run.state.get('step', 0), cfg.seed"),
-    ("beta, iteration)", "beta, int(torch.randint(99, ())))"),                                  # a global stream
-])
-def test_trap_21_a_resume_that_forgets_is_noticed(world, old, new):
-    assert_noticed((train_ppo, "main", old, new), check_resume, world)
+def test_trap_21_a_resume_that_forgets_is_noticed(world):
+    assert_notices(partial(check_resume, world), *[(train_ppo, "main", old, new) for old, new in (
+        ("run.restore(**saved)", "run.restore(policy=policy, value=value_model)"),                  # a new optimizer
+        ('run.state.get("beta", cfg.beta)', "cfg.beta"),
+        ("cfg.batch_size, iteration, cfg.seed", "cfg.batch_size, iteration - run.state.get('step', 0), cfg.seed"),
+        ("beta, iteration)", "beta, int(torch.randint(99, ())))"))])                                # a global stream
 
 
 # ---- 22 to 25 --------------------------------------------------------------------------------------------------------
@@ -675,27 +636,24 @@ def check_gelu():
 
 
 def test_trap_22_gelu_is_the_tanh_form():
-    check_gelu()
-    assert_noticed((gpt2.MLP, "forward", 'approximate="tanh"', 'approximate="none"'), check_gelu)
+    assert_notices(check_gelu, (gpt2.MLP, "forward", 'approximate="tanh"', 'approximate="none"'))
 
 
-def check_nothing_is_cut(encode_rows, capsys):
+def check_nothing_is_cut(capsys):
     """Two answers that differ only after the limit, and one that fits: an error, or dropped and counted; never cut."""
     rows = [Row(where, "p", texts, (1, 2), (True, True))
             for where, texts in (("c:1", ("abcdefgh", "abcdefgi")), ("c:2", ("ab", "c")))]
     with pytest.raises(UserError, match="c:1: response of 9 tokens, more than 4"):
-        encode_rows(rows, TOKENIZER, 48, max_response=4)
-    kept = encode_rows(rows, TOKENIZER, 48, max_response=4, drop_long=True)
+        data.encode_rows(rows, TOKENIZER, 48, max_response=4)
+    kept = data.encode_rows(rows, TOKENIZER, 48, max_response=4, drop_long=True)
     assert "dropped 1 of 2" in capsys.readouterr().out
     assert [example.responses for example in kept] == [[[97, 98, EOS], [99, EOS]]]
 
 
 def test_trap_23_what_does_not_fit_is_never_cut(capsys):
-    check_nothing_is_cut(encode_rows, capsys)
-    cuts = mutant(encode_rows, "encode(tokenizer, row.prompt, *each)[1]",
-                  "encode(tokenizer, row.prompt, *each)[1][:max_response or None]")
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        check_nothing_is_cut(cuts, capsys)
+    ids = "encode(tokenizer, row.prompt, *each)[1]"
+    assert_notices(partial(check_nothing_is_cut, capsys), (data, "encode_rows", ids, f"{ids}[:max_response or None]"),
+                   errors=pytest.fail.Exception)
 
 
 DIALOGUES = {
@@ -754,15 +712,9 @@ def check_metrics():
 
 
 def test_trap_25_metrics_are_means_over_every_token_of_the_update():
-    check_metrics()
-
-
-@pytest.mark.parametrize("old, new", [
-    ("sums[name] += ", "sums[name] = "),                                        # the last micro-batch's
-    ("n_tokens = all_sum(", "sums = defaultdict(float); n_tokens = all_sum("),  # the last minibatch's
-    ("all_sum(rollout.response_mask.sum())", "rollout.response_mask.numel()"),  # pads counted
-    (" * cfg.epochs", ""),
-    ("ppo.masked_sum(x, mask)", "x.sum()"),
-])
-def test_trap_25_other_averages_are_noticed(old, new):
-    assert_noticed((train_ppo, "update", old, new), check_metrics)
+    assert_notices(check_metrics, *[(train_ppo, "update", old, new) for old, new in (
+        ("sums[name] += ", "sums[name] = "),                                        # the last micro-batch's
+        ("n_tokens = all_sum(", "sums = defaultdict(float); n_tokens = all_sum("),  # the last minibatch's
+        ("all_sum(rollout.response_mask.sum())", "rollout.response_mask.numel()"),  # pads counted
+        (" * cfg.epochs", ""),
+        ("ppo.masked_sum(x, mask)", "x.sum()"))])
