@@ -67,16 +67,6 @@ def test_a_stop_token_before_the_earliest_column_ends_nothing():
     check_against_naive(earliest=4)
 
 
-def test_a_row_depends_neither_on_the_other_rows_nor_on_their_order():
-    model, uniforms = tiny_gpt2(), uniform_numbers()
-    together = sampled_rows(model, *left_pad(PROMPTS), uniforms, (EOS, 0))
-    for chosen in ([0], [6], [5, 2, 7], [7, 6, 5, 4, 3, 2, 1, 0]):
-        some = sampled_rows(model, *left_pad([PROMPTS[i] for i in chosen]), uniforms[chosen], (EOS, 0))
-        for i, (ids, logprobs, finished) in zip(chosen, some):
-            assert (ids, finished) == (together[i][0], together[i][2])
-            torch.testing.assert_close(logprobs, together[i][1], rtol=1e-5, atol=1e-5)
-
-
 def test_what_stands_under_the_prompt_mask_does_not_matter():
     model, uniforms = tiny_gpt2(), uniform_numbers()
     ids, mask = left_pad(PROMPTS)
