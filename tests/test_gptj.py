@@ -83,25 +83,20 @@ def test_rows_that_are_no_token_are_never_sampled_nor_counted(pair):
 
 
 @torch.no_grad()
-def test_transformers_loads_what_we_save(pair, tmp_path):
+def test_what_we_save_goes_to_transformers_and_back(pair, tmp_path):
     theirs, ours, _ = pair
-    save_pretrained(ours, tmp_path)
-    again, ids = transformers.GPTJForCausalLM.from_pretrained(tmp_path), random_ids(2, 30)
+    save_pretrained(ours, tmp_path / "model")
+    again, ids = transformers.GPTJForCausalLM.from_pretrained(tmp_path / "model"), random_ids(1, 30)
     assert torch.equal(again(ids).logits, theirs(ids).logits)
     assert again.config.eos_token_id == N_TOKENS - 1
-    assert from_pretrained(tmp_path).config == ours.config
-
-
-@torch.no_grad()
-def test_a_reward_model_goes_to_transformers_and_back(pair, tmp_path):
-    _, ours, _ = pair
-    model, ids = ScalarHeadModel(ours), random_ids(1, 30)
-    save_pretrained(model, tmp_path)
-    theirs = transformers.GPTJForSequenceClassification.from_pretrained(tmp_path)
-    torch.testing.assert_close(theirs(ids).logits[:, 0], model(ids)[:, -1], rtol=2e-5, atol=2e-5)
+    assert from_pretrained(tmp_path / "model").config == ours.config
+    reward_model = ScalarHeadModel(ours)
+    save_pretrained(reward_model, tmp_path / "ours")
+    theirs = transformers.GPTJForSequenceClassification.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(theirs(ids).logits[:, 0], reward_model(ids)[:, -1], rtol=2e-5, atol=2e-5)
     theirs.save_pretrained(tmp_path / "theirs")
-    for folder in (tmp_path, tmp_path / "theirs"):
-        assert torch.equal(scalar_from_pretrained(folder)(ids), model(ids))
+    for name in ("ours", "theirs"):
+        assert torch.equal(scalar_from_pretrained(tmp_path / name)(ids), reward_model(ids))
 
 
 def test_the_official_shape_has_the_known_parameter_count_and_tensors_are_made_on_the_device_of_the_input():

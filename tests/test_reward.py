@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train_rm
 from minirlhf.files.errors import UserError
-from minirlhf.data import Example, Row, read_comparisons
+from minirlhf.data import read_comparisons
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pairs_right
 from small_world import tiny_gpt2, write_jsonl
 from test_ppo import check_gradient, randn
@@ -171,15 +170,3 @@ def test_the_score_depends_on_the_prompt_and_on_every_token_of_the_response():
         changed = ids.clone()
         changed[0, t] = 9
         assert not torch.isclose(model.normalised_scores(changed, torch.ones_like(ids, dtype=torch.bool)), score)
-
-
-def test_answers_scored_in_one_batch_are_answers_scored_alone():
-    """train_rm.read_answers: prompts with 2, 3 and 4 answers of different lengths, the empty one among them."""
-    model = ScalarHeadModel(tiny_gpt2()).requires_grad_(False)
-    answers = [[[1], [2, 3]], [[4, 5, 6], [10], [7]], [[8, 9], [1, 1, 1, 1, 10], [2], [3, 4, 10]]]
-    examples = [Example(Row("x:1", "p", (), tuple(range(1, 1 + len(a))), ()), [5, n], a) for n, a in enumerate(answers)]
-    scores, *_ = train_rm.read_answers(model, examples, "cpu")
-    for n, row in enumerate(answers):
-        for k, response in enumerate(row):
-            alone = model(torch.tensor([[5, n] + response]))[0, -1]
-            torch.testing.assert_close(scores[n, k], alone, rtol=1e-5, atol=1e-5)

@@ -66,20 +66,23 @@ def test_a_function_that_sorts_its_lists_moves_no_score_to_another_response():
         call_reward(f, PROMPTS, RESPONSES)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("def f(:\n", "cannot be run: SyntaxError"), ("import nowhere_at_all\n", "cannot be run: ModuleNotFoundError"),
-    ("g = 3\n", "has no function 'f'"), ("f = 3\n", "has no function 'f'"),
+@pytest.mark.parametrize("text, spec, says", [
+    ("def f(:\n", "reward.py:f", "cannot be run: SyntaxError"), ("import nowhere_at_all\n", "reward.py:f", "cannot be run: Module"),
+    ("f = 3\n", "reward.py:f", "has no function 'f'"), ("", "reward.py", "not FILE.py:function with a file that exists"),
+    ("", "nowhere.py:f", "not FILE.py:function with a file that exists"), ("", "a\0.py:f", "not FILE.py:function"),
 ])
-def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tmp_path, text, says):
+def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tmp_path, text, spec, says):
     (tmp_path / "reward.py").write_text(text)
     with pytest.raises(UserError, match=says):
-        load_function(f"{tmp_path}/reward.py:f")
+        load_function(f"{tmp_path}/{spec}")
 
 
-@pytest.mark.parametrize("spec", ["reward.py", "nowhere.py:f", "a\0.py:f", ""])
-def test_a_spec_that_names_no_file_is_one_clear_error(spec):
-    with pytest.raises(UserError, match="not FILE.py:function with a file that exists"):
-        load_function(spec)
+def check(folder, reward_tokens=7, reward_positions=20):
+    """check_fits with a policy of 7 tokens and 20 positions, a prompt of 2 tokens and responses of 5."""
+    policy, reward = (types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=v, n_positions=n))
+                      for v, n in ((7, 20), (reward_tokens, reward_positions)))
+    cfg = types.SimpleNamespace(reward=str(folder), model="m", max_response=5)
+    check_fits(reward, policy, [types.SimpleNamespace(prompt=[1, 2])], cfg)
 
 
 @pytest.mark.parametrize("report, warns", [
@@ -89,16 +92,11 @@ def test_a_spec_that_names_no_file_is_one_clear_error(spec):
 def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_named(tmp_path, capsys, report, warns):
     if report is not None:
         (tmp_path / "report.json").write_text(json.dumps(report))
-    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=7, n_positions=20))
-    cfg = types.SimpleNamespace(reward=str(tmp_path), model="m", max_response=5)
-    check_fits(model, model, [types.SimpleNamespace(prompt=[1, 2])], cfg)
+    check(tmp_path)
     assert ("not clearly better than chance" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize("tokens, positions, says", [(8, 20, "they must share one vocabulary"), (7, 6, "6 positions, .* 7")])
 def test_a_reward_model_that_does_not_fit_the_policy_is_named(tmp_path, tokens, positions, says):
-    policy, reward = (types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=v, n_positions=n))
-                      for v, n in ((7, 20), (tokens, positions)))
-    cfg = types.SimpleNamespace(reward=str(tmp_path), model="m", max_response=5)
     with pytest.raises(UserError, match=says):
-        check_fits(reward, policy, [types.SimpleNamespace(prompt=[1, 2])], cfg)
+        check(tmp_path, tokens, positions)

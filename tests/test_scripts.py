@@ -295,21 +295,6 @@ def test_of_one_prompt_nothing_is_held_out_and_of_two_one(letters, assessed, cap
     assert (letters / "ppo_few/heldout.jsonl").exists() == bool(config["heldout"]) == bool(n)
 
 
-def test_a_finished_run_can_be_extended_when_it_is_told_to(letters, assessed):
-    folder = letters / "ppo_extended"
-    run_script(letters, "ppo", "ppo_extended", "--iterations", 2)
-    before, model = (folder / "metrics.jsonl").read_text(), (folder / "model.safetensors").read_bytes()
-    for flags, named in ((["--iterations", 2], "is finished.*--allow_changes"), (["--iterations", 4], "--iterations 2 -> 4.*--allow_changes")):
-        with pytest.raises(UserError, match=named):
-            run_script(letters, "ppo", "ppo_extended", "--resume", *flags)
-    assert (folder / "metrics.jsonl").read_text() == before and (folder / "report.json").exists()
-    run_script(letters, "ppo", "ppo_extended", "--resume", "--iterations", 4, "--allow_changes")
-    assert (folder / "metrics.jsonl").read_text().startswith(before)
-    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2, 3]
-    assert (folder / "report.json").exists() and len(assessed) == 2 and (folder / "model.safetensors").read_bytes() != model
-    assert json.loads((folder / "run.json").read_text())["config"]["iterations"] == 4
-
-
 def test_the_kl_is_measured_to_the_reference(letters, monkeypatch):
     """The first rollout's log-probabilities under the named folder, token by token."""
     save_pretrained(letters_gpt2(1), letters / "other")
