@@ -139,7 +139,8 @@ def write(file, text):
     (train_ppo, ppo_args, lambda folder: ["--reward", write(folder / "bad.py", "def f(p, r):\n    return [1.0]\n") + ":f"],
      "must return a list of 8 numbers"),
     (train_ppo, ppo_args, lambda folder: ["--max_response", "60"], "prompts.jsonl:1: prompt and response"),
-    (train_ppo, ppo_args, lambda folder: ["--heldout", str(folder / "nowhere.jsonl")], "nowhere.jsonl"),
+    (train_ppo, ppo_args, lambda folder: ["--heldout", write(folder / "long.jsonl", json.dumps({"prompt": "the " * 60}))],
+     "long.jsonl:1"),
     (train_ppo, ppo_args, lambda folder: ["--minibatches", "7"], "--batch_size 6 .*--minibatches 7"),
     (train_ppo, ppo_args, lambda folder: ["--stop", "768,0"], "--stop 768,0.* 767"),
 ])
@@ -170,17 +171,6 @@ def test_pairs_are_counted_by_prompt():
     hundred_prompts = pair_accuracy([[2, 1]] * 100, [[1, 2], [2, 1]] * 50)
     assert ten_prompts.value == hundred_prompts.value == 0.5
     assert ten_prompts.high - ten_prompts.low > 2 * (hundred_prompts.high - hundred_prompts.low)
-
-
-def test_heldout_prompts_that_do_not_fit_are_refused_before_training_or_dropped(world, monkeypatch):
-    long = world / "long.jsonl"
-    long.write_text((world / "prompts_test.jsonl").read_text() + json.dumps({"prompt": "the " * 60}) + "\n")
-    with pytest.raises(UserError, match="long.jsonl:9"):
-        train_ppo.main(ppo_args(world, "long_refused") + ["--heldout", str(long), "--gold", "none"])
-    assert not (world / "long_refused").exists()
-    kept = recorded(monkeypatch, train_ppo, "assess_run")
-    train_ppo.main(ppo_args(world, "ppo_long") + ["--heldout", str(long), "--gold", "none", "--drop_long"])
-    assert len(kept[0][0][5]) == 8
 
 
 # ---- in the world of letters -----------------------------------------------------------------------------------------
