@@ -27,7 +27,7 @@ def mutant(function, *changes):
 
 
 def assert_notices(check, *defects, errors=AssertionError):
-    """The check passes, and fails while a function has one of the defects: (module or class, its name, old, new, ...)."""
+    """The check passes, and fails under each of the defects: (module or class, function's name, old, new, ...)."""
     check()
     for owner, name, *changes in defects:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(errors):

@@ -168,7 +168,8 @@ def test_micro_batches_hold_every_row_once_in_order():
     for size, lengths in ((0, [7]), (1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (9, [7])):
         for rows in (list(range(7)), torch.arange(7)):
             parts = micro_batches(rows, size)
-            assert [len(part) for part in parts] == lengths and [int(x) for part in parts for x in part] == list(range(7))
+            assert [len(part) for part in parts] == lengths
+            assert [int(x) for part in parts for x in part] == list(range(7))
     assert micro_batches([], 0) == micro_batches([], 3) == []           # a process without rows
 
 

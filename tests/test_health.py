@@ -20,8 +20,8 @@ N = 25                                                          # iterations of 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = small_world(tmp_path_factory.mktemp("world"))
-    (folder / "reward.py").write_text('def early_letters(prompts, responses):\n'
-                                      '    return [sum(c in "abcde" for c in text) / (len(text) + 1) for text in responses]\n'
+    (folder / "reward.py").write_text('def early_letters(prompts, texts):\n'
+                                      '    return [sum(c < "f" for c in text) / (len(text) + 1) for text in texts]\n'
                                       'def same(prompts, responses):\n'
                                       '    return [1.0] * len(responses)\n')
     return folder

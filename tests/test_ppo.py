@@ -228,12 +228,14 @@ def test_adaptive_beta_in_absolute_values():
 
 # ---- a wrong formula is noticed --------------------------------------------------------------------------------------
 
+WHITENING = test_whitening_is_whitening_of_the_compacted_vector
+STATISTICS = test_the_statistics_of_an_update_in_absolute_values
 GAE = partial(test_gae_is_the_quadratic_definition_on_ragged_rows, 0.9, 0.5)
 
 
 @pytest.mark.parametrize("check, name, old, new", [
-    (test_whitening_is_whitening_of_the_compacted_vector, "whiten", "masked_mean(x, mask)", "x.mean()"),
-    (test_whitening_is_whitening_of_the_compacted_vector, "whiten", "masked_variance(x, mask)", "x[mask].var()"),    # n - 1
+    (WHITENING, "whiten", "masked_mean(x, mask)", "x.mean()"),
+    (WHITENING, "whiten", "masked_variance(x, mask)", "x[mask].var()"),    # n - 1
     (test_the_variance_is_over_tokens_too, "masked_variance", "x - masked_mean(x, mask)", "x"),
     (test_the_sequence_mean_is_that_of_a_loop, "sequence_mean", "mask.any(dim=1).sum()", "mask.sum()"),
     (GAE, "gae", "gamma * lam * next_advantage", "lam * next_advantage"),
@@ -245,8 +247,8 @@ GAE = partial(test_gae_is_the_quadratic_definition_on_ragged_rows, 0.9, 0.5)
     (check_policy_bound, "policy_losses", "ratio.clamp(1 - clip, 1 + clip)", "ratio"),
     (check_value_gradient, "value_losses", "(new_values - values).clamp", "(new_values - values).detach().clamp"),
     (check_value_bound, "value_losses", "torch.max(", "torch.min("),
-    (test_the_statistics_of_an_update_in_absolute_values, "policy_stats", "0.5 * log_ratio ** 2", "log_ratio ** 2"),
-    (test_the_statistics_of_an_update_in_absolute_values, "policy_stats", "= new_logprobs - logprobs", "= logprobs - new_logprobs"),
+    (STATISTICS, "policy_stats", "0.5 * log_ratio ** 2", "log_ratio ** 2"),
+    (STATISTICS, "policy_stats", "= new_logprobs - logprobs", "= logprobs - new_logprobs"),
 ])
 def test_another_formula_is_noticed(check, name, old, new):
     assert_notices(check, (ppo, name, old, new))

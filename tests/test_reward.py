@@ -39,7 +39,7 @@ def check_pairs(pair_loss):
 
 
 def check_best(best_loss):
-    """Against cross_entropy: the best of K, whatever is said of the others. Of several best ones, any of them will do."""
+    """Against cross_entropy: the best of K, whatever is said of the others. Of several best ones any will do."""
     rewards, best = randn(8, 4), torch.arange(8) % 4
     expected = F.cross_entropy(rewards, best)
     only = torch.where(F.one_hot(best, 4) == 1, 1, 2)

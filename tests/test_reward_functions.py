@@ -52,8 +52,8 @@ def test_an_array_of_something_else_is_refused_with_the_first_response(value):
 def test_a_function_that_fails_is_named_with_its_line_and_the_first_response(tmp_path):
     (tmp_path / "bad.py").write_text("def f(prompts, responses):\n    return [g(r) for r in responses]\n\n"
                                      "def g(r):\n    return 1 / 0\n")
-    with pytest.raises(UserError, match=r"raised ZeroDivisionError: division by zero \(.*bad.py:5\) on 3 responses, the first "
-                                        "of them ' a' to 'p'"):
+    with pytest.raises(UserError, match=r"raised ZeroDivisionError: division by zero \(.*bad.py:5\) on 3 responses, "
+                                        "the first of them ' a' to 'p'"):
         call_reward(load_function(f"{tmp_path}/bad.py:f"), PROMPTS, RESPONSES)
 
 
@@ -67,8 +67,9 @@ def test_a_function_that_sorts_its_lists_moves_no_score_to_another_response():
 
 
 @pytest.mark.parametrize("text, spec, says", [
-    ("def f(:\n", "reward.py:f", "cannot be run: SyntaxError"), ("import nowhere_at_all\n", "reward.py:f", "cannot be run: Module"),
-    ("f = 3\n", "reward.py:f", "has no function 'f'"), ("", "reward.py", "not FILE.py:function with a file that exists"),
+    ("def f(:\n", "reward.py:f", "cannot be run: SyntaxError"), ("import nowhere\n", "reward.py:f", "cannot be run"),
+    ("f = 3\n", "reward.py:f", "has no function 'f'"),
+    ("", "reward.py", "not FILE.py:function with a file that exists"),
     ("", "nowhere.py:f", "not FILE.py:function with a file that exists"), ("", "a\0.py:f", "not FILE.py:function"),
 ])
 def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tmp_path, text, spec, says):
@@ -86,7 +87,8 @@ def check(folder, reward_tokens=7, reward_positions=20):
 
 
 @pytest.mark.parametrize("report, warns", [
-    ({"rm_accuracy_heldout_ci": [0.48, 0.6]}, True), ({"rm_accuracy_heldout_ci": [0.55, 0.7], "longer_is_preferred": 0.4}, True),
+    ({"rm_accuracy_heldout_ci": [0.48, 0.6]}, True),
+    ({"rm_accuracy_heldout_ci": [0.55, 0.7], "longer_is_preferred": 0.4}, True),
     ({"rm_accuracy_heldout_ci": [0.75, 0.9], "longer_is_preferred": 0.4}, False), ({}, False), (None, False),
 ])
 def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_named(tmp_path, capsys, report, warns):
@@ -96,7 +98,7 @@ def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_named(tm
     assert ("not clearly better than chance" in capsys.readouterr().out) == warns
 
 
-@pytest.mark.parametrize("tokens, positions, says", [(8, 20, "they must share one vocabulary"), (7, 6, "6 positions, .* 7")])
+@pytest.mark.parametrize("tokens, positions, says", [(8, 20, "share one vocabulary"), (7, 6, "6 positions, .* 7")])
 def test_a_reward_model_that_does_not_fit_the_policy_is_named(tmp_path, tokens, positions, says):
     with pytest.raises(UserError, match=says):
         check(tmp_path, tokens, positions)

@@ -1,4 +1,4 @@
-"""The three scripts through their command lines: two steps each on a two-layer model, and everything they leave behind."""
+"""The three scripts through their command lines: two steps each on a two-layer model, and all they leave behind."""
 
 import contextlib
 import hashlib
@@ -35,13 +35,15 @@ def sft_args(folder, out):
 
 
 def rm_args(folder, out):
-    return ["--model", str(folder / "sft"), "--data", str(folder / "comparisons.jsonl"), "--gold", f"{TINY}/gold.py:gold",
-            "--heldout", str(folder / "comparisons_test.jsonl"), "--out", str(folder / out), *STEPS]
+    return ["--model", str(folder / "sft"), "--data", str(folder / "comparisons.jsonl"),
+            "--heldout", str(folder / "comparisons_test.jsonl"), "--gold", f"{TINY}/gold.py:gold",
+            "--out", str(folder / out), *STEPS]
 
 
 def ppo_args(folder, out, reward="rm"):
     return ["--model", str(folder / "sft"), "--reward", str(folder / reward), "--data", str(folder / "prompts.jsonl"),
-            "--heldout", str(folder / "prompts_test.jsonl"), "--gold", f"{TINY}/gold.py:gold", "--out", str(folder / out), *PPO]
+            "--heldout", str(folder / "prompts_test.jsonl"), "--gold", f"{TINY}/gold.py:gold",
+            "--out", str(folder / out), *PPO]
 
 
 SCRIPTS = [(train_sft, sft_args, "sft"), (train_rm, rm_args, "rm"), (train_ppo, ppo_args, "ppo")]
@@ -93,7 +95,8 @@ def same_run(a, b):
 def test_every_run_leaves_the_files_of_the_contract(world):
     for name in ("sft", "rm", "ppo"):
         found = {file.name for file in (world / name).iterdir()}
-        assert found >= {"config.json", "model.safetensors", "vocab.tiktoken", "run.json", "metrics.jsonl", "state.pt", "report.json"}
+        assert found >= {"config.json", "model.safetensors", "vocab.tiktoken", "run.json", "metrics.jsonl",
+                         "state.pt", "report.json"}
         assert not any(file.endswith(".tmp") for file in found)
     config = json.loads((world / "sft/config.json").read_text())
     assert config["eos_token_id"] == 767 and config["vocab_size"] == 768
@@ -106,8 +109,8 @@ def test_every_run_leaves_the_files_of_the_contract(world):
 def test_the_report_has_the_keys_of_the_contract(world):
     train_ppo.main(ppo_args(world, "ppo_assessed"))
     report = read_report(world / "ppo_assessed")
-    assert set(report) >= {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold", "rm_accuracy_heldout",
-                           "win_rate", "win_rate_ci", "kl", "sft", "ppo"}
+    assert set(report) >= {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold",
+                           "rm_accuracy_heldout", "win_rate", "win_rate_ci", "kl", "sft", "ppo"}
     assert set(report["seconds"]) >= {"sft", "rm", "ppo"} and report["n_prompts"] == 8
     assert 0 <= report["rm_accuracy_gold"] <= 1 and 0 <= report["win_rate"] <= 1
     for model in ("sft", "ppo"):
@@ -129,17 +132,17 @@ def write(file, text):
 
 @pytest.mark.parametrize("script, args, change, named", [
     (train_sft, sft_args, lambda folder: ["--model", str(folder / "nowhere")], "nowhere"),
-    (train_sft, sft_args, lambda folder: ["--data", write(folder / "bad.jsonl", "{")], "bad.jsonl:1: not a line of JSON"),
+    (train_sft, sft_args, lambda folder: ["--data", write(folder / "bad.jsonl", "{")], "bad.jsonl:1: not a line"),
     (train_sft, sft_args, lambda folder: ["--max_response", "5"], "demonstrations.jsonl:1: response of .* more than 5"),
     (train_sft, sft_args, lambda folder: ["--dtype", "int8"], "--dtype"),
     (train_rm, rm_args, lambda folder: ["--loss", "none"], "--loss must be one of pairs, best"),
     (train_rm, rm_args, lambda folder: ["--stop", "a,b"], "--stop a,b"),
     (train_rm, rm_args, lambda folder: ["--device", "gpu"], "--device gpu.*cuda, mps, cpu"),
     (train_ppo, ppo_args, lambda folder: ["--reward", str(folder / "sft")], "sft"),
-    (train_ppo, ppo_args, lambda folder: ["--reward", write(folder / "bad.py", "def f(p, r):\n    return [1.0]\n") + ":f"],
+    (train_ppo, ppo_args, lambda folder: ["--reward", write(folder / "bad.py", "def f(p, r):\n    return [1]") + ":f"],
      "must return a list of 8 numbers"),
     (train_ppo, ppo_args, lambda folder: ["--max_response", "60"], "prompts.jsonl:1: prompt and response"),
-    (train_ppo, ppo_args, lambda folder: ["--heldout", write(folder / "long.jsonl", json.dumps({"prompt": "the " * 60}))],
+    (train_ppo, ppo_args, lambda folder: ["--heldout", write(folder / "long.jsonl", '{"prompt": "%s"}' % ("a " * 60))],
      "long.jsonl:1"),
     (train_ppo, ppo_args, lambda folder: ["--minibatches", "7"], "--batch_size 6 .*--minibatches 7"),
     (train_ppo, ppo_args, lambda folder: ["--stop", "768,0"], "--stop 768,0.* 767"),
@@ -156,7 +159,7 @@ def test_demonstrations_that_are_gone_or_unknown_cost_the_perplexity_and_nothing
     run = json.loads((tmp_path / "sft/run.json").read_text())
     run["config"]["heldout"] = str(tmp_path / "gone.jsonl")
     (tmp_path / "sft/run.json").write_text(json.dumps(run))
-    for out, model in (("ppo_gone", tmp_path / "sft"), ("ppo_twice", world / "ppo")):       # a policy of PPO, trained again
+    for out, model in (("ppo_gone", tmp_path / "sft"), ("ppo_twice", world / "ppo")):       # a policy, trained again
         train_ppo.main(ppo_args(world, out) + ["--model", str(model)])
         report = read_report(world / out)
         assert "perplexity" not in report["ppo"] and 0 <= report["win_rate"] <= 1
@@ -202,8 +205,8 @@ def run_script(world, name, out, *flags):
 
 
 def test_all_three_scripts_hold_out_the_same_tenth_of_the_prompts(letters, assessed, monkeypatch):
-    """Which prompts depends on their text alone: the SHA-256 of one in ten is a multiple of ten. They are kept in a file
-    that can be read back."""
+    """Which prompts depends on their text alone: the SHA-256 of one in ten is a multiple of ten. A file keeps
+    them that can be read back."""
     prompts = {json.loads(line)["prompt"] for line in (letters / "prompts.jsonl").read_text().splitlines()}
     tenth = {p for p in prompts if int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10 == 0}
     assert 0 < len(tenth) < len(prompts) / 3
@@ -259,7 +262,8 @@ def test_resume_continues_a_run_that_held_out_its_own_prompts(letters, assessed,
     assert heldout_lines(letters / f"{name}_whole") == heldout_lines(letters / f"{name}_cut")
 
 
-@pytest.mark.parametrize("script, name", [(train_sft, "demonstrations"), (train_rm, "comparisons"), (train_ppo, "prompts")])
+@pytest.mark.parametrize("script, name", [(train_sft, "demonstrations"), (train_rm, "comparisons"),
+                                          (train_ppo, "prompts")])
 def test_the_embedded_world_has_its_own_heldout_file(script, name):
     cfg, read = script.Config(), getattr(data, f"read_{name}")
     rows, heldout = data.split(cfg, read(cfg.data), read)

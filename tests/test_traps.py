@@ -39,10 +39,10 @@ def world(tmp_path_factory):
 def check_first_minibatch(world, dtype):
     """Through the real script: on the first minibatch the ratio is 1 and the clip fraction 0."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(health, "check_first_ratio", lambda sums, n, _: seen.append({k: float(x / n) for k, x in sums.items()}))
-        seen = []
+        first = {}
+        patch.setattr(health, "check_first_ratio",
+                      lambda sums, n, _: first.update({name: float(x / n) for name, x in sums.items()}))
         run_ppo(world, "--temperature", 0.7, "--dtype", dtype, out="first")
-    first, = seen
     assert first["policy/clipfrac"] == 0
     assert abs(first["policy/ratio"] - 1) < 1e-4
     assert math.sqrt(2 * first["policy/approxkl"]) < (1e-5 if dtype == "float32" else 5e-4)          # of the log-ratio
@@ -56,7 +56,8 @@ def test_trap_01_the_ratio_is_one_on_the_first_minibatch(world, dtype):
 def test_trap_01_an_update_that_sees_something_else_is_noticed_by_test_and_script(world):
     logits, tokens = "policy, ids, rollout.attention_mask[part, :P + R], P)", "ids[:, P:], cfg.temperature)"
     defects = [(train_ppo, "update", old, new) for old, new in (
-        (tokens, "ids[:, P:])"), (logits, "policy, ids, None, P)"), (tokens, "ids[:, P:].roll(1, 1), cfg.temperature)"))]
+        (tokens, "ids[:, P:])"), (logits, "policy, ids, None, P)"),
+        (tokens, "ids[:, P:].roll(1, 1), cfg.temperature)"))]
     assert_notices(lambda: check_first_minibatch(world, "float32"), *defects)
     assert_notices(lambda: run_ppo(world, "--temperature", 0.7), *defects, errors=UserError)
 
@@ -95,7 +96,8 @@ def test_trap_03_there_is_no_dropout_in_the_update(world, monkeypatch):
     def metrics():
         for name, script, kind in (("sft", train_sft, "demonstrations"), ("rm", train_rm, "comparisons")):
             file = f"{world}/{kind}.jsonl"
-            script.main(script_flags(world, f"{name}_dropout", "--data", file, "--heldout", file, "--lr", 0, "--epochs", 2))
+            flags = "--data", file, "--heldout", file, "--lr", 0, "--epochs", 2
+            script.main(script_flags(world, f"{name}_dropout", *flags))
         return [read_metrics(world / f"{name}_dropout") for name in ("sft", "rm")] + [run_ppo(world)]
 
     monkeypatch.setattr(answers, "SAMPLES", 8)
@@ -105,8 +107,8 @@ def test_trap_03_there_is_no_dropout_in_the_update(world, monkeypatch):
     sft_with_dropout, *others_with_dropout = metrics()
     assert sft[-1]["loss/heldout"] == sft_with_dropout[-1]["loss/heldout"] and others == others_with_dropout
     assert all(a["loss/train"] != b["loss/train"] for a, b in zip(sft, sft_with_dropout))
-    in_training_mode = mutant(train_ppo.update, "sums = defaultdict(float)", "sums = defaultdict(float); policy.train()")
-    monkeypatch.setattr(train_ppo, "update", in_training_mode)
+    start = "sums = defaultdict(float)"
+    monkeypatch.setattr(train_ppo, "update", mutant(train_ppo.update, start, f"{start}; policy.train()"))
     with pytest.raises(UserError, match="before the first update.*dropout"):
         run_ppo(world)
 
@@ -179,7 +181,8 @@ def check_sequence_kl(B=4000, temperature=0.7):
 
 
 def test_trap_05_the_logged_kl_is_the_exact_kl_and_the_one_that_is_paid():
-    paid, reference = "token_rewards(logprobs - ref_logprobs,", "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part]"
+    paid = "token_rewards(logprobs - ref_logprobs,"
+    reference = "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part]"
     assert_notices(
         check_sequence_kl,
         (train_ppo, "generate", "logits / max(", "(logits - torch.eye(3)[stop_token] * 1e9 * (t < 2)) / max("),
@@ -205,7 +208,8 @@ def test_trap_06_k1_and_k3_estimate_the_exact_kl():
 
 
 def test_trap_06_another_sign_is_noticed():
-    assert_notices(partial(check_estimates_kl, True), (ppo, "kl_k3", "= ref_logprobs - logprobs", "= logprobs - ref_logprobs"),
+    assert_notices(partial(check_estimates_kl, True),
+                   (ppo, "kl_k3", "= ref_logprobs - logprobs", "= logprobs - ref_logprobs"),
                    (ppo, "kl_k3", "- log_ratio", "+ log_ratio"))
 
 
@@ -278,7 +282,7 @@ def check_score_position():
 def test_trap_10_the_score_is_on_the_last_token_and_not_on_the_pad_after_it():
     assert_notices(check_score_position, *[
         (ppo, "token_rewards", "response_mask.sum(dim=1, keepdim=True) - 1", column)
-        for column in ("response_mask.sum(dim=1, keepdim=True)", "torch.full_like(scores[:, None].long(), rewards.shape[1] - 1)")])
+        for column in ("response_mask.sum(dim=1, keepdim=True)", "torch.full((len(kl), 1), kl.shape[1] - 1)")])
 
 
 def check_missing_eos():
@@ -311,7 +315,7 @@ def test_trap_11_the_reward_is_read_at_the_last_token_wherever_the_pads_are():
         check_reward_position,
         (reward, "at_last_token", f"x.gather(1, {last}).squeeze(1)", "x.mean(dim=1)"),
         (reward, "at_last_token", f"x.gather(1, {last}).squeeze(1)", "x[:, -1]"),
-        (reward, "at_last_token", last, "attention_mask.sum(dim=1, keepdim=True) - 1"))     # right if all pads are on the right
+        (reward, "at_last_token", last, "attention_mask.sum(dim=1, keepdim=True) - 1"))     # wrong after left pads
 
 
 # ---- 12 to 15: statistics --------------------------------------------------------------------------------------------
@@ -356,8 +360,8 @@ def check_update_under_poison(poison):
 
 
 def test_trap_12_nothing_under_the_mask_reaches_a_metric_a_gradient_or_a_weight():
-    """Of the update masked_sum alone will not do: the loss is right, and the gradient of exp at a pad is 0 * inf. Either
-    of two lines prevents that, so both are taken out."""
+    """Of the update masked_sum alone will not do: the loss is right, and the gradient of exp at a pad is 0 * inf.
+    Either of two lines prevents that, so both are taken out."""
     assert_notices(partial(check_rollout_under_poison, math.nan),
                    (ppo, "masked_sum", "x.masked_fill(~mask, 0).sum()", "(x * mask).sum()"))
     assert_notices(partial(check_rollout_under_poison, 1e6),
@@ -390,7 +394,8 @@ def test_trap_13_advantages_are_not_normalised_per_sequence():
 
 def test_trap_14_returns_come_before_whitening():
     whitening = "advantages = ppo.whiten(advantages, response_mask)"
-    assert_notices(check_advantages, (train_ppo, "make_rollout", whitening, f"{whitening}; returns = advantages + values"))
+    after = f"{whitening}; returns = advantages + values"
+    assert_notices(check_advantages, (train_ppo, "make_rollout", whitening, after))
 
 
 def check_every_row_attends():
@@ -464,7 +469,7 @@ def check_accumulation(world, name):
 DEFECTS = {     # the loss divided by the micro-batch
     "sft": [("main", "[0] / n_tokens", "[0] / sum(len(example.responses[0]) for example in part)")],
     "rm": [("main", "(loss / len(batch)).backward()", "(loss / len(part)).backward()"),
-           ("language_loss", "logprobs / tokens.repeat_interleave(tokens)", "logprobs / len(logprobs) * len(examples)")],
+           ("language_loss", "/ tokens.repeat_interleave(tokens)", "/ len(logprobs) * len(examples)")],
     "ppo": [("update", f"losses = ppo.{loss}(", f"n_tokens = mask.sum(); losses = ppo.{loss}(")
             for loss in ("policy_losses", "value_losses")],
 }
@@ -520,7 +525,8 @@ def test_trap_17_gradients_are_clipped_after_backward(world, few_samples, name):
     function, model, optimizer = STEPS[name]
     clip = f"torch.nn.utils.clip_grad_norm_({model}.parameters(), 1.0, error_if_nonfinite=True)"
     too_late = f"{optimizer}.step()", f"{optimizer}.step(); {clip}"
-    assert_notices(partial(check_gradient_is_clipped, world, name), (SCRIPTS[name][0], function, clip, "pass", *too_late))
+    assert_notices(partial(check_gradient_is_clipped, world, name),
+                   (SCRIPTS[name][0], function, clip, "pass", *too_late))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -588,7 +594,7 @@ class PowerCut(Exception):
 
 
 def check_resume(world):
-    """Four iterations at a stretch, and four with a power cut in the third: the same metrics and weights, bit for bit."""
+    """Four iterations at a stretch, and four with a power cut in the third: the same metrics and weights to the bit."""
     flags = ["--iterations", 4, "--target_kl", 1, "--batch_size", 16]
     torch.manual_seed(0)                                        # as in a new process
     train_ppo.main(ppo_flags(world, *flags, out="straight"))
