@@ -143,8 +143,9 @@ def test_finished_runs_are_not_run_again_unless_the_code_changed(tmp_path, monke
     ran, code = [], {"default": "a", "algo_grpo": "b"}
     monkeypatch.setattr(experiment, "copy_tree", lambda patch, tree: code[patch.name])
     monkeypatch.setattr(experiment, "shared_models", lambda *_: {"sft": tmp_path, "rm": tmp_path})
-    monkeypatch.setattr(experiment, "run_job", lambda job, models: ran.append((job.row["code"], job.row["seed"]))
-                        or rows_of(job.row["patch"], {job.row["seed"]: 0.5})[0] | job.row)
+    monkeypatch.setattr(experiment, "run_patch", lambda patch, row, *_: ran.append((row["code"], row["seed"]))
+                        or rows_of(row["patch"], {row["seed"]: 0.5})[0] | row)
+    monkeypatch.setattr(experiment.page, "main", lambda argv: None)
     (tmp_path / "out").mkdir()
     for seeds, changed in ((["1"], {}), (["1", "2"], {}), (["1", "2"], {}), (["1"], {"algo_grpo": "c"})):
         code |= changed

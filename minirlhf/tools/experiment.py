@@ -110,15 +110,6 @@ def apply_patch(patch, folder):
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
-class Job(NamedTuple):
-    """One patch with one seed."""
-    patch: Patch
-    row: dict           # how the run is known in results.jsonl: patch (for a mystery not its name), seed, iterations
-                        # (0: as many as the patch says) and the hash of the code
-    folder: Path        # of its runs
-    log: Path           # what the scripts print; None for the terminal
-
-
 def copy_tree(patch, tree):
     """A copy of the scripts and all they need, as they are now, with the patch applied -> a hash of the code."""
     shutil.rmtree(tree, ignore_errors=True)         # of a run that was stopped
@@ -158,32 +149,33 @@ def shared_models(seed, out):
     return models
 
 
-def run_job(job, models):
-    """Trains and measures -> a row of results.jsonl. A run that ends with an error has only "failed" in its row.
+def run_patch(patch, row, models, folder, log):
+    """Trains and measures -> the row with its figures. A run that ends with an error has only "failed" in its row.
 
-    models: from shared_models.
+    row: how the run is known: patch (for a mystery not its name), seed, iterations (0: as many as the patch says) and
+    code, a hash. models: from shared_models. folder: of its runs. log: a file, None for the terminal.
     """
-    tree, seed, begun = job.folder / "tree", job.row["seed"], time.time()
-    copy_tree(job.patch, tree)
+    tree, begun = folder / "tree", time.time()
+    copy_tree(patch, tree)
     (tree / "out").mkdir()
     for kind, model in models.items():                          # where the scripts look for them
         (tree / "out" / kind).symlink_to(model)
-    for script, flags in job.patch.runs:
+    for script, flags in patch.runs:
         kind = SCRIPTS[script]
-        last, link = job.folder / kind, tree / "out" / kind
-        shorter = ["--iterations", job.row["iterations"]] if job.row["iterations"] and kind == "ppo" else []
+        last, link = folder / kind, tree / "out" / kind
+        shorter = ["--iterations", row["iterations"]] if row["iterations"] and kind == "ppo" else []
         shutil.rmtree(last, ignore_errors=True)
         try:
-            run_script(tree / script, *flags, *shorter, folder=tree, log=job.log, seed=seed, out=last)
+            run_script(tree / script, *flags, *shorter, folder=tree, log=log, seed=row["seed"], out=last)
         except UserError as error:
-            return job.row | {"failed": str(error)}
+            return row | {"failed": str(error)}
         link.unlink(missing_ok=True)                            # a script after this one builds on what it made
         link.symlink_to(last)
     seconds = round(time.time() - begun)
-    report = read_report(last) if "ppo" in read_report(last) else measure(last, models, seed)
+    report = read_report(last) if "ppo" in read_report(last) else measure(last, models, row["seed"])
     shutil.rmtree(tree)
     figures = report["ppo"] | {"win_rate": report["win_rate"], "kl": report["kl"]}
-    return job.row | {"seconds": seconds} | {name: round(figures[name], 4) for name in FIGURES}
+    return row | {"seconds": seconds} | {name: round(figures[name], 4) for name in FIGURES}
 
 
 def measure(policy, models, seed):
@@ -196,29 +188,38 @@ def measure(policy, models, seed):
                   Sampling(seed=seed), gold, facts_of, demonstrations)
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 def read_results(file):
     return [row for _, row in read_jsonl(file)] if file.exists() else []
 
 
-def run_all(jobs, out, at_once):
-    """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done -> their rows."""
-    results = out / "results.jsonl"
-    done = read_results(results)
-    missing = [job for job in jobs if not any(job.row.items() <= row.items() for row in done)]
+def run_missing(patches, rows, out, at_once):
+    """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done -> all of its lines."""
+    done, seeds = read_results(out / "results.jsonl"), sorted({row["seed"] for row in rows})
+    rows = [row for row in rows if not any(row.items() <= each.items() for each in done)]
+    models = {seed: shared_models(seed, out) for seed in seeds if any(row["seed"] == seed for row in rows)}
     if at_once > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
-    models = {seed: shared_models(seed, out) for seed in sorted({job.row["seed"] for job in missing})}
+
+    def run_one(row):
+        folder = folder_of(row, out)
+        log = folder / "log.txt" if at_once > 1 else None
+        return run_patch(patches[row["patch"]], row, models[row["seed"]], folder, log)
+
     with ThreadPoolExecutor(at_once) as pool:
-        running = pool.map(lambda job: run_job(job, models[job.row["seed"]]), missing)
-        for row in tqdm(running, "experiments", len(missing), disable=None):
-            done.append(row)
-            with open(results, "a") as file:
+        for row in tqdm(pool.map(run_one, rows), "experiments", len(rows), disable=None):
+            with open(out / "results.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             said = row.get("failed") or f"{row['seconds']} s, gold {row['gold']:.3f}, KL {row['kl']:.1f}"
             tqdm.write(f"{row['patch']}, seed {row['seed']}: {said}")
-    return [row for row in done if any(job.row.items() <= row.items() for job in jobs)]
+            done.append(row)
+    return done
+
+
+def folder_of(row, out):
+    """Where the runs of a row are."""
+    return out / f"{row['patch']}{'_' * bool(row['iterations'])}{row['iterations'] or ''}" / str(row["seed"])
 
 
 def summary(values, digits=3):
@@ -291,17 +292,15 @@ def reveal(bug):
 def compare(patches, args):
     """Runs the default and these {label: Patch} on all seeds, and writes the table and the page of curves."""
     out, patches = Path(args.out).resolve(), {"default": read_patch("default"), **patches}
-    jobs = []
-    with tempfile.TemporaryDirectory() as empty:
-        code = {label: copy_tree(patch, Path(empty, label)) for label, patch in patches.items()}    # do they fit?
-    for seed, label in product(args.seeds, patches):
-        folder = out / (f"{label}_{args.iterations}" if args.iterations else label) / str(seed)
-        row = {"patch": label, "seed": seed, "iterations": args.iterations, "code": code[label]}
-        jobs.append(Job(patches[label], row, folder, folder / "log.txt" if args.jobs > 1 else None))
-    print("\n".join(["", *table(run_all(jobs, out, args.jobs), patches)]))
-    runs = [str(job.folder / "ppo") for job in jobs[:len(patches)] if (job.folder / "ppo").is_dir()]
-    if runs:
-        page.main([*runs, "--out", str(out / f"{list(patches)[-1]}.html")])
+    with tempfile.TemporaryDirectory() as empty:                # does every patch fit?
+        code = {label: copy_tree(patch, Path(empty, label)) for label, patch in patches.items()}
+    rows = [{"patch": label, "seed": seed, "iterations": args.iterations, "code": code[label]}
+            for seed, label in product(args.seeds, patches)]
+    done = run_missing(patches, rows, out, args.jobs)
+    own = [each for each in done if any(row.items() <= each.items() for row in rows)]
+    print("\n".join(["", *table(own, patches)]))
+    runs = [str(folder_of(row, out) / "ppo") for row in rows[:len(patches)]]
+    page.main([*filter(os.path.isdir, runs), "--out", str(out / f"{list(patches)[-1]}.html")])
 
 
 if __name__ == "__main__":
