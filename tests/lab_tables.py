@@ -13,7 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minirlhf.files.jsonl import read_jsonl                     # noqa: E402
 from minirlhf.tools import experiment                           # noqa: E402
 
 README, DETAILS = ROOT / "minirlhf/patches/README.md", ROOT / "minirlhf/DETAILS.md"
@@ -33,9 +32,9 @@ def measured(kind, iterations):
     return sorted(found, key=lambda name: (-sum(found[name]) / len(found[name]), name))
 
 
-def link(line, folder=""):
-    """The first cell of a table's row as a link to its patch."""
-    return re.sub(r"^\| ((?:algo|ablate|bug)_\w+) ", rf"| [\1]({folder}\1.patch) ", line)
+def link(name):
+    """The name of a patch, with a link to it as long as it is there."""
+    return f"[{name}]({name}.patch)" if (experiment.PATCHES / f"{name}.patch").exists() else name
 
 
 def by_seed(rows, name, figure="gold", digits=3):
@@ -56,7 +55,7 @@ def algorithms_table():
                  else by_seed(rows, name, figure, digits) for figure, digits in columns.items()]
         gap = experiment.against_default(list(own.values()), default) if name != "default" else ""
         time = own[1]["seconds"] / default[1]["seconds"]        # all of seed 1 ran one after another, with one thread
-        lines.append(link(f"| {name} | {len(own)} | {' | '.join(cells)} | {time:.2f} | {gap} |"))
+        lines.append(f"| {link(name)} | {len(own)} | {' | '.join(cells)} | {time:.2f} | {gap} |")
     return lines
 
 
@@ -68,7 +67,7 @@ def ablations_table():
     for name in ("default", *measured("ablate_", SHORT)):
         own = [row for row in rows if row["patch"] == name and "gold" in row]
         gap = experiment.against_default(own, default) if name != "default" else ""
-        lines.append(link(f"| {name} | {by_seed(rows, name)} | {by_seed(rows, name, 'kl', 1)} | {gap} |"))
+        lines.append(f"| {link(name)} | {by_seed(rows, name)} | {by_seed(rows, name, 'kl', 1)} | {gap} |")
     return lines
 
 
@@ -87,35 +86,31 @@ def verdict(gap):
 def bugs_table():
     """One row per bug: gold, what shows it, from which iteration on, and whether the log's warnings say it."""
     rows = rows_with(SHORT)
-    signs = {row["patch"]: row for _, row in read_jsonl(experiment.PATCHES / "signs.jsonl")}
+    signs = {row["patch"]: row for row in experiment.read_results(experiment.PATCHES / "signs.jsonl")}
     lines = ["| | gold of each seed | what shows it | good run | with the bug | from iteration | warning |",
              "|" + "---|" * 7, f"| default | {by_seed(rows, 'default')} | | | | | |"]
     for name in measured("bug_", SHORT):
         sign = signs.get(name, {})
         cells = [sign.get(key) for key in ("column", "good", "bug", "iteration", "health")]
-        cells = [by_seed(rows, name) or "stops", *cells]
+        cells = [by_seed(rows, name), *cells]
         cells = ["" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        lines.append(link(f"| {name} | {' | '.join(cells[:-1])} | {cells[-1] or 'silent'} |"))
+        lines.append(f"| {link(name)} | {' | '.join(cells[:-1])} | {cells[-1] or 'silent'} |")
     return lines
 
 
 def effects_table():
-    """For every detail of DETAILS.md: its ablations, and what they changed."""
-    rows = rows_with(SHORT)
+    """For every detail of DETAILS.md that a patch takes away: its patches, and what they changed."""
+    rows, found = rows_with(SHORT), []
     default = {row["seed"]: row for row in rows if row["patch"] == "default" and "gold" in row}
-    lines = ["| detail | taken away or changed by | gold minus default | measured effect |", "|---|---|---|---|"]
-    for number in range(1, 34):
-        found = [name for name in experiment.names() if not name.startswith("algo_")
-                 and re.search(rf"\bdetails? (\d+(, | and ))*{number}\b", experiment.read_patch(name).field("Source"))]
-        for name in found:
+    for name, patch in experiment.every_patch().items():
+        details = re.search(r"\bdetails? ([\d, and]+)", patch.field("Source"))
+        for number in re.findall(r"\d+", details[1]) if details and not name.startswith("algo_") else ():
             own = [row for row in rows if row["patch"] == name and "gold" in row]
             gap = experiment.against_default(own, default)
-            failed = next((row["failed"] for row in rows if row["patch"] == name and "failed" in row), "")
-            effect = verdict(gap) if gap else failed or "not measured"
-            lines.append(f"| {number} | [{name}](patches/{name}.patch) | {gap} | {effect} |")
-        if not found:
-            lines.append(f"| {number} | | | not measured: no patch takes it away |")
-    return lines
+            effect = verdict(gap) if gap else "not measured"
+            found.append((int(number), f"| {number} | [{name}](patches/{name}.patch) | {gap} | {effect} |"))
+    return ["| detail | taken away or changed by | gold minus default | measured effect |", "|---|---|---|---|",
+            *(line for _, line in sorted(found))]
 
 
 def draw(out):

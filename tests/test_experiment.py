@@ -2,7 +2,7 @@
 
 import json
 import math
-import subprocess
+import shutil
 
 import pytest
 
@@ -18,16 +18,13 @@ run: train_rm.py --lr 1, train_ppo.py
 
 --- a/a.py
 +++ b/a.py
-@@ -2,3 +2,4 @@
- two
+@@ -3 +3,2 @@
 -three
 +drei
 +
- four
-@@ -6,2 +7,3 @@
+@@ -6 +7,2 @@
  six
 +sechs
- seven
 """
 BEFORE = ["one", "two", "three", "four", "five", "six", "seven"]
 AFTER = ["one", "two", "drei", "", "four", "five", "six", "sechs", "seven"]
@@ -43,47 +40,50 @@ def patches(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_patch_is_read(patches):
+def test_a_patch_is_read_and_another_may_share_its_diff(patches):
     patch = experiment.read_patch("algo_idea")
     assert patch.runs == [("train_rm.py", ["--lr", "1"]), ("train_ppo.py", [])]
     assert patch.field("Expect") == "much, and\n  more on a second line." and patch.field("Hope") == ""
+    (patches / "patches/algo_flag.patch").write_text("The same.\nrun: train_ppo.py --lam 0\ndiff: algo_idea\n")
+    flag = experiment.read_patch("algo_flag")
+    assert flag.diff == patch.diff and flag.runs == [("train_ppo.py", ["--lam", "0"])]
 
 
 @pytest.mark.parametrize("more", [0, 3])
-def test_a_patch_is_applied_as_git_does_it_also_when_lines_have_moved(patches, more):
-    lines = ["zero"] * more + BEFORE
-    for folder in (patches / "ours", patches / "gits"):
-        folder.mkdir()
-        (folder / "a.py").write_text("\n".join(lines) + "\n")
-    experiment.apply_patch(experiment.read_patch("algo_idea"), patches / "ours")
-    subprocess.run(["git", "apply", patches / "patches/algo_idea.patch"], cwd=patches / "gits", check=True)
-    assert (patches / "ours/a.py").read_text() == (patches / "gits/a.py").read_text()
-    assert (patches / "ours/a.py").read_text().splitlines() == ["zero"] * more + AFTER
+def test_a_patch_is_applied_also_when_lines_have_moved(patches, more):
+    (patches / "a.py").write_text("\n".join(["zero"] * more + BEFORE) + "\n")
+    experiment.apply_patch(experiment.read_patch("algo_idea"), patches)
+    assert (patches / "a.py").read_text().splitlines() == ["zero"] * more + AFTER
 
 
-@pytest.mark.parametrize("lines, said", [
-    (["one", "two", "THREE", "four", "five", "six", "seven"], "what it changes at line 2 is not there"),
-    (["one", "two", "three", "four", "five", "SIX", "seven"], "what it changes at line 6 is not there")])
-def test_a_patch_that_does_not_fit_names_file_and_line_and_changes_nothing(patches, lines, said):
+def test_a_patch_is_applied_to_a_folder_of_a_repository():
+    """`git apply` below a repository's root leaves out what lies outside, unless it is told not to look for one."""
+    folder = ROOT / "out/test_experiment"
+    folder.mkdir(parents=True)
+    try:
+        (folder / "train_ppo.py").write_text((ROOT / "train_ppo.py").read_text())
+        experiment.apply_patch(experiment.read_patch("algo_grpo"), folder)
+        assert "K = 4" in (folder / "train_ppo.py").read_text()
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_patch_that_does_not_fit_names_file_and_line_and_changes_nothing(patches):
+    lines = [*BEFORE[:5], "SIX", "seven"]
     (patches / "a.py").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=f"algo_idea does not fit a.py: .*{said}"):
+    with pytest.raises(UserError, match=r"^algo_idea does not fit .*: patch failed: a.py:6, a.py: .*[^\n]$"):
         experiment.apply_patch(experiment.read_patch("algo_idea"), patches)
     assert (patches / "a.py").read_text().splitlines() == lines
 
 
-def test_every_patch_of_ours_is_applied_as_git_does_it(tmp_path):
-    for name in experiment.names():
-        patch, files = experiment.read_patch(name), experiment.hunks_of(experiment.read_patch(name))
-        for kind in ("ours", "gits"):
-            for file in files:
-                (tmp_path / name / kind / file).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / name / kind / file).write_text((ROOT / file).read_text())
-        experiment.apply_patch(patch, tmp_path / name / "ours")
-        if patch.diff:
-            file = experiment.PATCHES / f"{name}.patch"
-            subprocess.run(["git", "apply", file], cwd=tmp_path / name / "gits", check=True)
-        for file in files:
-            assert (tmp_path / name / "ours" / file).read_text() == (tmp_path / name / "gits" / file).read_text()
+def test_a_patch_without_a_header_is_left_out_with_one_line_that_says_what_it_needs(patches, capsys):
+    (patches / "patches/algo_mine.patch").write_text("diff --git a/a.py b/a.py\n" + DIFF.partition("\n\n")[2])
+    experiment.main(["list"])
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["algo_idea"]
+    assert shown.err.startswith("warning: ") and shown.err.count("\n") == 1
+    with pytest.raises(UserError, match='algo_mine.patch: above the diff it needs the idea and a line like "run: '):
+        experiment.main(["run", "algo_mine"])
 
 
 def rows_of(patch, golds):
@@ -111,53 +111,47 @@ def test_one_seed_has_no_interval_and_a_failure_is_told(capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["run"], "needs the names of patches"), (["run", "algo_nothing"], "no such patch"),
-    (["mystery"], "needs a number"), (["mystery", "0"], "there are mysteries 1 to"), (["reveal", "x"], "needs a number")])
+    (["mystery"], "needs a number"), (["reveal", "x"], "there are the mysteries 1, 2, 3, .*, not x")])
 def test_bad_input_gets_one_line(tmp_path, argv, said):
     with pytest.raises(UserError, match=said):
         experiment.main([*argv, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_tree_is_reported_before_anything_is_trained(patches, capsys):
-    """The patch is for a file that does not exist here."""
-    with pytest.raises(UserError, match="algo_idea: there is no a.py"):
+def test_a_patch_of_another_tree_is_reported_before_anything_is_trained(patches):
+    with pytest.raises(UserError, match="algo_idea does not fit .*a.py"):
         experiment.main(["run", "algo_idea", "--out", str(patches / "out")])
-    assert not (patches / "out/models").exists()
+    assert not (patches / "out").exists()
 
 
-def test_mysteries_are_all_bugs_once_and_reveal_shows_the_diff(capsys):
-    bugs = [name for name in experiment.names() if name.startswith("bug_")]
-    found = [experiment.hidden_bug(number + 1).name for number in range(len(bugs))]
-    assert sorted(found) == bugs and found != bugs
-    experiment.main(["reveal", "1"])
+def test_reveal_shows_the_diff(capsys):
+    experiment.main(["reveal", "2"])
+    bug = experiment.hidden_bug("2")
     shown = capsys.readouterr().out
-    assert found[0] in shown and experiment.read_patch(found[0]).diff in shown
+    assert bug.name in shown and bug.diff in shown
 
 
-def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
-    """Runs are replaced by rows. The second command adds what is missing, the third nothing."""
-    ran = []
-    monkeypatch.setattr(experiment, "shared_models", lambda *_: (tmp_path, tmp_path))
-    monkeypatch.setattr(experiment, "run_job",
-                        lambda job: ran.append((job.row["patch"], job.row["seed"]))
-                        or rows_of(job.row["patch"], {job.row["seed"]: 0.5})[0] | job.row)
-    for seeds in (["1"], ["1", "2"], ["1", "2"]):
+def test_a_script_that_fails_is_one_line_and_its_log_has_the_rest(tmp_path):
+    with pytest.raises(UserError, match=r"^train_rm.py stopped with exit code 2: --loss must be one of [^\n]*$"):
+        experiment.run_script("train_rm.py", log=tmp_path / "log.txt", loss="nonsense")
+    assert "$ python train_rm.py --loss=nonsense" in (tmp_path / "log.txt").read_text()
+    assert "--loss must be one of" in (tmp_path / "log.txt").read_text()
+
+
+def test_finished_runs_are_not_run_again_unless_the_code_changed(tmp_path, monkeypatch):
+    """Runs are replaced by rows. The second command adds what is missing, the third nothing, the fourth the new code."""
+    ran, code = [], {"default": "a", "algo_grpo": "b"}
+    monkeypatch.setattr(experiment, "copy_tree", lambda patch, tree: code[patch.name])
+    monkeypatch.setattr(experiment, "shared_models", lambda *_: {"sft": tmp_path, "rm": tmp_path})
+    monkeypatch.setattr(experiment, "run_patch", lambda patch, row, *_: ran.append((row["code"], row["seed"]))
+                        or rows_of(row["patch"], {row["seed"]: 0.5})[0] | row)
+    monkeypatch.setattr(experiment.page, "main", lambda argv: None)
+    (tmp_path / "out").mkdir()
+    for seeds, changed in ((["1"], {}), (["1", "2"], {}), (["1", "2"], {}), (["1"], {"algo_grpo": "c"})):
+        code |= changed
         experiment.main(["run", "algo_grpo", "--seeds", *seeds, "--out", str(tmp_path / "out")])
-    assert ran == [("default", 1), ("algo_grpo", 1), ("default", 2), ("algo_grpo", 2)]
-    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4
-    assert not (tmp_path / "out/trees").exists()
-
-
-def test_a_run_counts_for_the_code_that_it_was_made_with(tmp_path, monkeypatch):
-    codes = iter(["a", "b", "a", "c", "a", "c"])
-    ran = []
-    monkeypatch.setattr(experiment, "copy_tree", lambda patch, tree: tree.mkdir(parents=True) or next(codes))
-    monkeypatch.setattr(experiment, "shared_models", lambda *_: (tmp_path, tmp_path))
-    monkeypatch.setattr(experiment, "run_job", lambda job: ran.append(job.row["code"])
-                        or rows_of(job.row["patch"], {job.row["seed"]: 0.5})[0] | job.row)
-    for _ in range(3):
-        experiment.main(["run", "algo_grpo", "--out", str(tmp_path / "out")])
-    assert ran == ["a", "b", "c"]
+    assert ran == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("c", 1)]
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 5
 
 
 @pytest.mark.slow
@@ -168,12 +162,12 @@ def test_an_experiment_with_a_patch_and_one_that_fails(tmp_path, monkeypatch, ca
     """
     few = tmp_path / "few.jsonl"
     few.write_text("".join(open(ROOT / "data/tiny/comparisons.jsonl").readlines()[:200]))
-    models = tmp_path / "lab/models/1"
-    experiment.run_script(ROOT, "train_sft.py", ["--epochs", 1, "--out", models / "sft"], tmp_path / "log.txt")
-    experiment.run_script(ROOT, "train_rm.py", ["--epochs", 1, "--data", few, "--heldout", "", "--model", models / "sft",
-                                                "--out", models / "rm"], tmp_path / "log.txt")
+    models, log = tmp_path / "lab/models/1", tmp_path / "log.txt"
+    experiment.run_script("train_sft.py", folder=ROOT, log=log, epochs=1, out=models / "sft")
+    experiment.run_script("train_rm.py", folder=ROOT, log=log, epochs=1, data=few, heldout="", model=models / "sft",
+                          out=models / "rm")
     (tmp_path / "patches").mkdir()
-    (tmp_path / "patches/algo_grpo.patch").write_text((ROOT / "minirlhf/patches/algo_grpo.patch").read_text())
+    shutil.copy(ROOT / "minirlhf/patches/algo_grpo.patch", tmp_path / "patches")
     (tmp_path / "patches/bug_none.patch").write_text("Nothing.\nrun: train_ppo.py --temperature x\n")
     monkeypatch.setattr(experiment, "PATCHES", tmp_path / "patches")
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ def curve(a, b, law, d):
     return d * (a - b * d) if law == "bon" else d * (a - b * np.log(d))
 
 
-@pytest.mark.parametrize("law, a, b", [("bon", 1.3, 0.28), ("rl", 0.9, 0.35), ("rl", 0.5, -0.1)])
+@pytest.mark.parametrize("law, a, b", [("bon", 1.3, 0.28), ("rl", 0.5, -0.1)])
 def test_a_law_is_recovered_from_its_own_curve(law, a, b):
     d = np.linspace(0.3, 9, 60)
     assert fit(d, curve(a, b, law, d), law) == pytest.approx((a, b, 1))
@@ -63,7 +62,7 @@ def test_best_of_n_is_the_mean_over_all_draws():
         assert best_of_n(proxy, gold, n).tolist() == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 64])
+@pytest.mark.parametrize("n", [1, 8])
 def test_the_kl_of_best_of_n_is_that_of_the_greatest_of_n_uniform_numbers(n):
     u = (np.arange(400_000) + 0.5) / 400_000
     density = n * u ** (n - 1)
@@ -83,15 +82,14 @@ def test_ppo_points_are_measured_from_where_the_sft_model_stands(tmp_path):
     assert found == {"d": [2, 3], "proxy": [1, 2], "gold": pytest.approx([0.5, 1])}
 
 
-def run_here(argv):
-    """subprocess.run for a training script, in this process: starting one takes seconds (test_tools.py starts some)."""
-    importlib.import_module(Path(argv[1]).stem).main(argv[2:])
-    return SimpleNamespace(returncode=0)
+def run_here(script, **flags):
+    """run_script in this process: starting one takes seconds."""
+    importlib.import_module(Path(script).stem).main([f"--{name}={value}" for name, value in flags.items()])
 
 
 def test_the_experiment_runs_in_another_world(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(overoptimize, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(overoptimize, "run_script", run_here)
     world = small_world(tmp_path)
     (world / "taste.py").write_text("def letters(prompts, responses):\n    return [len(set(r)) / 10 for r in responses]\n")
     argv = dict(model=world / "sft", comparisons=world / "comparisons.jsonl",

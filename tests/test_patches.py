@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,21 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_world import CPU, tiny_gpt2
+from small_world import CPU, TOKENIZER, GivenScores, Networks, config, examples, tiny_gpt2
 from test_details import names_in
-from test_documents import ROOT, copy_of_the_tree, hunks, run
+from test_documents import ROOT, copy_of_the_tree, run
 
 from minirlhf.data import Example, Row
 from minirlhf.ppo import token_logprobs
+from minirlhf.tools import experiment
 from minirlhf.weights import from_pretrained
 
-PATCHES = sorted((ROOT / "minirlhf/patches").glob("*.patch"))
-ALGORITHMS = [patch for patch in PATCHES if patch.stem.startswith("algo_")]
-BUGS = [patch for patch in PATCHES if patch.stem.startswith("bug_")]
+PATCHES = experiment.every_patch()
+BUGS = [name for name in PATCHES if name.startswith("bug_")]
+SCRIPTS = {file: (ROOT / file).read_text().splitlines() for file in experiment.SCRIPTS}
 LINES = {   # how many lines of code a patch may add
-    "algo_grpo": 25, "algo_grpo_k3": 22, "algo_rloo": 22, "algo_dpo": 50, "algo_best_of_n": 35,
-    "algo_expert_iteration": 35, "algo_lora": 40,
-    **{patch.stem: 3 for patch in BUGS},
+    "algo_reinforce": 12, "algo_reinforce_clip": 12, "algo_grpo": 18, "algo_grpo_k3": 20, "algo_rloo": 18,
+    "algo_dpo": 25, "algo_best_of_n": 25, "algo_lora": 20, **dict.fromkeys(BUGS, 2),
 }
 SHORT = {   # flags with which a script takes a few seconds on eight rows
     "train_sft.py": ["--epochs", "1"],
@@ -33,45 +32,44 @@ SHORT = {   # flags with which a script takes a few seconds on eight rows
 }
 
 
-def parts(patch):
-    """(header, diff) of a patch. The diff is "" if the idea is a flag."""
-    header, start, diff = patch.read_text().partition("--- a/")
-    return header, start + diff
+def old_lines(patch):
+    """{(file, number of the line, line): what the diff of a patch quotes}, context and removed lines together."""
+    file, number, found = "", 0, set()
+    for line in patch.diff.splitlines():
+        if line.startswith("--- a/"):
+            file = line.removeprefix("--- a/")
+        elif line.startswith("@@ "):
+            number = int(re.match(r"@@ -(\d+)", line)[1])
+        elif line[:1] in ("-", " ", ""):
+            found.add((file, number, line[1:]))
+            number += 1
+    return found
 
 
-def commands(patch):
-    """[[script, flag, ...], ...]: what the line "run:" of a patch asks for."""
-    return [shlex.split(command) for command in
-            re.search(r"^run: (.*)$", parts(patch)[0], flags=re.MULTILINE)[1].split(", ")]
-
-
-def apply(patch, folder):
-    """As a reader does it."""
-    if not parts(patch)[1]:
-        return
-    done = subprocess.run(["git", "apply", patch], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_a_patch_has_a_header_applies_and_compiles(patch, tmp_path):
-    header, diff = parts(patch)
-    assert all(f"\n{name}: " in header for name in ("Source", "Expect", "Question", "run"))
-    if patch in ALGORITHMS:
-        assert {script for script, *_ in commands(patch)} <= set(hunks(diff))
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_has_a_header_applies_and_compiles(name, tmp_path):
+    patch = PATCHES[name]
+    assert all(patch.field(field) for field in ("Source", "Expect", "Question", "run"))
     folder = copy_of_the_tree(tmp_path)
-    apply(patch, folder)
-    for file in hunks(diff):
+    experiment.apply_patch(patch, folder)
+    for file in {file for file, *_ in old_lines(patch)}:
         assert (folder / file).read_text() != (ROOT / file).read_text()
         compile((folder / file).read_text(), file, "exec")
+    assert all(len(line) <= 101 for line in patch.diff.splitlines() if line.startswith("+"))
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_patch_is_short(name):
     """The idea and nothing else."""
-    _, diff = parts(ROOT / f"minirlhf/patches/{name}.patch")
-    added = [line for line in diff.splitlines() if re.match(r"\+(?!\+\+ b/).*\S", line)]
-    assert len(added) <= LINES[name]
+    assert len(re.findall(r"^\+(?!\+\+ b/).*\S", PATCHES[name].diff, flags=re.MULTILINE)) <= LINES[name]
+
+
+def test_patches_quote_few_lines_of_the_scripts():
+    """Each quoted line is one that nobody can change without changing a patch."""
+    quoted = set.union(*map(old_lines, PATCHES.values()))
+    in_scripts = [(file, number, line) for file, number, line in quoted if file in SCRIPTS]
+    assert all(SCRIPTS[file][number - 1] == line for file, number, line in in_scripts)
+    assert len(in_scripts) <= sum(map(len, SCRIPTS.values())) / 4 and len(PATCHES) <= 45
 
 
 # ---- the scripts run -------------------------------------------------------------------------------------------------
@@ -86,21 +84,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_a_patched_script_runs(patch, trained, tmp_path):
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patched_script_runs(name, trained, tmp_path):
     """All its commands, two iterations of PPO. The last one leaves a policy that an unpatched tree reads."""
     folder = shutil.copytree(trained, tmp_path / "tree")
-    apply(patch, folder)
-    *before, (script, *flags) = commands(patch)
-    for first, *its_flags in before:
+    experiment.apply_patch(PATCHES[name], folder)
+    *before, (script, flags) = PATCHES[name].runs
+    for first, its_flags in before:
         run(folder, first, *its_flags, *SHORT[first])
     run(folder, script, *flags, *SHORT[script], "--out", "out/patched")
-    sft, policy = (from_pretrained(str(folder / f"out/{name}")).state_dict() for name in ("sft", "patched"))
+    sft, policy = (from_pretrained(str(folder / f"out/{model}")).state_dict() for model in ("sft", "patched"))
     assert sft.keys() == policy.keys()
-    if patch.stem == "algo_lora":
-        changed = {name for name in sft if not torch.equal(sft[name], policy[name])}
-        assert changed == {name for name in sft if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
-        assert all(torch.linalg.matrix_rank(policy[name] - sft[name], rtol=1e-3) <= 8 for name in changed)
+    if name == "algo_lora":
+        changed = {layer for layer in sft if not torch.equal(sft[layer], policy[layer])}
+        assert changed == {layer for layer in sft if layer.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+        assert all(torch.linalg.matrix_rank(policy[layer] - sft[layer], rtol=1e-3) <= 8 for layer in changed)
 
 
 # ---- the methods are what they say -----------------------------------------------------------------------------------
@@ -108,113 +106,83 @@ def test_a_patched_script_runs(patch, trained, tmp_path):
 def patched(name, script, folder):
     """The script with the patch applied, as a module."""
     shutil.copy(ROOT / script, folder)
-    apply(ROOT / f"minirlhf/patches/algo_{name}.patch", folder)
+    experiment.apply_patch(PATCHES[f"algo_{name}"], folder)
     spec = importlib.util.spec_from_file_location(f"patched_{name}", folder / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def ragged(module, n_prompts, K):
-    """A rollout of K responses to each prompt: row k n_prompts + i is the k-th response to prompt i."""
-    torch.manual_seed(0)
-    B, P, R = K * n_prompts, 3, 5
-    lengths = torch.randint(1, R + 1, (B, 1))
-    mask = torch.arange(R) < lengths
-    ids = torch.randint(11, (B, P + R))
-    token_mask = torch.cat([torch.ones(B, P, dtype=torch.bool), mask], dim=1)
-    rollout = module.Rollout(prompts=[""] * B, texts=[""] * B, P=P, ids=ids, token_mask=token_mask, mask=mask,
-                             finished=torch.ones(B, dtype=torch.bool))
-    rollout.scores, rollout.kl = torch.randn(B), torch.randn(B, R)
-    if hasattr(rollout, "rewards"):
-        rollout.rewards = module.ppo.token_rewards(rollout.kl, rollout.scores, mask, beta=0.1)
-    return rollout
+def rollout_of(module, n_prompts, K, **changes):
+    """(policy, cfg, rollout) of a script without a value model: row k n_prompts + i is response k to prompt i."""
+    networks, B = Networks(config()), n_prompts * K
+    cfg = module.Config(batch_size=B, micro_batch=5, max_response=12, dtype="float32", **changes)
+    scores = GivenScores(torch.randn(B, generator=torch.Generator().manual_seed(0)))
+    return networks.policy, cfg, module.make_rollout(examples(n_prompts) * K, networks.policy, networks.reference,
+                                                     scores, TOKENIZER, cfg, 0.1, 0)
+
+
+def to_go(rollout):
+    """The sum of a response's rewards from each of its tokens on: a list of B lists."""
+    lengths = rollout.response_mask.sum(dim=1).tolist()
+    return [[sum(row[t:n]) for t in range(n)] for row, n in zip(rollout.rewards.tolist(), lengths)]
+
+
+def whitened_to_go(rollout):
+    every = torch.tensor(sum(to_go(rollout), []))
+    return [[float((x - every.mean()) / every.std(correction=0)) for x in row] for row in to_go(rollout)]
+
+
+def of_groups(advantages_of_group):
+    """Advantages that are the same at every token, from a function of the scores and the KLs of a group, both (4,)."""
+    def advantages(rollout):
+        mask, found = rollout.response_mask, [None] * len(rollout.ids)
+        kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(dim=1)
+        for i in range(len(found) // 4):
+            rows = list(range(i, len(found), len(found) // 4))
+            for row, advantage in zip(rows, advantages_of_group(rollout.scores[rows], kl[rows]).tolist()):
+                found[row] = [advantage] * int(mask[row].sum())
+        return found
+    return advantages
 
 
 def standardised(x):
     return (x - x.mean()) / x.std()
 
 
-def to_go(r):
-    """The sum of a response's rewards from each of its tokens on: a list of B lists."""
-    return [[sum(row[t:n]) for t in range(n)] for row, n in zip(r.rewards.tolist(), r.mask.sum(dim=1).tolist())]
+def minus_the_mean_of_the_others(x):
+    return torch.stack([x[i] - (x.sum() - x[i]) / 3 for i in range(4)])
 
 
-def whitened_to_go(r):
-    every = torch.tensor(sum(to_go(r), []))
-    return [[float((x - every.mean()) / every.std(correction=0)) for x in row] for row in to_go(r)]
+@pytest.mark.parametrize("name, definition", [
+    ("reinforce", to_go), ("reinforce_clip", whitened_to_go),
+    ("rloo", of_groups(lambda scores, kl: minus_the_mean_of_the_others(scores - 0.1 * kl))),
+    ("grpo", of_groups(lambda scores, kl: standardised(scores - 0.1 * kl))),
+    ("grpo_k3", of_groups(lambda scores, kl: standardised(scores)))])
+def test_advantages_are_those_of_the_definition(name, definition, tmp_path):
+    _, _, rollout = rollout_of(patched(name, "train_ppo.py", tmp_path), n_prompts=3, K=4)
+    lengths = rollout.response_mask.sum(dim=1).tolist()
+    assert len(set(lengths)) > 2
+    for got, want, n in zip(rollout.advantages.tolist(), definition(rollout), lengths):
+        assert got[:n] == pytest.approx(want, abs=1e-5) and not any(got[n:])
 
 
-def of_groups(advantage_of_group):
-    """Advantages that are the same at every token, from a function of a group's scores, KLs and rewards, each (K,)."""
-    def advantages(r):
-        n = len(r.ids) // 4
-        kl = (r.kl * r.mask).sum(dim=1)
-        found = [None] * len(r.ids)
-        for i in range(n):
-            rows = list(range(i, len(r.ids), n))
-            scores = r.scores[rows]
-            for row, advantage in zip(rows, advantage_of_group(scores, kl[rows], scores - 0.1 * kl[rows]).tolist()):
-                found[row] = [advantage] * int(r.mask[row].sum())
-        return found
-    return advantages
-
-
-def minus_the_mean_of_the_others(scores, kl, totals):
-    return torch.stack([totals[i] - (totals.sum() - totals[i]) / 3 for i in range(4)])
-
-
-@pytest.mark.parametrize("name, definition, more", [
-    ("reinforce", to_go, ()),
-    ("reinforce_baseline", whitened_to_go, ()),
-    ("reinforce_epochs", whitened_to_go, ()),
-    ("reinforce_clip", whitened_to_go, ()),
-    ("rloo", of_groups(minus_the_mean_of_the_others), ()),
-    ("grpo", of_groups(lambda scores, kl, totals: standardised(totals)), ()),
-    ("grpo_k3", of_groups(lambda scores, kl, totals: standardised(scores)), ()),
-    ("grpo_k1_apart", of_groups(lambda scores, kl, totals: standardised(scores) - 0.1 * (kl - kl.mean())), (0.1,)),
-])
-def test_advantages_are_those_of_the_definition(name, definition, more, tmp_path):
-    module = patched(name, "train_ppo.py", tmp_path)
-    r = ragged(module, n_prompts=3, K=4)
-    expected = definition(r)
-    module.estimate_advantages(r, *more)
-    for got, want, n in zip(r.advantages.tolist(), expected, r.mask.sum(dim=1).tolist()):
-        assert got[:n] == pytest.approx(want, abs=1e-5) and got[n:] == [0] * (5 - n)
-
-
-def test_expert_iteration_learns_only_the_best_of_a_group(tmp_path):
-    module = patched("expert_iteration", "train_ppo.py", tmp_path)
-    r = ragged(module, n_prompts=2, K=8)
-    module.estimate_advantages(r)
-    kept = {row for row in range(16) if r.advantages[row].any()}
-    assert kept == {max(range(i, 16, 2), key=lambda row: r.scores[row]) for i in range(2)}
-    assert all(torch.equal(r.advantages[row], r.mask[row].float()) for row in kept)
-
-
-@pytest.mark.parametrize("name, flags", [
-    ("reinforce", {}), ("reinforce_baseline", {}), ("expert_iteration", {}),
-    ("reinforce_epochs", dict(epochs=1, minibatches=1, clip=0.2)), ("rloo", dict(epochs=1, minibatches=1, clip=0.2)),
-])
-def test_one_step_is_the_policy_gradient(name, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["reinforce", "rloo"])
+def test_one_step_is_the_policy_gradient(name, tmp_path):
     """- the sum of advantage x gradient of log p over all tokens / their number, one response at a time, no padding."""
     module = patched(name, "train_ppo.py", tmp_path)
-    policy, r = tiny_gpt2(), ragged(module, n_prompts=2, K=4)
-    r.advantages = torch.randn(r.mask.shape) * r.mask
-    r.logprobs = token_logprobs(module.response_logits(policy, r.ids, r.token_mask, r.P), r.ids[:, r.P:]).detach()
-    taken = []
-    monkeypatch.setattr(module.compute, "step", lambda model, *_: taken.append(
-        [p.grad.clone() for p in model.parameters()]))
-    cfg = SimpleNamespace(seed=1, micro_batch=3, temperature=1.0, lr=1, iterations=1, dtype="float32", **flags)
-    module.update(r, policy, None, cfg, 0)
+    policy, cfg, rollout = rollout_of(module, n_prompts=2, K=4, epochs=1, minibatches=1)
+    mask, before = rollout.response_mask, [p.detach().clone() for p in policy.parameters()]
+    for ids, length, own, advantages in zip(rollout.ids, rollout.attention_mask, mask, rollout.advantages):
+        ids, n = ids[length][None], int(own.sum())
+        logprobs = token_logprobs(policy.logits(policy(ids))[0, :-1], ids[0, 1:])[-n:]
+        (-(logprobs * advantages[:n]).sum() / mask.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    expected = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
-    for ids, n, advantages in zip(r.ids, r.mask.sum(dim=1).tolist(), r.advantages):
-        ids = ids[None, :r.P + n]
-        logprobs = token_logprobs(policy.logits(policy(ids)), torch.roll(ids, -1, 1))[0, r.P - 1:-1]
-        (-(logprobs * advantages[:n]).sum() / r.mask.sum()).backward()
-    (got,) = taken
-    for ours, parameter in zip(got, policy.parameters()):
-        torch.testing.assert_close(ours, parameter.grad, atol=1e-5, rtol=1e-4)
+    module.update(rollout, policy, torch.optim.SGD(policy.parameters(), lr=1), cfg, 0)
+    for old, new, gradient in zip(before, policy.parameters(), expected):
+        torch.testing.assert_close(old - new, gradient, atol=1e-5, rtol=1e-3)
 
 
 def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(tmp_path):
@@ -230,8 +198,8 @@ def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(tmp
 
     reward = [0.3 * (log_p(policy, answer) - log_p(reference, answer)) for answer in answers]
     expected = sum(-torch.log(torch.sigmoid(reward[1] - reward[loser])) for loser in (0, 2)) / 2
-    loss, right, pairs = module.dpo_loss(torch.nn.ModuleList([policy, reference]), [example] * 2,
-                                         SimpleNamespace(beta=0.3, loss="pairs"), CPU)
+    loss, right, pairs = module.reward_model_loss(module.ImplicitReward(policy, reference, 0.3), [example] * 2,
+                                                  SimpleNamespace(loss="pairs"), CPU)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5) and int(pairs) == 4
     assert float(right) == 2 * sum(bool(reward[1] > reward[loser]) for loser in (0, 2))
 
@@ -240,18 +208,13 @@ def test_best_of_n_keeps_the_finished_answer_with_the_highest_score(tmp_path, mo
     module = patched("best_of_n", "train_sft.py", tmp_path)
     answers = [([i, i], i % 8 != 7) for i in range(16)]             # the highest of each prompt is not finished
     monkeypatch.setattr(module, "respond", lambda model, prompts, *_, **__: answers)
-    monkeypatch.setattr(module, "scores_of", lambda reward, prompts, ids: [sum(own) for own in ids])
-    examples = [Example(Row("", ""), [0], []), Example(Row("", ""), [1], [])]
-    kept = module.best_of_n(None, None, examples, SimpleNamespace(eot_token=0), SimpleNamespace(max_response=2, seed=1))
+    monkeypatch.setattr(module, "scores_of", lambda reward_model, prompts, ids: [float(sum(own)) for own in ids])
+    cfg, tokenizer = SimpleNamespace(max_response=2, seed=1), SimpleNamespace(eot_token=0)
+    kept = module.best_of_n(None, None, [Example(Row("", ""), [i], []) for i in range(2)], tokenizer, cfg)
     assert [(e.prompt, e.responses) for e in kept] == [([0], [[6, 6]]), ([1], [[14, 14]])]
 
 
 # ---- bugs: training goes on, and the suite has a test that finds each ------------------------------------------------
-
-def named_test(patch):
-    """tests/test_x.py::test_name, which the line "test:" of a bug names."""
-    return re.search(r"^test: (\S+)$", parts(patch)[0], flags=re.MULTILINE)[1]
-
 
 def tree_with_tests(folder):
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "bench"))
@@ -264,24 +227,25 @@ def run_tests(folder, *names):
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("patch", BUGS, ids=lambda path: path.stem)
-def test_a_bug_names_a_test(patch):
-    file, name = named_test(patch).split("::")
-    assert name in names_in(file)
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_names_a_test_and_has_a_number_of_its_own(name):
+    file, test = PATCHES[name].field("test").split("::")
+    assert test in names_in(file)
+    assert experiment.hidden_bug(PATCHES[name].field("mystery")).name == name
 
 
 @pytest.mark.slow
 def test_without_the_bugs_their_tests_pass(tmp_path):
-    done = run_tests(tree_with_tests(tmp_path), *sorted(map(named_test, BUGS)))
+    done = run_tests(tree_with_tests(tmp_path), *sorted(PATCHES[name].field("test") for name in BUGS))
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", BUGS, ids=lambda path: path.stem)
-def test_a_bug_is_found_by_the_test_that_it_names(patch, tmp_path):
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_found_by_the_test_that_it_names(name, tmp_path):
     """By its result: a test whose own mutation no longer fits the changed code would fail for no good reason."""
     folder = tree_with_tests(tmp_path)
-    apply(patch, folder)
-    done = run_tests(folder, named_test(patch))
+    experiment.apply_patch(PATCHES[name], folder)
+    done = run_tests(folder, PATCHES[name].field("test"))
     assert done.returncode == 1 and " failed" in done.stdout, done.stdout
     assert "must be brought up to date" not in done.stdout

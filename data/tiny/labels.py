@@ -15,7 +15,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import threading
 from collections import defaultdict
@@ -33,7 +32,7 @@ from minirlhf.running.config import Parser
 from minirlhf.files.errors import require, run_main
 from minirlhf.running.runs import read_rows
 from minirlhf.stats import rate, t_limit
-from minirlhf.tools.experiment import read_results, summary
+from minirlhf.tools.experiment import read_results, run_script, summary
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 
 ROWS, GUIDE, CURVE = HERE / "labels.jsonl", ROOT / "data/README.md", ROOT / "data/labels.png"
@@ -41,7 +40,7 @@ VISITS = 16000          # answers that a reward model reads in all, within 4 to 
 ANSWERS = 128           # answers in a batch of the reward model, whatever K is
 WINDOW = 8              # iterations of PPO that are averaged
 LOCKS = defaultdict(threading.Lock)
-SPENT = threading.local()       # .seconds of a processor, by the scripts that this thread has run
+SPENT = threading.local()       # .seconds that the scripts of this thread's row took
 
 
 # ---- the conditions --------------------------------------------------------------------------------------------------
@@ -85,24 +84,16 @@ CONDITIONS = conditions()
 
 # ---- running them ----------------------------------------------------------------------------------------------------
 
-def run_script(folder, script, *words, **flags):
-    """Runs a script with one thread. Its output goes to a log in the folder. UserError if it fails."""
-    words += tuple(f"--{name}={value}" for name, value in flags.items())
+def run_here(folder, script, *words, **flags):
+    """Runs a script whose output goes to a log in the folder, and adds up how long the scripts of a row take."""
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{Path(script).stem}.log"
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, ROOT / script, *words], stdout=file, stderr=subprocess.STDOUT,
-                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        _, status, usage = os.wait4(process.pid, 0)                     # on Linux and macOS
-    process.returncode = os.waitstatus_to_exitcode(status)
-    SPENT.seconds = getattr(SPENT, "seconds", 0) + usage.ru_utime + usage.ru_stime
-    require(process.returncode == 0, f"{script} stopped with exit code {process.returncode}; {log} has its message")
+    SPENT.seconds += run_script(script, *words, folder=ROOT, log=folder / f"{Path(script).stem}.log", **flags)
 
 
 def train(folder, stage, script, **flags):
     """A training run in folder/stage, unless it is there and finished."""
     if not (folder / stage / "report.json").exists():
-        run_script(folder, script, out=folder / stage, **flags)
+        run_here(folder, script, out=folder / stage, **flags)
         (folder / stage / "state.pt").unlink(missing_ok=True)   # only for --resume, and most of the size
     return folder / stage
 
@@ -119,7 +110,7 @@ def build(name, seed, out):
             panel = condition.panel
             writers = [first / "ppo"] if first else []
             writers += [sft] if condition.mixed or not first else []
-            run_script(folder, "data/tiny/annotate.py", "--annotators", *panel.annotators, "--model", *writers,
+            run_here(folder, "data/tiny/annotate.py", "--annotators", *panel.annotators, "--model", *writers,
                        noise=panel.noise, consensus=panel.consensus, n=condition.prompts, n_test=0, k=condition.k,
                        seed=seed, out=folder)
         if first:
@@ -160,6 +151,7 @@ def measure_ppo(folder):
 
 def run(args):
     """Every condition with every seed that has no row yet, --jobs at a time. Stopped and started again, it goes on."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     have, lock = {(row["condition"], row["seed"]) for row in read_results(args.rows)}, threading.Lock()
 
     def one(each):

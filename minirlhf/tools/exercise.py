@@ -50,7 +50,7 @@ EXERCISES = {           # the functions, in the order of the course
     "position_ids": Exercise("minirlhf/gpt2.py", 5, "easy", """test_gpt2.py
         test_positions_skip_the_pads
         test_pads_change_nothing_on_either_side"""),
-    "attention_mask": Exercise("minirlhf/gpt2.py", 15, "hard", """test_gpt2.py
+    "visible_positions": Exercise("minirlhf/gpt2.py", 15, "hard", """test_gpt2.py
         test_no_position_sees_what_comes_after_it
         test_pads_change_nothing_on_either_side
         test_what_is_under_a_pad_does_not_matter
@@ -80,8 +80,7 @@ EXERCISES = {           # the functions, in the order of the course
         test_the_last_token_is_found_wherever_the_pads_are
         test_the_score_depends_on_the_prompt_and_on_every_token_of_the_response"""),
     "pair_loss": Exercise("minirlhf/reward.py", 10, "medium", RANKING_LOSS, "pairs"),
-    "choice_losses": Exercise("minirlhf/reward.py", 15, "hard", RANKING_LOSS, "best or plackett_luce"),
-    "plackett_luce_loss": Exercise("minirlhf/reward.py", 5, "easy", RANKING_LOSS, "plackett_luce"),
+    "best_loss": Exercise("minirlhf/reward.py", 10, "medium", RANKING_LOSS, "best"),
     "normalise": Exercise("train_rm.py", 15, "hard", """test_steps.py
         test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_samples"""),
     "token_rewards": Exercise("minirlhf/ppo.py", 10, "medium", """test_ppo.py

@@ -9,8 +9,6 @@ best of n samples. Gold (what people want) and proxy (what the reward model says
 """
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +17,13 @@ from minirlhf.data import read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.files.errors import require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import move_aside, read_report, read_rows, write_json
 from minirlhf.assess import Sampling, answer, gold_function, scores_of
 from minirlhf.stats import ratio
-from minirlhf.tools.plot import draw_overoptimization, subplots
+from minirlhf.tools.experiment import run_script
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
-ROOT = Path(__file__).resolve().parents[2]
 VISITS = 2400                       # prompts that a reward model reads in all, within 4 to 20 epochs
 MISSING_EOS = -3.0                  # the score of an unfinished answer, the same in both ways of optimising
 FORMULAS = {"bon": "best of n: d(a - b d)", "rl": "PPO: d(a - b log d)"}
@@ -84,14 +81,6 @@ def best_of_n(proxy, values, n):
 
 
 # ---- the experiment --------------------------------------------------------------------------------------------------
-
-def run_script(script, **flags):
-    """Runs a training script, say "train_rm.py", as from the command line. UserError if it fails."""
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    print(f"\n$ python {script} {' '.join(argv)}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / script), *argv]).returncode
-    require(code == 0, f"{script} stopped with exit code {code}; its own message is above")
-
 
 def sample_sft(args, prompts, samples, device):
     """`samples` answers of the SFT model to each prompt, those of one prompt next to each other."""
@@ -166,6 +155,47 @@ def train(args, count, lines):
     return rm, ppo
 
 
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+def new_picture():
+    """An empty figure of matplotlib, which only tests/requirements.txt has."""
+    try:
+        from matplotlib.figure import Figure                    # not pyplot, which wants a window
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install -r tests/requirements.txt") from None
+    return Figure(figsize=(12, 5), layout="constrained")
+
+
+def draw(figure, report, out):
+    """Gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, law in zip(axes, FORMULAS):
+        for n, (count, row) in enumerate(report["labels"].items()):
+            draw_law(axis, law, row, f"C{n}", f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f})")
+        axis.plot([], [], color="0.3", marker="o", label="gold, and its fitted law; dotted: its turnover")
+        axis.plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
+        axis.axhline(0, color="0.5", linewidth=0.8)
+        axis.set(title=FORMULAS[law], xlabel="d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
+        axis.legend(loc="lower left", frameon=False)
+    axes[0].set_ylabel("reward above the SFT model, in its standard deviations")
+    figure.savefig(out, dpi=110)
+
+
+def draw_law(axis, law, row, colour, label):
+    """The points of one reward model and the law that was fitted to them."""
+    (d, gold, proxy), found = (row[law][name] for name in ("d", "gold", "proxy")), row["laws"][law]
+    if law == "bon":                                            # these have intervals: (value, low, high)
+        (gold, low, high), (proxy, _, _) = zip(*gold), zip(*proxy)
+        axis.vlines(d, low, high, color=colour)
+    axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
+    axis.plot(d, proxy, color=colour, linestyle="--", linewidth=1)
+    x = np.linspace(0, max(d), 201)[1:]
+    axis.plot(x, x * (found["a"] - found["b"] * (x if law == "bon" else np.log(x))), color=colour,
+              label=f"{label}, R² {found['r2']:.3f}")
+    if found["turnover"]:
+        axis.axvline(found["turnover"], color=colour, linewidth=0.8, linestyle=":")
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def describe(report):
@@ -210,7 +240,7 @@ def main(argv=None):
     for name, default, help in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
     args = parser.parse_args(argv)
-    subplots(1, 1, (1, 1))                              # raises UserError without matplotlib
+    picture = new_picture()                             # raises UserError without matplotlib
     device, out = pick_device(args.device), Path(args.out)
     gold, _ = gold_function(args.gold, args.data)
     require(gold is not None,
@@ -227,7 +257,7 @@ def main(argv=None):
     report = experiment(args, lines, gold, device)
     write_json(out / "report.json", report)
     print("\n" + "\n".join(describe(report)))
-    draw_overoptimization(report, out / "overoptimization.png")
+    draw(picture, report, out / "overoptimization.png")
 
 
 if __name__ == "__main__":
