@@ -1,6 +1,6 @@
 """The full report of any number of models, the first of which is the reference, by any number of judges."""
 
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 from minirlhf import stats
@@ -11,7 +11,6 @@ from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.runs import read_options
 from minirlhf.tools.evaluate import quality
 from minirlhf.tools.feedback.items import find_templates, instruction_of
-from minirlhf.tools.feedback.stats import duel, model_names, read_votes
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 SAMPLED = ("max_response", "temperature", "stop")       # options of PPO that the assessment should share
@@ -34,7 +33,7 @@ def full_report(args, device):
             "be 1 or more, --temperature above 0")
     gold, facts_of = gold_function(args.gold, args.prompts)
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
-    templates, votes = find_templates(args.prompts, args.models), duels(args.votes, args.models) if args.votes else {}
+    templates = find_templates(args.prompts, args.models)
     models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
     judges = {path: load_judge(path, models, device) for path in (args.judge, args.reward) if path}
 
@@ -56,7 +55,7 @@ def full_report(args, device):
     report = {
         "prompts": args.prompts, "n_prompts": len(measured[0][0].prompts), "seed": args.seed,
         "sampling": {name: getattr(sampling, name) for name in SAMPLED}, "models": figures,
-        "bias": bias, "instructions": instructions, "votes": votes, "notes": notes,
+        "bias": bias, "instructions": instructions, "notes": notes,
         "comparisons": against_first(answers, verdicts, facts), "samples": pick_samples(answers, verdicts),
     }
     if args.reward:
@@ -150,9 +149,6 @@ def partiality(model_folder, judge):
         return None
     if Path(reward).resolve() == Path(judge).resolve():
         return f"{judge} is the reward model that {model_folder} was trained on, so its verdict says little"
-    if ".py:" not in reward and not read_options(reward):
-        return (f"{model_folder} was trained on {reward}, which no longer exists. If {judge} is it, its verdict says "
-                "little")
     labels = read_options(reward).get("data")
     if labels and labels == read_options(judge).get("data"):
         return f"{judge} learned from the labels of {reward}, which trained {model_folder}, so it shares its mistakes"
@@ -169,19 +165,3 @@ def instruction_checks(model, tokenizer, answers, templates, sampling):
     rows = [Row("tools/evaluate/quality.py", prompt) for prompt in asked]
     own = answer(model, tokenizer, rows, sampling._replace(drop_long=True), "instructions")
     return {"prompts": given, "own": quality.instruction_rates([asked[prompt] for prompt in own.prompts], own.texts)}
-
-
-def duels(path, models):
-    """What people said (a file of `feedback judge`): win rates of every pair of models. The units are prompts.
-
-    models: the order of the report. A later model is compared with an earlier one.
-    """
-    votes = read_votes(path)
-    found, names = {}, model_names(votes)
-    order = [name for name in models if name in names] + [name for name in names if name not in models]
-    for theirs, ours in combinations(order, 2):
-        wins, ties, losses = duel(votes, ours, theirs)
-        if wins + ties + losses:
-            found[f"{ours} against {theirs}"] = stats.win_rate([1] * wins + [0.5] * ties + [0] * losses)
-    require(found, f"{path}: no vote in it compares two models (`feedback judge` writes \"models\" into each row)")
-    return found

@@ -59,8 +59,6 @@ def print_report(report):
 def verdicts_of(report):
     """The tables that answer what the assessment is for, the most important first."""
     yield from wins_of(report)
-    rows = [[names, w["win_rate"], w["win_rate"].n, w["ties"], p_value(w["p"])] for names, w in report["votes"].items()]
-    yield Table("What people said", ["", "win rate", "prompts", "ties", "p"], rows)
     yield from accuracies_of(report.get("reward"))
     yield from bias_of(report)
 
