@@ -13,7 +13,7 @@ from minirlhf.files.json_files import write_json
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
 from minirlhf.files.errors import require, run_main
-from minirlhf.running.runs import move_aside, prompts_for, read_options
+from minirlhf.running.runs import move_aside, read_options
 from minirlhf.tools.evaluate.report import full_report, held_out_by
 from minirlhf.stats import plain
 from minirlhf.tools.evaluate.tables import details_of, introduction, print_report, verdicts_of
@@ -24,7 +24,7 @@ OPTIONS = (     # name, type, default, help
     ("judge", str, None, "another reward model, not used in training, for win rates"),
     ("gold", str, "auto", "FILE.py:function, a true preference; 'none'; 'auto' is the embedded world's for its own "
                           "prompts"),
-    ("prompts", str, None, "held-out prompts [those that the last model's run held out]"),
+    ("prompts", str, None, "held-out prompts [those that the run of the last model held out]"),
     ("demonstrations", str, None, "held-out demonstrations for the perplexity, '' for none "
                                   "[demonstrations_test.jsonl beside --prompts, if there is one]"),
     ("comparisons", str, None, "held-out comparisons for --reward [comparisons_test.jsonl beside --prompts, or those "
@@ -49,7 +49,8 @@ def parse(argv):
                         help="drop and count prompts that do not fit, instead of stopping")
     args = parser.parse_args(argv)
     require(len(set(args.models)) == len(args.models), "a model is named twice")
-    args.prompts = args.prompts or prompts_for(args.models[-1], "heldout")
+    args.prompts = args.prompts or next(filter(None, map(held_out_by, reversed(args.models))), "")
+    require(args.prompts, "no run among these models kept held-out prompts: name some with --prompts")
     for name in ("demonstrations", "comparisons"):
         if getattr(args, name) is None:
             file = Path(args.prompts).with_name(f"{name}_test.jsonl")
