@@ -3,6 +3,8 @@
 import textwrap
 from typing import NamedTuple
 
+from minirlhf.stats import Estimate
+
 WIDTH = 100         # of the sentences in the terminal
 FIGURES = {  # name: what it is, and its unit
     "annotator_agreement": "two annotators agree", "rm_accuracy_gold": "reward model: pairs ordered as gold does",
@@ -51,7 +53,7 @@ def print_report(report):
         print("", *textwrap.wrap(f"Note: {note}.", WIDTH), sep="\n")
     models = list(report["models"])
     for start in range(0, len(models), 2):
-        print_table(figures_of(report, models[start:start + 2]))
+        print_table(figures_of(report, models[start:start + 2], {}))
 
 
 # ---- what a report says ----------------------------------------------------------------------------------------------
@@ -75,17 +77,20 @@ def wins_of(report):
 def accuracies_of(reward):
     if not reward:
         return
+    longer, rule = reward["longer_is_preferred"], "longer"
+    if longer.value < 0.5:
+        longer, rule = Estimate(1 - longer.value, 1 - longer.high, 1 - longer.low, longer.n), "shorter"
     accuracies = {
         "the labels": reward["accuracy"], "true preference (gold)": reward.get("accuracy_gold"),
         "single annotators": reward["accuracy_against_one_annotator"],
         "one annotator against another": reward["annotators_agree"],
-        "length alone: longer is better": reward["longer_is_preferred"],
-        "what it claims: mean P(its choice)": reward["claimed"],
+        f"length alone ({rule} is better)": longer,
+        "what it claims, on average": reward["claimed"],
     }
     yield Table(f"The reward model {reward['model']}", ["accuracy against", "", "n"],
                 [[name, right, right.n] for name, right in accuracies.items() if right],
                 f"On {reward['pairs']:,} pairs of {reward['prompts']:,} held-out prompts ({reward['comparisons']}). "
-                "n counts prompts.")
+                "n counts prompts. It claims sigmoid(difference of the scores) for each pair.")
 
 
 def bias_of(report):
@@ -102,11 +107,11 @@ def flagged(gap):
     return gap.low > 0 or gap.high < 0
 
 
-def figures_of(report, models):
-    """The figures of some models side by side."""
+def figures_of(report, models, said=FIGURES):
+    """The figures of some models side by side. said: what to call a figure, if not by its name in report.json."""
     figures = [report["models"][model] for model in models]
     names = dict.fromkeys(name for own in figures for name in own)
-    rows = [[FIGURES.get(name, name), *(own.get(name, "") for own in figures)] for name in names]
+    rows = [[said.get(name, name), *(own.get(name, "") for own in figures)] for name in names]
     return Table(f"Each model on {report['n_prompts']:,} held-out prompts, 95 % intervals", ["", *models], rows)
 
 
