@@ -56,8 +56,8 @@ def collect_on(mode, args, make_source, templates):
         journal = Journal(sidecar(out, "items"))
         source = make_source(journal)
         if mode == "sample":
-            for index in range(len(source.items), len(source.prompts)):
-                journal.append(source.make_item(index))
+            while source.add_item():
+                pass
             print(f"{journal.path}: answers to {len(source.prompts)} prompts. Rank them here with rank --out {out}, or "
                   "elsewhere after export")
             return

@@ -153,13 +153,12 @@ def remarks_of(value):
 
 
 def serve(session, port, open_page):
-    """Samples and serves until Ctrl-C or SIGTERM."""
+    """Serves until Ctrl-C or SIGTERM."""
     try:
         server = Server(port, session)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or "
                         "--port 0, which takes a free port") from None
-    session.sampler.want(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
     print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}", flush=True)
     # Without a screen webbrowser would start a text browser in this terminal.
@@ -168,6 +167,5 @@ def serve(session, port, open_page):
         webbrowser.open(server.url)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    with session.lock:                              # lets a vote that is being written finish
+    with session.lock:                              # lets a vote or an item that is being written finish
         server.server_close()
-        session.sampler.stop()
