@@ -16,18 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_rm
 from minirlhf.files.errors import UserError, run_main
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools.feedback.__main__ import main, parse_args
 from minirlhf.tools.feedback.items import (Given, Policy, Sampler, find_templates, instruction_of, load_policies,
-                                           read_items, title_of, turns_of)
+                                           read_items, turns_of)
 from minirlhf.tools.feedback.server import PAGE, Server
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.stats import read_votes
-from minirlhf.tools.feedback.votes import Journal, comparison_row, item_id, lock, sidecar, to_line
+from minirlhf.tools.feedback.votes import Journal, item_id, lock, to_line
 from minirlhf.weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -112,13 +111,6 @@ def test_undo_gives_back_the_ranking_and_takes_only_ones_own(tmp_path):
     assert s.undo("bob") == {"undone": None}
 
 
-def test_a_repeated_vote_counts_once(tmp_path):
-    s = session(tmp_path)
-    item = s.next("ann")["item"]
-    assert [s.vote("ann", item, [1, 2, 3, 4], 1) for _ in range(3)] == [{"saved": True}] * 3
-    assert len(rows_of(tmp_path)) == 1
-
-
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [1, 2, 3, 5], [2, 2, 3, 3], [1, 1, 1, True], "1234"])
 def test_ranks_that_are_none_are_refused(tmp_path, ranks):
     s = session(tmp_path)
@@ -135,18 +127,6 @@ def test_write_keeps_the_space_between_prompt_and_answer(tmp_path):
     with pytest.raises(UserError, match="surrogate"):
         s.write("ann", s.next("ann")["item"], "half \ud800", 9)
     assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" Mine, with\ntwo lines.",)]
-
-
-def test_the_reward_model_trains_on_the_file_as_it_is(tmp_path, monkeypatch, policy_folder):
-    s = session(tmp_path)
-    for name in ("ann", "bob"):
-        for _ in range(4):
-            vote_by_text(s, name, str)
-    s.vote("ann", s.next("ann")["item"], [1, 1, 1, 1], 1)
-    monkeypatch.chdir(tmp_path)
-    train_rm.main(["--model", str(policy_folder), "--data", "votes.jsonl", "--heldout", "", "--out", "rm",
-                   "--epochs", "1"])
-    assert json.loads((tmp_path / "rm/report.json").read_text())["reward_std"] > 0
 
 
 # ---- files that crashes leave ----------------------------------------------------------------------------------------
@@ -195,34 +175,9 @@ def test_two_servers_cannot_write_to_one_file(tmp_path):
     lock(tmp_path / "x.jsonl").close()
 
 
-def test_comparison_row_is_what_the_embedded_world_writes():
-    line = (ROOT / "data/tiny/comparisons.jsonl").open().readline()
-    row = json.loads(line)
-    finished = row.get("finished")
-    made = comparison_row(row["prompt"], row["responses"], row["ranks"], finished, annotators=row["annotators"])
-    assert made == row
-    with pytest.raises(UserError, match="new row: ranks"):
-        comparison_row("a", ["b", "c"], [1])
-
-
 # ---- flags, notes and revising ---------------------------------------------------------------------------------------
 
 REMARKS = {"flags": ["prompt broken"], "note": "Which nurse?"}
-
-
-def test_flags_and_a_note_are_kept_with_the_vote_or_the_skip_and_given_back(tmp_path):
-    s = session(tmp_path)
-    first, second, third = [item["item"] for item in s.sampler.items[:3]]
-    s.vote("ann", first, [1, 2, 3, 4], 1, REMARKS)
-    s.skip("ann", second, 1, REMARKS)
-    s.vote("ann", third, [1, 2, 3, 4], 1)
-    with_them, without = rows_of(tmp_path)
-    assert with_them.items() >= REMARKS.items() and rows_of(tmp_path, "votes.skips.jsonl")[0].items() >= REMARKS.items()
-    assert not {"flags", "note"} & set(without)
-    assert [row.ranks for row in read_comparisons(tmp_path / "votes.jsonl")]        # the readers ignore them
-    again = session(tmp_path)
-    assert again.undo("ann").items() >= {"undone": third, "flags": [], "note": ""}.items()
-    assert again.undo("ann").items() >= {"undone": second, **REMARKS}.items()
 
 
 def test_past_votes_are_listed_latest_first_and_only_ones_own(tmp_path):
@@ -260,16 +215,6 @@ def test_revising_shows_the_vote_and_replaces_it_in_one_step(tmp_path):
             again.revise("ann", name)
 
 
-def test_a_vote_is_revised_to_a_skip_and_back(tmp_path):
-    s = session(tmp_path)
-    item, _ = vote_by_text(s, "ann", str)
-    s.skip("ann", item, 1, revise=True)
-    assert rows_of(tmp_path) == [] and len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
-    s.vote("ann", item, [4, 3, 2, 1], 1, revise=True)
-    assert len(rows_of(tmp_path)) == 1 and rows_of(tmp_path, "votes.skips.jsonl") == []
-    assert s.next("ann")["votes"] == 1 and s.next("ann")["skips"] == 0
-
-
 def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, monkeypatch):
     s = session(tmp_path)
     item, _ = vote_by_text(s, "ann", str)
@@ -287,14 +232,6 @@ def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, mon
     again = session(tmp_path)
     assert rows_of(tmp_path) == [] and again.next("ann")["skips"] == 1
     assert len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
-
-
-def test_a_ranking_comes_back_in_the_order_that_the_page_shows_now(tmp_path):
-    vote_by_text(session(tmp_path), "ann", str)
-    other = session(tmp_path, seed=2)
-    shown = other.revise("ann", shelf().items[0]["item"])
-    by_rank = [answer for _, answer in sorted(zip(shown["ranks"], shown["answers"]))]
-    assert by_rank == shelf().items[0]["responses"] and other.undo("ann")["ranks"] == shown["ranks"]
 
 
 # ---- answers that exist already --------------------------------------------------------------------------------------
@@ -335,17 +272,6 @@ def test_rows_that_hold_no_answers_are_named(tmp_path, row, message):
         read_rows_as_items(tmp_path, row)
 
 
-def test_given_answers_are_ranked_like_sampled_ones(tmp_path):
-    found = read_items(ROOT / "data/tiny/comparisons.jsonl")[:3]
-    s = session(tmp_path, Given(found))
-    for _ in range(3):
-        vote_by_text(s, "ann", str)
-    rows = read_comparisons(tmp_path / "votes.jsonl")
-    assert s.next("ann")["finished"] and [row.prompt for row in rows] == [item["prompt"] for item in found]
-    assert [list(row.responses) for row in rows] == [item["responses"] for item in found]
-    assert [list(row.finished) for row in rows] == [item["finished"] for item in found]
-
-
 # ---- dialogues -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prompt, turns", [
@@ -362,15 +288,6 @@ def test_given_answers_are_ranked_like_sampled_ones(tmp_path):
 def test_a_dialogue_is_shown_as_turns(prompt, turns):
     templates = ["\n\nHuman: {instruction}\n\nAssistant:", "Do: {instruction}\nSo:"]
     assert turns_of(prompt, templates) == turns
-
-
-def test_the_page_gets_the_turns_and_the_list_shows_the_last_one(tmp_path):
-    prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: " + "Bye " * 200 + "\n\nAssistant:"
-    s = session(tmp_path, Given([make_item(prompt, [" a", " b"])]))
-    shown = s.next("ann")
-    assert [speaker for speaker, _ in shown["turns"]] == ["Human", "Assistant", "Human"]
-    s.skip("ann", shown["item"], 1)
-    assert s.past("ann")["past"][0]["title"] == title_of(prompt, []) == ("Bye " * 75)
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -526,41 +443,6 @@ def test_text_of_a_model_is_data_to_the_page_never_html(server):
 
 def test_the_page_needs_nothing_from_elsewhere():
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", PAGE.read_text()))
-
-
-def garbage(rng, server):
-    """One malformed request."""
-    good = (f"POST /vote HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\nX-Token: {server.token}\r\n"
-            "Content-Type: application/json\r\nContent-Length: 20\r\n\r\n" + '{"annotator": "Ann"}').encode()
-    kind = rng.randrange(5)
-    if kind == 0:
-        return rng.randbytes(rng.randrange(1, 300))
-    if kind == 1:
-        return good[:rng.randrange(len(good) - 1)]                      # cut off
-    if kind == 2:
-        bad = bytearray(good)
-        for _ in range(rng.randrange(1, 10)):
-            bad[rng.randrange(len(bad))] = rng.randrange(256)
-        return bytes(bad)
-    if kind == 3:
-        return good.replace(b"Host", b"X" * 70000)
-    return good.replace(b"\r\n\r\n", b"\r\n" + b"A: b\r\n" * 150 + b"\r\n")
-
-
-def test_malformed_requests_and_votes_between_them(server, tmp_path):
-    rng = random.Random(1)
-    for i in range(200):
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as client:
-            try:
-                client.sendall(garbage(rng, server))
-                client.shutdown(socket.SHUT_WR)
-                client.recv(1000)
-            except ConnectionError:                                     # refused before it was read to its end
-                pass
-        if i % 20 == 10:
-            item = post(server, "/next", ANN)[1]["item"]
-            assert post(server, "/vote", {**ANN, "item": item, "ranks": [1, 2, 3, 4], "seconds": 1})[0] == 200
-    assert len(read_comparisons(tmp_path / "votes.jsonl")) == len(rows_of(tmp_path)) == 10
 
 
 def test_twenty_clients_at_once_lose_and_double_nothing(server, tmp_path):
@@ -749,7 +631,7 @@ class Address:
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_that_was_confirmed(tmp_path, policy_folder):
     rng, confirmed = random.Random(2), []
-    for _ in range(5):
+    for _ in range(3):
         process, url = start(tmp_path, "rank", "--policy", policy_folder, "--n", 40)
         address = Address(url)
         threading.Timer(rng.uniform(0.1, 0.4), process.kill).start()
