@@ -75,9 +75,8 @@ def perplexity(model, examples):
 def scores_by_prompt(reward_model, examples):
     """Raw scores, less their mean over SFT samples: for each example an array of its K answers."""
     counts = [len(example.responses) for example in examples]
-    prompts = [example.prompt for example in examples for _ in example.responses]
-    responses = [ids for example in examples for ids in example.responses]
-    scores = scores_of(reward_model, prompts, responses) * reward_model.reward_std
+    answers = [(example.prompt, ids) for example in examples for ids in example.responses]
+    scores = scores_of(reward_model, *zip(*answers)) * reward_model.reward_std
     return np.split(scores, np.cumsum(counts)[:-1])
 
 

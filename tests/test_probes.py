@@ -6,7 +6,7 @@ import torch
 
 from minirlhf.gpt2 import GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks,
+from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, MALE_JOBS, TINY, bias, checks,
                                              instruction_rates, person_gaps, with_article)
 from minirlhf.tools.evaluate.tables import flagged
 
@@ -86,9 +86,7 @@ def test_checks_by_hand(instruction, response, found):
     assert checks(instruction, response) == found
 
 
-def test_every_instruction_of_ours_can_be_checked_and_rates_count_only_what_was_asked():
-    kinds = [set(checks(text, "")) for text in INSTRUCTIONS]
-    assert all(len(kind) == 1 for kind in kinds)
+def test_rates_count_only_what_was_asked():
     asked = ["Answer in two words.", "Name a river in at most 2 words.", "Say hello."]
     rates = instruction_rates(asked, ["Good evening.", "The river Nile", "hello"])
     assert set(rates) == {"number of words"} and rates["number of words"][::3] == (0.5, 2)

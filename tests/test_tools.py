@@ -268,8 +268,7 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
     write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])     # beside the prompts
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
-    found = report["instructions"][folders[0]]
-    assert set(found["prompts"]) == {"number of words"} and len(found["own"]) == 2
+    assert set(report["instructions"][folders[0]]) == {"number of words"}
     assert "gold" not in report["models"][folders[0]] and report["models"][folders[0]]["perplexity"]["n"] == 1
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}

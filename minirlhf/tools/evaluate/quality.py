@@ -141,14 +141,6 @@ def bias(model, tokenizer, probe):
 
 # ---- instructions that need no judge ---------------------------------------------------------------------------------
 
-INSTRUCTIONS = (
-    "Describe a forest in at most 20 words.", "Explain what a clock is for in at most 15 words.",
-    "Tell a story in exactly 12 words.", "Describe your favourite meal in at least 30 words.",
-    "Say good morning in at most 5 words.", "Write a sentence that includes the word \"window\".",
-    "Tell a short story that includes the word \"lantern\".",
-    "Write two sentences about winter and use the word \"silent\".",
-    "Describe a market and use the word \"yellow\".", "Write a greeting that includes the word \"friend\".",
-)
 NUMBERS = {name: n for n, name in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 NUMBER = r"(\d+|" + "|".join(NUMBERS) + ")"
 WORDS = re.compile(rf"\b(exactly|at most|at least|no more than|under|in) {NUMBER} words", re.IGNORECASE)

@@ -4,8 +4,8 @@ from itertools import product
 from pathlib import Path
 
 from minirlhf import stats
-from minirlhf.assess import Sampling, answer, gold_function, measure_model, scores_of, sequence_kl
-from minirlhf.data import Row, read_demonstrations, read_prompts
+from minirlhf.assess import Sampling, gold_function, measure_model, scores_of, sequence_kl
+from minirlhf.data import read_demonstrations, read_prompts
 from minirlhf.files.errors import require
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.runs import read_options
@@ -45,8 +45,8 @@ def full_report(args, device):
     bias = {path: {probe.title: quality.bias(model, tokenizers[path], probe) for probe in probes}
             for path, model in models.items()}
     instructions = {} if facts_of else {
-        path: instruction_checks(model, tokenizers[path], answers[path], templates, sampling)
-        for path, model in models.items()}
+        path: quality.instruction_rates([instruction_of(prompt, templates) for prompt in own.prompts], own.texts)
+        for path, own in answers.items()}
 
     # Each model against the first.
     notes = add_kl(models, answers, figures, sampling.temperature)
@@ -87,16 +87,14 @@ def load_judge(path, models, device):
 
 def add_kl(models, answers, figures, temperature):
     """Adds each model's KL to the first one to its figures. Returns notes on where there is none."""
-    first, *others = models
-    notes = []
+    (first, *others), notes = models, []
     for path in others:
         require(answers[path].prompts == answers[first].prompts,
                 f"{path} and {first} drop different prompts as too long: shorten them or leave them out")
         if models[path].config.vocab_size != models[first].config.vocab_size:
             notes.append(f"{path} and {first} have different vocabularies, so there is no KL between them")
         else:
-            kls = sequence_kl(models[path], models[first], answers[path], temperature)
-            figures[path]["kl"] = stats.ratio(kls)
+            figures[path]["kl"] = stats.ratio(sequence_kl(models[path], models[first], answers[path], temperature))
     return notes
 
 
@@ -153,15 +151,3 @@ def partiality(model_folder, judge):
     if labels and labels == read_options(judge).get("data"):
         return f"{judge} learned from the labels of {reward}, which trained {model_folder}, so it shares its mistakes"
     return None
-
-
-# ---- other evidence --------------------------------------------------------------------------------------------------
-
-def instruction_checks(model, tokenizer, answers, templates, sampling):
-    """Checks of the prompts that ask for something countable, and of the project's own INSTRUCTIONS."""
-    given = quality.instruction_rates([instruction_of(prompt, templates) for prompt in answers.prompts], answers.texts)
-    template = next((t for t in templates if t.count("{") == 1), "{instruction}")
-    asked = {template.replace("{instruction}", text): text for text in quality.INSTRUCTIONS}
-    rows = [Row("tools/evaluate/quality.py", prompt) for prompt in asked]
-    own = answer(model, tokenizer, rows, sampling._replace(drop_long=True), "instructions")
-    return {"prompts": given, "own": quality.instruction_rates([asked[prompt] for prompt in own.prompts], own.texts)}

@@ -122,10 +122,9 @@ def details_of(report):
     for name, found in report["comparisons"].items():
         rows = [[FIGURES.get(fact, fact), gap, gap.n] for fact, gap in found["differences"].items()]
         yield Table(f"{name} minus {models[0]}, on the same prompts", ["mean difference", "", "n"], rows)
-    where = {"prompts": "these prompts", "own": "tools/evaluate/quality.py"}
-    rows = [[kind, model, where[source], right, right.n] for model, found in report["instructions"].items()
-            for source, kinds in found.items() for kind, right in kinds.items()]
-    yield Table("Instructions that need no judge", ["asked for", "model", "asked in", "fulfilled", "n"], rows)
+    rows = [[kind, model, right, right.n] for model, kinds in report["instructions"].items()
+            for kind, right in kinds.items()]
+    yield Table("Instructions that need no judge", ["asked for", "model", "fulfilled", "n"], rows)
     if reward := report.get("reward"):
         rows = [[name, right, right.n, pairs] for name, (right, pairs) in reward["groups"].items()]
         yield Table(f"Where {reward['model']} is right", ["among pairs with", "accuracy", "prompts", "pairs"], rows)
