@@ -177,25 +177,6 @@ def test_two_servers_cannot_write_to_one_file(tmp_path):
 
 # ---- flags, notes and revising ---------------------------------------------------------------------------------------
 
-REMARKS = {"flags": ["prompt broken"], "note": "Which nurse?"}
-
-
-def test_past_votes_are_listed_latest_first_and_only_ones_own(tmp_path):
-    s = session(tmp_path)
-    voted, _ = vote_by_text(s, "ann", str)
-    vote_by_text(s, "bob", str)
-    skipped = s.next("ann")["item"]
-    s.skip("ann", skipped, 1, REMARKS)
-    tied = s.next("ann")["item"]
-    s.vote("ann", tied, [1, 1, 1, 1], 1)
-    past = s.past("ann")["past"]
-    assert [row["item"] for row in past] == [tied, skipped, voted]
-    assert [row["skipped"] for row in past] == [False, True, False]
-    assert [row["best"] for row in past] == ["", "", " Answer 0 to Instruction 0."]
-    assert past[1].items() >= REMARKS.items() and past[2]["title"] == "Instruction 0"
-    assert s.past("eve") == {"past": []} and "out/sft" not in json.dumps(past)
-
-
 def test_revising_shows_the_vote_and_replaces_it_in_one_step(tmp_path):
     s = session(tmp_path)
     items = [vote_by_text(s, "ann", str)[0] for _ in range(3)]

@@ -311,30 +311,6 @@ def test_guidelines_turns_a_flag_and_a_revised_vote(tmp_path, browser):
     shown(browser, 3)                                                   # the guidelines were seen: not again
 
 
-def test_many_long_answers_fit_a_desktop_and_scroll_one_by_one(tmp_path, browser):
-    long, dialogue = " word" * 250, "Human: " + "question " * 500 + "\n\nAssistant:"
-    answers = answers_file(tmp_path, *[(prompt, [f" {k}{long}" for k in range(K)])
-                                       for K in (4, 5, 6, 7, 8, 9) for prompt in ("Short.", dialogue, "x " * 2000)])
-    _, url = start(tmp_path, "rank", "--answers_from", answers)
-    set_size(browser, 1280, 800)
-    browser.open(url)
-    enter(browser, "Ann")
-    for number in range(1, 19):
-        shown(browser, number)
-        high, foot, heights = browser.run("""return [document.documentElement.scrollHeight,
-            document.querySelector("#foot").getBoundingClientRect().top,
-            [...document.querySelectorAll(".answer")].map(e => [e.offsetHeight, e.getBoundingClientRect().bottom])]""")
-        assert high <= 800 and all(bottom <= foot for _, bottom in heights)
-        assert min(height for height, _ in heights) >= 90               # at least three lines of each
-        if number == 9:
-            browser.press("tab")
-            browser.run("document.querySelector('.answer').focus()")
-            browser.press("\ue015")                                     # arrow down
-            browser.until(lambda: browser.run("return document.querySelector('.answer .text').scrollTop") > 0)
-        browser.press("s")
-    browser.until(lambda: browser.shows("#finished"))
-
-
 @pytest.mark.parametrize("width, height", [(390, 844), (320, 568)])
 def test_a_dialogue_flags_and_past_votes_fit_a_phone(tmp_path, browser, width, height):
     answers = answers_file(tmp_path, (DIALOGUE + " x" * 2000, [" a" * 300, " b" * 300, "w" * 300, " d"]),

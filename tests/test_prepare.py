@@ -234,28 +234,6 @@ def test_a_malformed_hh_file_is_refused_with_file_and_line(name, content, named)
 GOOD = b'[{"instruction": "i", "input": "", "output": "o"},\n'
 
 
-@pytest.mark.parametrize("content, named", [
-    (GOOD + b'{"instruction": "i", "input": "", "output": 3}]', "rows.json[1]: output must be a string, not 3"),
-    (GOOD + b'{"instruction": "i", "output": "o"}]', 'rows.json[1]: no "input"'),
-    (GOOD + b'{"instances": [{"input": "", "output": "o"}]}]', 'rows.json[1]: no "instruction"'),
-    (GOOD + b'{"instruction": "i", "instances": []}]', "rows.json[1]: instances must be a list"),
-    (GOOD + b'{"instruction": "i", "instances": ["x"]}]', "rows.json[1]: instances must be a list"),
-    (GOOD + b'"x"]', "rows.json[1]: a row must be an object"),
-    (GOOD + b'{"instruction": "\xff", "input": "", "output": "o"}]', "rows.json:2: not UTF-8"),
-    (GOOD + b'{"instruction": ', "rows.json:2: not JSON"),
-    (b"[" * 100_000, "rows.json:1: not JSON"),
-    (GOOD + b'{"instruction": ' + b"9" * 5000 + b"}]", "rows.json:1: not JSON"),
-    (GOOD + b'{"instruction": "i", "output": "o", "output": "p"}]', '"output" is there twice'),
-    (GOOD + json.dumps({"instruction": "i", "input": "", "output": "o" * 10_000_000}).encode() + b"]",
-     "rows.json[1]: output has 10,000,000 characters"),
-    (PAGE, "rows.json:1: not a line of JSON"),
-])
-def test_a_malformed_alpaca_file_is_refused_with_file_and_line_or_row(content, named):
-    with pytest.raises(UserError) as error:
-        prepare(alpaca, "--source", save("rows.json", content))
-    assert named in str(error.value) and "\n" not in str(error.value) and not Path("made").exists()
-
-
 # ---- splits, folders, downloads --------------------------------------------------------------------------------------
 
 def test_a_prompt_is_in_one_split_only_and_the_seed_decides():

@@ -1,12 +1,9 @@
-"""Self-instruct: the numbered list and back, the rules, ROUGE-L, servers that misbehave, and kill -9."""
+"""Self-instruct: the numbered list and back, the rules, ROUGE-L, servers that misbehave, and crashes."""
 
 import functools
 import importlib.util
 import json
 import random
-import signal
-import string
-import subprocess
 import sys
 import threading
 import time
@@ -178,15 +175,6 @@ def good_text(n=3):
     return encode_list(tasks, 4).removeprefix("###\n4. Instruction:")
 
 
-def varied(seed):
-    """The same for the same seed: three tasks of words that seldom meet again."""
-    REALLY_SLEEP(0.03)
-    rng = random.Random(seed)
-    names = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(12)]
-    tasks = [Task(f"Say {' '.join(names[i:i + 4])} twice.", "", names[i]) for i in (0, 4, 8)]
-    return encode_list(tasks, 4).removeprefix("###\n4. Instruction:")
-
-
 class Stub(BaseHTTPRequestHandler):
     """Answers with what `plan` says, one entry a request, and then well. Keeps what it was asked."""
     protocol_version = "HTTP/1.1"
@@ -201,7 +189,7 @@ class Stub(BaseHTTPRequestHandler):
         if self.path.endswith("/chat/completions"):
             choice = {"message": {"content": good_text()}, "finish_reason": "stop"}
         else:
-            choice = {"text": server.texts(body["seed"]), "finish_reason": "stop"}
+            choice = {"text": good_text(), "finish_reason": "stop"}
         status, data = 200, json.dumps({"choices": [choice]})
         if isinstance(plan, int):
             status, data = plan, json.dumps({"error": {"message": f"wrong key {KEY}\nsecond line"}})
@@ -231,7 +219,7 @@ def stub(monkeypatch):
     monkeypatch.setattr(self_instruct.time, "sleep", lambda seconds: server.waits.append(seconds))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     server.daemon_threads, server.asked, server.plan, server.waits = True, [], [], []
-    server.other, server.texts = 9, lambda seed: good_text()
+    server.other = 9
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -387,40 +375,6 @@ def test_a_crash_within_a_batch_changes_nothing(writer, seeds, tmp_path, capsys)
         (out / "requests.jsonl").write_bytes(left)
         run(flags_of(writer, seeds, out, "--requests", "7", "--resume"))
         assert written(out) == expected
-
-
-# ---- kill -9 ---------------------------------------------------------------------------------------------------------
-
-def start(*flags):
-    return subprocess.Popen([sys.executable, "-m", "minirlhf.tools.self_instruct", *map(str, flags)], cwd=ROOT,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill_when(process, journal, lines):
-    """kill -9 as soon as the journal has so many lines. False if the process ended before."""
-    while process.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
-            process.kill()
-            process.communicate()
-            return process.returncode == -signal.SIGKILL
-        time.sleep(0.002)
-    return False
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume_write_the_files_of_a_run_that_was_not_killed(stub, seeds, tmp_path):
-    """One at a time, and each answer takes 30 ms and depends on the seed in the request only."""
-    stub.texts = varied
-    url = f"http://127.0.0.1:{stub.server_port}/v1"
-    flags = ["--seed_tasks", seeds, "--endpoint", url, "--endpoint_model", "m", "--requests", 20, "--batch_size", 1]
-    self_instruct.main([*map(str, flags), "--out", str(tmp_path / "whole")])
-    assert kill_when(start(*flags, "--out", tmp_path / "cut"), tmp_path / "cut/requests.jsonl", 7)
-    assert not (tmp_path / "cut/demonstrations.jsonl").exists()
-    asked = len(stub.asked)
-    self_instruct.main([*map(str, flags), "--out", str(tmp_path / "cut"), "--resume"])
-    names = "requests.jsonl", "blocks.jsonl", "demonstrations.jsonl", "meta.json"
-    assert written(tmp_path / "cut", *names) == written(tmp_path / "whole", *names)
-    assert len(stub.asked) - asked <= 13 and len(read_demonstrations(tmp_path / "cut/demonstrations.jsonl")) > 20
 
 
 # ---- the embedded world ----------------------------------------------------------------------------------------------

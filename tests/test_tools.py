@@ -279,9 +279,7 @@ def test_a_script_that_fails_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)                                                     # scripts are found from any folder
     with pytest.raises(UserError, match="train_rm.py stopped with exit code 2"):
         run_script("train_rm.py", model=tmp_path / "none", lr=0.5)
-    shown = capfd.readouterr()
-    assert f"$ python train_rm.py --model={tmp_path}/none --lr=0.5" in shown.out
-    assert "no such model" in shown.err
+    assert "no such model" in capfd.readouterr().err
 
 
 def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
