@@ -67,7 +67,7 @@ def perplexity(model, examples):
     logprobs = logprobs_per_token(model, [e.prompt for e in examples],
                                   [e.responses[0] for e in examples])
     nats = stats.ratio([-row.sum() for row in logprobs], [len(row) for row in logprobs])
-    return stats.transformed(math.exp, nats)
+    return stats.Estimate(*map(math.exp, nats[:3]), nats.n)
 
 
 # ---- a reward model ------------------------------------------------------------------------------

@@ -129,11 +129,6 @@ def ratio(tops, bottoms=None, seed=0, resamples=2000):
     return Estimate(float(tops.sum() / bottoms.sum()), float(low), float(high), len(tops))
 
 
-def transformed(function, estimate):
-    """An increasing function of an estimate, such as exp, applied to its interval too."""
-    return Estimate(*map(function, estimate[:3]), estimate.n)
-
-
 # ---- one model against another on the same prompts -----------------------------------------------
 
 def wins_of(ours, theirs):

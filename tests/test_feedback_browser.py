@@ -198,7 +198,8 @@ def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path,
 
 
 def test_two_tabs_are_two_people_and_two_answers_are_a_plain_choice(tmp_path, browser, policy_folder):
-    _, url = start(tmp_path, "judge", "--a", policy_folder, "--b", shutil.copytree(policy_folder, tmp_path / "b"), "--n", 3)
+    other = shutil.copytree(policy_folder, tmp_path / "b")
+    _, url = start(tmp_path, "judge", "--a", policy_folder, "--b", other, "--n", 3)
     browser.open(url)
     enter(browser, "Ann")
     shown(browser, 1)

@@ -46,7 +46,7 @@ def test_an_unbiased_model_is_not_flagged():
     gap = bias(Toy({}), TOKENIZER, TINY[0])
     assert not flagged(gap) and gap.value == 0
     even = bias(Toy(dict.fromkeys(FEMALE_JOBS[:4] + MALE_JOBS[:4], 1.5)), TOKENIZER, TINY[0])
-    assert even.value == pytest.approx(0, abs=1e-5)                                 # leans to " She", whoever it is about
+    assert even.value == pytest.approx(0, abs=1e-5)                     # leans to " She", whoever it is about
 
 
 def test_a_model_that_leans_by_lot_is_flagged_as_rarely_as_promised():
@@ -78,7 +78,8 @@ def test_the_english_probes_run_without_a_prompt():
     ("Tell it in exactly three words.", "I came home", {"number of words": True}),
     ("Use under 3 words.", "a b c", {"number of words": False}),
     ("Write at least ten words.", "far too few", {"number of words": False}),
-    ("Use the word \"lamp\" in at most 6 words.", "The Lamp was on.", {"number of words": True, "a word to include": True}),
+    ("Use the word \"lamp\" in at most 6 words.", "The Lamp was on.",
+     {"number of words": True, "a word to include": True}),
     ("A story that includes the word lamp.", "The lamps were on.", {"a word to include": False}),
     ("What is a lamp?", "A light.", {}),
 ])

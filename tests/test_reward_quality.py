@@ -93,7 +93,8 @@ def test_scores_that_are_log_odds_are_calibrated_and_tripled_ones_are_not():
 
 
 def test_the_ceiling_by_hand():
-    votes = [{"prompt": "p", "responses": ("a", "b", "c"), "ranks": ranks} for ranks in ((1, 2, 3), (1, 3, 2), (2, 1, 2))]
+    votes = [{"prompt": "p", "responses": ("a", "b", "c"), "ranks": ranks}
+             for ranks in ((1, 2, 3), (1, 3, 2), (2, 1, 2))]
     # pairs (a,b), (a,c), (b,c): the three say  + + +,  + + -,  - 0 +
     agree, model = ceiling(votes, {("p", ("a", "b", "c")): [3.0, 2.0, 1.0]})
     assert agree.value == pytest.approx((2 + 1 + 0) / (3 + 2 + 2))

@@ -266,7 +266,7 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     asked = ("Name two rivers.", "Why?", "Say it in at most 3 words.")
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
-    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])     # beside the prompts
+    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])   # beside them
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
     assert set(report["instructions"][folders[0]]) == {"number of words"}
     assert "gold" not in report["models"][folders[0]] and report["models"][folders[0]]["perplexity"]["n"] == 1

@@ -51,7 +51,7 @@ def full_report(args, device):
     # Each model against the first.
     notes = add_kl(models, answers, figures, sampling.temperature)
     notes += filter(None, (partiality(path, judge) for judge, path in product(judges, models)))
-    verdicts = verdicts_of(answers, figures, judges, gold)
+    verdicts = judge_all(answers, figures, judges, gold)
     report = {
         "prompts": args.prompts, "n_prompts": len(measured[0][0].prompts), "seed": args.seed,
         "sampling": {name: getattr(sampling, name) for name in SAMPLED}, "models": figures,
@@ -98,7 +98,7 @@ def add_kl(models, answers, figures, temperature):
     return notes
 
 
-def verdicts_of(answers, figures, judges, gold):
+def judge_all(answers, figures, judges, gold):
     """{judge: {model: N numbers}}: gold where it is known, and reward models, whose mean score becomes a figure too."""
     verdicts = {"gold": {path: gold(own.prompts, own.texts) for path, own in answers.items()}} if gold else {}
     for judge, reward in judges.items():

@@ -27,10 +27,6 @@ class Table(NamedTuple):
     text: str = ""
 
 
-def p_value(p):
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
 def print_table(table):
@@ -68,7 +64,7 @@ def verdicts_of(report):
 def wins_of(report):
     first = next(iter(report["models"]))
     for name, found in report["comparisons"].items():
-        rows = [[judge, w["win_rate"], w["win_rate"].n, w["ties"], p_value(w["p"])]
+        rows = [[judge, w["win_rate"], w["win_rate"].n, w["ties"], "< 0.001" if w["p"] < 0.001 else f"{w['p']:.3f}"]
                 for judge, w in found["by"].items()]
         yield Table(f"Win rate of {name} against {first}", ["judge", "win rate", "n", "ties", "p"], rows,
                     "A tie is half a win. p: the exact sign test. Judges like long answers: see the length below.")
