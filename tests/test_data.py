@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -171,15 +169,3 @@ def test_the_warning_counts_glued_rows_and_names_the_first():
     assert sentence.startswith("2 of 3 rows have no space") and "rows.jsonl:7" in sentence and "\n" not in sentence
     assert glue_warning([good, good]) is None
     assert glue_warning([good, bad, with_responses("a dr", "um"), with_responses("a drum. ", "Once")]) is None
-
-
-def test_the_command_describes_a_file_and_an_error_is_one_line(tmp_path):
-    def run(*args):
-        return subprocess.run([sys.executable, "-m", "minirlhf.data", *args], capture_output=True, text=True)
-
-    found = run(str(write(tmp_path, GOOD, GOOD)))
-    assert found.returncode == 0 and "2 demonstrations, 1 different prompts" in found.stdout and not found.stderr
-    assert "longest 2" in found.stdout                                  # the response and its EOS
-    found = run(str(write(tmp_path, GOOD, {"prompt": "p"})))
-    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
-    assert "rows.jsonl:2" in found.stderr

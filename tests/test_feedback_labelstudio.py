@@ -135,6 +135,7 @@ def test_ranker_as_label_studio_wrote_it(tmp_path, capsys):
     assert "1 with answers left unranked, 1 skipped or cancelled, 1 without a ranking, 1 replaced" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("MINIRLHF_REAL_DATA"), reason="MINIRLHF_REAL_DATA is not set")
 def test_the_real_export_has_32_comparisons_18_left_and_14_right_and_trains(tmp_path, monkeypatch, capsys):
     export = Path(os.environ["MINIRLHF_REAL_DATA"]) / "label_studio_export.json"
