@@ -1,4 +1,4 @@
-"""What goes wrong with PPO, in words: what ends a run at once, and warnings with their usual causes."""
+"""What goes wrong with PPO, in words: what ends a run at once, and warnings with their causes."""
 
 import math
 from collections import defaultdict
@@ -12,8 +12,8 @@ from minirlhf.files.tokenizer import token_texts
 from minirlhf.running.runs import say
 
 # Printed while PPO trains. metrics.jsonl has all of them.
-SHOWN = ("objective/scores", "objective/gold", "objective/kl", "objective/entropy", "rollout/length",
-         "rollout/eos_rate")
+SHOWN = ("objective/scores", "objective/gold", "objective/kl", "objective/entropy",
+         "rollout/length", "rollout/eos_rate")
 WINDOW = 5          # iterations that a trend compares with as many before them
 
 
@@ -22,8 +22,8 @@ def rollout_metrics(rollout, beta, gold_scores):
     mask, all_rows = rollout.response_mask, torch.ones_like(rollout.finished)
     responses, returns = rollout.ids[:, rollout.P:], rollout.returns
     # Different pairs of neighbouring tokens / all pairs: low if all responses are alike.
-    pairs = torch.stack([responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]            # (N, 2)
-    # 1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
+    pairs = torch.stack([responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]        # (N, 2)
+    # 1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for a useless one.
     unexplained = ppo.masked_variance(returns - rollout.values, mask)
     variance = ppo.masked_variance(returns, mask)
     kl = ppo.sequence_mean(rollout.logprobs - rollout.ref_logprobs, mask)
@@ -48,71 +48,82 @@ def rollout_metrics(rollout, beta, gold_scores):
 
 
 def complaints(history):
-    """Metrics of all iterations so far, oldest first -> [(sign, sentence)]: what looks wrong at the last one.
+    """Metrics of all iterations, oldest first -> [(sign, sentence)]: what looks wrong at the last.
 
     Comparisons with nan are False, so a metric that is not logged complains of nothing.
     """
     first, now, recent = history[0], history[-1], history[-WINDOW:]
     trend = len(history) >= 2 * WINDOW
     before = history[-2 * WINDOW:-WINDOW] if trend else []
-    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)      # the recent mean; its change
+    level = defaultdict(lambda: math.nan)                       # the recent mean
+    rise = defaultdict(lambda: math.nan)                        # its change
     for name in now:
         level[name] = fmean(row.get(name, math.nan) for row in recent)
         rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
     gain = level["objective/scores"] - first["objective/scores"]
-    first_entropy = first["objective/entropy"] / first["rollout/length"] or math.nan            # nats per token
-    entropy_left = level["objective/entropy"] / length / first_entropy
+    entropy = first["objective/entropy"] / first["rollout/length"] or math.nan  # nats per token
+    entropy_left = level["objective/entropy"] / length / entropy
     checks = [
         ("first KL", len(history) == 1 and abs(kl) > 0.01,
-         f"the KL of the first rollout is {kl:.2f} nats, but the policy has not moved yet. Unless --reference names "
-         "another model, policy and reference differ in mask, temperature or precision."),
+         f"the KL of the first rollout is {kl:.2f} nats, but the policy has not moved yet. Unless "
+         "--reference names another model, policy and reference differ in mask, temperature or "
+         "precision."),
         ("negative KL", kl < -1,
-         f"the mean sequence KL is {kl:.2f} nats, but a KL is not negative. Do policy and reference differ in mask, "
-         "temperature or precision? Is padding counted?"),
+         f"the mean sequence KL is {kl:.2f} nats, but a KL is not negative. Do policy and "
+         "reference differ in mask, temperature or precision? Is padding counted?"),
         ("no KL", len(history) > 2 and kl == 0,
-         "the KL is exactly 0 after several updates: the policy does not move, or the reference moves with it."),
+         "the KL is exactly 0 after several updates: the policy does not move, or the reference "
+         "moves with it."),
         ("two KLs", level["objective/kl"] > 3 * level["objective/kl_k3"] + 1,
-         f"the KL that is paid is {level['objective/kl']:.1f} nats, but its other estimate kl_k3 only "
-         f"{level['objective/kl_k3']:.1f}. Is the paid one log p - log p_ref?"),
-        ("no ratio", kl > 0 and now.get("policy/approxkl") == 0 < now.get("value/clipfrac", 0),    # several steps
-         "the policy moves, but the approx-KL of its update is exactly 0, so nothing is ever clipped. Are the old "
-         "log-probabilities those of the rollout?"),
+         f"the KL that is paid is {level['objective/kl']:.1f} nats, but its other estimate kl_k3 "
+         f"only {level['objective/kl_k3']:.1f}. Is the paid one log p - log p_ref?"),
+        # With a single step per iteration it is rightly 0, but then no value is clipped either.
+        ("no ratio", kl > 0 and now.get("policy/approxkl") == 0 < now.get("value/clipfrac", 0),
+         "the policy moves, but the approx-KL of its update is exactly 0, so nothing is ever "
+         "clipped. Are the old log-probabilities those of the rollout?"),
         ("no score", trend and level["objective/kl"] > 2 and gain < 0.2,
-         f"the policy has moved by {level['objective/kl']:.1f} nats, but the score has not risen. Do the scores belong "
-         "to these responses and reach their tokens? Does the sign of the loss fit?"),
+         f"the policy has moved by {level['objective/kl']:.1f} nats, but the score has not risen. "
+         "Do the scores belong to these responses and reach their tokens? Does the sign of the "
+         "loss fit?"),
         ("KL climbs", kl > 20 and kl > 0.75 * length and rise["objective/kl"] > 1,
-         f"the KL has reached {kl:.0f} nats and still climbs: the policy is far from the SFT model, where the reward "
-         "model was never trained. A higher --beta, a lower --lr or fewer --iterations help."),
+         f"the KL has reached {kl:.0f} nats and still climbs: the policy is far from the SFT "
+         "model, where the reward model was never trained. A higher --beta, a lower --lr or "
+         "fewer --iterations help."),
         ("score scale", len(history) == 1 and (0 < spread < 0.5 or spread > 2),
-         f"the first scores have a standard deviation of {spread:.2f}, where normalised ones have about 1. Was the "
-         "reward model normalised on samples of this model? Is it read at the last token?"),
+         f"the first scores have a standard deviation of {spread:.2f}, where normalised ones have "
+         "about 1. Was the reward model normalised on samples of this model? Is it read at the "
+         "last token?"),
         ("equal scores", now["rollout/score_std"] == 0,
-         "every response of the rollout got the same score, so there is nothing to learn. Has the policy collapsed to "
-         "one answer, or does the reward function ignore the response?"),
+         "every response of the rollout got the same score, so there is nothing to learn. Has "
+         "the policy collapsed to one answer, or does the reward function ignore the response?"),
         ("scores alike", trend and 0 < level["rollout/score_std"] < 0.3 * spread,
-         "the scores of a rollout have become nearly equal: the policy writes what the reward model likes and little "
-         "else. Read the samples. More comparisons or a higher --beta help."),
+         "the scores of a rollout have become nearly equal: the policy writes what the reward "
+         "model likes and little else. Read the samples. More comparisons or a higher --beta "
+         "help."),
         ("entropy", trend and entropy_left < 0.1,
-         "the entropy has fallen below a tenth of what it was: the policy hardly varies its answers. A higher --beta "
-         "or a lower --lr helps."),
+         "the entropy has fallen below a tenth of what it was: the policy hardly varies its "
+         "answers. A higher --beta or a lower --lr helps."),
         ("alike", level["rollout/distinct_2"] < 0.3 * first["rollout/distinct_2"],
-         "the responses have become alike or repeat themselves: less than a third of the different token pairs of the "
-         "first rollout is left. Read the samples. More comparisons or a higher --beta help."),
+         "the responses have become alike or repeat themselves: less than a third of the "
+         "different token pairs of the first rollout is left. Read the samples. More comparisons "
+         "or a higher --beta help."),
         ("short", trend and length < 3,
-         f"the responses have shrunk to {length:.1f} tokens: the reward model may like empty answers, or the score "
-         "does not reach the tokens it belongs to."),
+         f"the responses have shrunk to {length:.1f} tokens: the reward model may like empty "
+         "answers, or the score does not reach the tokens it belongs to."),
         ("EOS falls", rise["rollout/eos_rate"] < -0.05,
-         f"responses that end by themselves fell to {level['rollout/eos_rate']:.0%}. Is --missing_eos low enough, and "
-         "--max_response long enough?"),
+         f"responses that end by themselves fell to {level['rollout/eos_rate']:.0%}. Is "
+         "--missing_eos low enough, and --max_response long enough?"),
         ("over-optimisation", rise["objective/scores"] > 0.05 and rise["objective/gold"] < -0.02,
-         "the score rises while the true preference falls: the policy exploits the reward model. More comparisons, a "
-         "higher --beta or fewer --iterations help."),
+         "the score rises while the true preference falls: the policy exploits the reward model. "
+         "More comparisons, a higher --beta or fewer --iterations help."),
         ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"]),
          "the value loss grew tenfold. Lower --value_lr, or look for scores of another scale."),
-        ("value model", trend and fmean(row.get("value/explained_variance", 1) for row in before + recent) <= 0,
-         f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are noise. Is it trained? "
-         "Do the scores reach the tokens? A higher --value_lr or --batch_size helps."),
+        ("value model", trend and fmean(row.get("value/explained_variance", 1)
+                                        for row in before + recent) <= 0,
+         f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are "
+         "noise. Is it trained? Do the scores reach the tokens? A higher --value_lr or "
+         "--batch_size helps."),
         ("clipping", trend and level["policy/clipfrac"] > 0.4,
          "more than 40 % of the ratios are clipped. Lower --lr or --epochs."),
     ]
@@ -122,39 +133,48 @@ def complaints(history):
 def check_first_ratio(sums, n_tokens, dtype):
     """Before the first step the policy is the one that sampled, so every ratio is 1.
 
-    Any other ratio means that rollout and update disagree about mask, positions, temperature or precision, and that PPO
-    would silently optimise something else. sums: over the n_tokens of the first minibatch.
+    Any other ratio means that rollout and update disagree about mask, positions, temperature or
+    precision, and that PPO would silently optimise something else.
+    sums: over the n_tokens of the first minibatch.
     """
-    difference = math.sqrt(2 * sums["policy/approxkl"] / n_tokens)          # root mean square of the log-ratio
+    difference = math.sqrt(2 * sums["policy/approxkl"] / n_tokens)  # root mean square log-ratio
     clipfrac = float(sums["policy/clipfrac"] / n_tokens)
-    # Rounding differs between two passes. TF32 has three bits more than bfloat16, so its errors are an eighth.
+    # Rounding differs between two passes. TF32 has three bits more than bfloat16, so its errors
+    # are an eighth.
     exact = torch.get_float32_matmul_precision() == "highest"
     if difference > (0.05 if dtype == "bfloat16" else 1e-3 if exact else 0.05 / 8) or clipfrac > 0:
-        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction "
-                        f"{clipfrac:.2g}, not 0: rollout and update differ in tokens, positions, masks, "
-                        "temperature or dropout")
+        raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip "
+                        f"fraction {clipfrac:.2g}, not 0: rollout and update differ in tokens, "
+                        "positions, masks, temperature or dropout")
 
 
 def print_samples(rollout, gold_scores, iteration, run, tokenizer):
-    """Prints the best and the worst response of a rollout by score. These and the median go to RUN/samples.jsonl."""
+    """Prints the best and the worst response of a rollout by score.
+
+    These and the median go to RUN/samples.jsonl.
+    """
     order, rows = rollout.scores.argsort(stable=True).tolist(), []
     for name, i in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
         gold = {} if gold_scores is None else {"gold": round(float(gold_scores[i]), 4)}
-        rows.append({"step": iteration, "sample": name, **sample_row(rollout, i, tokenizer), **gold})
+        sample = sample_row(rollout, i, tokenizer)
+        rows.append({"step": iteration, "sample": name, **sample, **gold})
         if name != "median":
             said = f"  gold {gold['gold']:.2f}" if gold else ""
-            say(f"[{iteration}] {name:<5} score {rollout.scores[i]:+.2f}{said}  kl {rows[-1]['kl']:.2f}\n"
+            say(f"[{iteration}] {name:<5} score {sample['score']:+.2f}{said}  "
+                f"kl {sample['kl']:.2f}\n"
                 f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
     run.append("samples.jsonl", rows)
 
 
 def sample_row(rollout, i, tokenizer):
-    """What samples.jsonl says about response i: its texts and numbers, and a list per column over its tokens."""
+    """What samples.jsonl says about response i: its texts and numbers, and columns over tokens."""
     mask, kl = rollout.response_mask[i], rollout.logprobs - rollout.ref_logprobs
-    columns = {"kl": kl, "value": getattr(rollout, "values", None),             # a patch may do without values
+    columns = {"kl": kl,
+               "value": getattr(rollout, "values", None),       # a patch may do without values
                "advantage": rollout.advantages, "reward": rollout.rewards}
     per_token = {name: [round(x, 4) for x in column[i][mask].tolist()]
                  for name, column in columns.items() if column is not None}
+    texts = token_texts(tokenizer, rollout.ids[i, rollout.P:][mask].tolist())
     return {"prompt": rollout.prompts[i], "response": rollout.texts[i],
             "score": round(float(rollout.scores[i]), 4), "kl": round(float(kl[i][mask].sum()), 4),
-            "tokens": {"text": token_texts(tokenizer, rollout.ids[i, rollout.P:][mask].tolist()), **per_token}}
+            "tokens": {"text": texts, **per_token}}

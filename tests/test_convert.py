@@ -252,14 +252,6 @@ def test_every_reader_names_the_format_and_a_command_that_works(name, content, k
     assert read_any(out)[1]
 
 
-def test_completions_are_named_where_a_response_is_missing_but_are_prompts_for_ppo():
-    file = save("c.jsonl", [{"prompt": "a", "completion": "b"}])
-    for read in (read_demonstrations, read_any):
-        with pytest.raises(UserError, match="rows of prompt, completion; convert it with"):
-            read(file)
-    assert read_prompts(file)[0].prompt == "a"
-
-
 @pytest.mark.parametrize("text", ["<html>404</html>\n", "text,label\na,b\n", "a line; of prose\n", "\n", "a\rb\r",
                                   "\0\0\n",
                                   '{"x": "; prompt ;"}\n', '{"promt": "p"}\n', '{"text": "p", "label": 1}\n'])

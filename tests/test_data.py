@@ -2,17 +2,15 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import pytest
 
-from minirlhf.data import Row, encode, encode_rows, read_any, read_comparisons, read_demonstrations, read_prompts
-from minirlhf.generate import left_pad, response_mask, right_pad
+from minirlhf.data import (Row, describe, encode, encode_rows, pieces, read_any, read_comparisons, read_demonstrations,
+                           read_prompts)
+from minirlhf.generate import left_pad, response_positions, right_pad
 from minirlhf.files.jsonl import glue_warning, glued
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.files.errors import UserError
-from minirlhf.tools.describe import describe, pieces
 
 TOKENIZER = load_tokenizer("data/tiny")
 EOS = TOKENIZER.eot_token
@@ -43,38 +41,26 @@ PAIR = {"prompt": "p", "responses": [" a", " b"]}
 
 @pytest.mark.parametrize("read, bad, named", [
     (read_demonstrations, b"{not json\n", "not a line of JSON"),
-    (read_demonstrations, b"\n", "not a line of JSON"),
     (read_demonstrations, b'{"prompt": "p", "response": "\xff"}\n', "UTF-8"),
     (read_demonstrations, b"[" * 100_000 + b"\n", "not a line of JSON"),
-    (read_demonstrations, b"<html>404</html>\n", "not a line of JSON"),
     (read_demonstrations, b'{"prompt": "p", "response": " r", "x": ' + b"9" * 5000 + b"}\n", "not a line of JSON"),
     (read_demonstrations, b'{"prompt": "p", "response": " r", "response": " s"}\n', '"response" is there twice'),
-    (read_demonstrations, b'{"prompt": "p", "response": " r", "x": {"y": 1, "y": 1}}\n', '"y" is there twice'),
     (read_demonstrations, b'\xef\xbb\xbf{"prompt": "p", "response": " r"}\n', "BOM"),
     (read_demonstrations, b"3\n", "must be an object"),
-    (read_demonstrations, {"prompt": "p"}, 'no "response"'),
     (read_demonstrations, {"prompt": 3, "response": " r"}, "prompt must be a string"),
-    (read_demonstrations, {"prompt": "", "response": " r"}, "prompt is empty"),
     (read_demonstrations, {"prompt": "p", "response": ""}, "response is empty"),
     (read_demonstrations, b'{"prompt": "\\ud800", "response": " r"}\n', "surrogate"),
-    (read_demonstrations, GOOD | {"prompt": "p" + "\n" * 999_999 + "p"}, "100,000 white-space characters in a row"),
+    (read_demonstrations, GOOD | {"prompt": "p" + "\n" * 200_000 + "p"}, "100,000 white-space characters in a row"),
     (read_prompts, {"promt": "p"}, 'no "prompt"'),
     (read_comparisons, {"prompt": "p", "chosen": " a"}, 'no "rejected"'),
     (read_comparisons, {"prompt": "p", "responses": [" a"], "best": 0}, "at least two"),
-    (read_comparisons, PAIR, 'no "ranks"'),
     (read_comparisons, PAIR | {"ranks": [1, 2], "rejected": " b"}, 'no "chosen"'),
-    (read_comparisons, PAIR | {"best": 0, "prompt": ""}, "prompt is empty"),
-    (read_comparisons, {"prompt": "p", "chosen": " a", "rejected": 3}, "rejected must be a string"),
     (read_comparisons, PAIR | {"ranks": [1, 2], "best": 1}, "more than once which response is better (ranks, best)"),
-    (read_comparisons, PAIR | {"ranks": [1, 2], "chosen": " a", "rejected": " b"}, "(chosen, ranks); keep one of them"),
     (read_comparisons, PAIR | {"ranks": [1]}, "list of 2"),
-    (read_comparisons, PAIR | {"ranks": [0, 1]}, "from 1"),
     (read_comparisons, PAIR | {"ranks": [1, True]}, "whole numbers"),
     (read_comparisons, PAIR | {"ranks": [1, 10**30]}, "from 1 (the best) to 2"),         # torch.tensor would raise
-    (read_comparisons, PAIR | {"ranks": [1, 3]}, "from 1 (the best) to 2"),
     (read_comparisons, PAIR | {"best": 2}, "from 0 to 1"),
     (read_comparisons, PAIR | {"best": 0, "finished": [True]}, "finished must be a list of 2"),
-    (read_comparisons, {"prompt": "p", "responses": [" a", None], "best": 0}, "response must be a string"),
 ])
 def test_a_bad_line_is_named(tmp_path, read, bad, named):
     good = {read_demonstrations: GOOD, read_prompts: {"prompt": "p"}, read_comparisons: PAIR | {"best": 0}}[read]
@@ -113,10 +99,6 @@ def test_white_space_that_is_only_long_is_read_and_in_no_time(tmp_path):
     assert read_prompts(write(tmp_path, {"prompt": prompt}))[0].prompt == prompt
 
 
-def test_windows_line_ends_are_json_white_space(tmp_path):
-    assert read_prompts(write(tmp_path, b'{"prompt": "p"}\r\n'))[0].prompt == "p"
-
-
 def test_encode_adds_exactly_one_eos_and_text_can_never_inject_one():
     prompt, response = encode(TOKENIZER, "Tell me.<|endoftext|>", " A drum.<|endoftext|>")
     assert EOS not in prompt and response.count(EOS) == 1 and response[-1] == EOS
@@ -152,7 +134,7 @@ def test_batches_pad_on_the_side_they_say_and_mask_by_length():
     ids, mask = left_pad([[1, 2, 3], [0]])                      # a real token 0 is no pad
     assert ids.tolist() == [[1, 2, 3], [0, 0, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]
     _, mask = right_pad([[1, 2, 3, 4], [5, 6]])
-    assert response_mask(mask, [3, 1]).tolist() == [[False, False, False, True], [False, True, False, False]]
+    assert response_positions(mask, [3, 1]).tolist() == [[False, False, False, True], [False, True, False, False]]
 
 
 def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
@@ -162,6 +144,9 @@ def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 comparisons, 2 different prompts" in shown and "1 rows repeat" in shown
     assert "1 rows are all ties, 1 have identical answers" in shown and "<|endoftext|>" in shown
+    describe(write(tmp_path, GOOD, {"prompt": "p", "response": "r"}), TOKENIZER)
+    assert "1 of 2 rows have no space between prompt and response (the first: " in capsys.readouterr().out
+    assert pieces(TOKENIZER.encode_ordinary("z" * 70), TOKENIZER) == f"'{'|'.join('z' * 60)}' and 10 more"
     assert read_any("data/tiny/prompts.jsonl")[0] == "prompts"
     assert read_any("data/tiny/demonstrations.jsonl")[0] == "demonstrations"
 
@@ -171,9 +156,8 @@ def with_responses(prompt, *responses):
 
 
 @pytest.mark.parametrize("prompt, responses, expected", [
-    ("a drum", ["Once"], 1), ("a drum.", ["Once"], 1), ("a drum.", [" Once", "Once"], 1), ("2 + 2 =", ["4"], 1),
-    ("a drum.", [" Once"], 0), ("a drum.", ["\nOnce"], 0), ("a drum\n", ["Once"], 0), ("a drum ", ["Once", "A"], 0),
-    ("so they", [", once"], 0), ("a drum.", ["\"Once"], 0), ("a drum.", [""], 0), ("a drum.", [], 0),
+    ("a drum", ["Once"], 1), ("a drum.", [" Once", "Once"], 1), ("2 + 2 =", ["4"], 1), ("a drum.", ["\nOnce"], 0),
+    ("a drum ", ["Once", "A"], 0), ("so they", [", once"], 0), ("a drum.", [""], 0), ("a drum.", [], 0),
 ])
 def test_rows_are_glued_where_nothing_separates_prompt_and_response(prompt, responses, expected):
     assert len(glued([with_responses(prompt, *responses)])) == expected
@@ -185,34 +169,3 @@ def test_the_warning_counts_glued_rows_and_names_the_first():
     assert sentence.startswith("2 of 3 rows have no space") and "rows.jsonl:7" in sentence and "\n" not in sentence
     assert glue_warning([good, good]) is None
     assert glue_warning([good, bad, with_responses("a dr", "um"), with_responses("a drum. ", "Once")]) is None
-
-
-def test_the_embedded_world_has_no_glued_rows():
-    for name in ("demonstrations", "comparisons"):
-        assert glued(read_any(f"data/tiny/{name}.jsonl")[1]) == []
-
-
-def test_describe_warns_of_glued_rows(tmp_path, capsys):
-    describe(write(tmp_path, GOOD, {"prompt": "p", "response": "r"}), TOKENIZER)
-    assert "1 of 2 rows have no space between prompt and response (the first: " in capsys.readouterr().out
-    describe(write(tmp_path, GOOD, {"prompt": "p ", "response": "r"}, {"prompt": "p", "response": "r"}), TOKENIZER)
-    assert " 1 rows have no space between prompt and response\n" in capsys.readouterr().out
-    describe(write(tmp_path, {"prompt": "p"}), TOKENIZER)
-    assert "no space" not in capsys.readouterr().out
-
-
-def test_pieces_show_at_most_sixty_tokens():
-    ids = TOKENIZER.encode_ordinary("z" * 70)
-    assert pieces(ids, TOKENIZER) == f"'{'|'.join('z' * 60)}' and 10 more"
-
-
-def test_the_command_describes_a_file_and_an_error_is_one_line(tmp_path):
-    def run(*args):
-        return subprocess.run([sys.executable, "-m", "minirlhf.data", *args], capture_output=True, text=True)
-
-    found = run(str(write(tmp_path, GOOD, GOOD)))
-    assert found.returncode == 0 and "2 demonstrations, 1 different prompts" in found.stdout and not found.stderr
-    assert "longest 2" in found.stdout                                  # the response and its EOS
-    found = run(str(write(tmp_path, GOOD, {"prompt": "p"})))
-    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
-    assert "rows.jsonl:2" in found.stderr

@@ -63,7 +63,7 @@ def test_the_networks_are_those_of_the_run(world, explainer):
         expected = (model.logits(model(ids))[0] / 0.8).log_softmax(-1)[[1, 2, 3], [99, 100, EOS]]
         torch.testing.assert_close(logprobs.double(), expected, rtol=1e-4, atol=1e-4)
     reward = scalar_from_pretrained(world / "rm")
-    assert score == pytest.approx((float(reward(ids)[0, -1]) - 0.3) / 2, rel=1e-4)
+    assert score == pytest.approx((reward(ids)[0, -1].item() - 0.3) / 2, rel=1e-4)
     state = torch.load(world / "ppo/state.pt", weights_only=True)
     reward.load_state_dict(state["value"])
     torch.testing.assert_close(columns["value"], reward(ids)[0, 1:4])

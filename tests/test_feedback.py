@@ -5,46 +5,38 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import train_rm
 from minirlhf.files.errors import UserError, run_main
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools.feedback.__main__ import main, parse_args
-from minirlhf.tools.feedback.items import (AHEAD, Given, Policy, Sampler, find_templates, instruction_of,
-                                           load_policies, read_items, title_of, turns_of)
+from minirlhf.tools.feedback.items import (Given, Policy, Sampler, find_templates, instruction_of, load_policies,
+                                           read_items, turns_of)
 from minirlhf.tools.feedback.server import PAGE, Server
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.stats import read_votes
-from minirlhf.tools.feedback.votes import Journal, comparison_row, item_id, lock, sidecar, to_line
+from minirlhf.tools.feedback.votes import Journal, item_id, lock, to_line
 from minirlhf.weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]
 EVIL = ' <script>document.title = "owned"</script></textarea><img src=x onerror="document.title=1">'
 
 
-class Shelf:
-    """A sampler whose items are all there from the start."""
-
-    error = None
-
-    def __init__(self, n=10, K=4):
-        self.prompts = [f"Instruction {i}" for i in range(n)]
-        self.items = [make_item(prompt, [f" Answer {k} to {prompt}." for k in range(K)]) for prompt in self.prompts]
-
-    def want(self, number):
-        pass
+def shelf(n=10, K=4):
+    """Items that are all there from the start."""
+    return Given([make_item(f"Instruction {i}", [f" Answer {k} to Instruction {i}." for k in range(K)])
+                  for i in range(n)])
 
 
 def make_item(prompt, responses):
@@ -52,8 +44,8 @@ def make_item(prompt, responses):
             "finished": [k != 1 for k in range(len(responses))], "models": ["out/sft"] * len(responses)}
 
 
-def session(folder, shelf=None, mode="rank"):
-    return Session(mode, folder / "votes.jsonl", shelf or Shelf(), [], seed=1)
+def session(folder, items=None, mode="rank", seed=1):
+    return Session(mode, folder / "votes.jsonl", items or shelf(), [], seed=seed)
 
 
 def rows_of(folder, name="votes.jsonl"):
@@ -82,13 +74,13 @@ def test_a_vote_is_a_comparison_in_the_order_of_the_responses_not_of_the_page(tm
 
 
 def test_a_reload_shows_the_same_order_and_another_person_another(tmp_path):
-    s = session(tmp_path, Shelf(n=1, K=6))
+    s = session(tmp_path, shelf(n=1, K=6))
     assert s.next("ann") == s.next("ann") and s.next("ann")["item"] == s.next("bob")["item"]
     assert len({tuple(s.next(f"person {i}")["answers"]) for i in range(20)}) > 10
 
 
 def test_every_answer_comes_first_equally_often(tmp_path):
-    s = session(tmp_path, Shelf(n=1, K=2))
+    s = session(tmp_path, shelf(n=1, K=2))
     first = sum(s.order(s.sampler.items[0], f"person {i}")[0] for i in range(2000))
     assert 900 < first < 1100                                           # 4.5 standard deviations
 
@@ -119,15 +111,7 @@ def test_undo_gives_back_the_ranking_and_takes_only_ones_own(tmp_path):
     assert s.undo("bob") == {"undone": None}
 
 
-def test_a_repeated_vote_counts_once(tmp_path):
-    s = session(tmp_path)
-    item = s.next("ann")["item"]
-    assert [s.vote("ann", item, [1, 2, 3, 4], 1) for _ in range(3)] == [{"saved": True}] * 3
-    assert len(rows_of(tmp_path)) == 1
-
-
-@pytest.mark.parametrize(
-    "ranks", [[1, 2, 3], [1, 2, 3, 5], [0, 1, 2, 3], [2, 2, 3, 3], [1, 1, 1, True], [10**9] * 4, "1234", None])
+@pytest.mark.parametrize("ranks", [[1, 2, 3], [1, 2, 3, 5], [2, 2, 3, 3], [1, 1, 1, True], "1234"])
 def test_ranks_that_are_none_are_refused(tmp_path, ranks):
     s = session(tmp_path)
     with pytest.raises(UserError):
@@ -135,33 +119,14 @@ def test_ranks_that_are_none_are_refused(tmp_path, ranks):
     assert rows_of(tmp_path) == []
 
 
-def test_everyone_gets_the_same_items(tmp_path):
-    s = session(tmp_path)
-    seen = {name: [vote_by_text(s, name, str)[0] for _ in range(10)] for name in ("ann", "bob")}
-    assert seen["ann"] == seen["bob"] and len(set(seen["ann"])) == 10
-    assert s.next("ann")["finished"] and s.next("bob")["finished"] and len(rows_of(tmp_path)) == 20
-
-
 def test_write_keeps_the_space_between_prompt_and_answer(tmp_path):
-    s = session(tmp_path, Shelf(n=2, K=1), mode="write")
+    s = session(tmp_path, shelf(n=2, K=1), mode="write")
     s.write("ann", s.next("ann")["item"], "  Mine, with\r\ntwo lines. \n", 9)
     with pytest.raises(UserError):
         s.write("ann", s.next("ann")["item"], " \n", 9)
     with pytest.raises(UserError, match="surrogate"):
         s.write("ann", s.next("ann")["item"], "half \ud800", 9)
     assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" Mine, with\ntwo lines.",)]
-
-
-def test_the_reward_model_trains_on_the_file_as_it_is(tmp_path, monkeypatch, policy_folder):
-    s = session(tmp_path)
-    for name in ("ann", "bob"):
-        for _ in range(4):
-            vote_by_text(s, name, str)
-    s.vote("ann", s.next("ann")["item"], [1, 1, 1, 1], 1)
-    monkeypatch.chdir(tmp_path)
-    train_rm.main(["--model", str(policy_folder), "--data", "votes.jsonl", "--heldout", "", "--out", "rm",
-                   "--epochs", "1"])
-    assert json.loads((tmp_path / "rm/report.json").read_text())["reward_std"] > 0
 
 
 # ---- files that crashes leave ----------------------------------------------------------------------------------------
@@ -178,8 +143,7 @@ def test_half_a_last_line_is_cut_off_and_nothing_else(tmp_path, capsys):
     assert file.read_bytes() == b'{"a":1}\n{"a":2}\n{"a":3}\n' and journal.rows == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
-@pytest.mark.parametrize(
-    "data", [b'{"a": 1}\nnot json\n{"a": 2}\n', b"a text of somebody else", b"\x00\xff\n\n{", b'{"a":1}\nx\n{"a"'])
+@pytest.mark.parametrize("data", [b'{"a": 1}\nnot json\n{"a": 2}\n', b"a text of somebody else"])
 def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path, data):
     file = tmp_path / "votes.jsonl"
     file.write_bytes(data)
@@ -211,51 +175,7 @@ def test_two_servers_cannot_write_to_one_file(tmp_path):
     lock(tmp_path / "x.jsonl").close()
 
 
-def test_comparison_row_is_what_the_embedded_world_writes():
-    line = (ROOT / "data/tiny/comparisons.jsonl").open().readline()
-    row = json.loads(line)
-    finished = row.get("finished")
-    made = comparison_row(row["prompt"], row["responses"], row["ranks"], finished, annotators=row["annotators"])
-    assert made == row
-    with pytest.raises(UserError, match="new row: ranks"):
-        comparison_row("a", ["b", "c"], [1])
-
-
 # ---- flags, notes and revising ---------------------------------------------------------------------------------------
-
-REMARKS = {"flags": ["prompt broken"], "note": "Which nurse?"}
-
-
-def test_flags_and_a_note_are_kept_with_the_vote_or_the_skip_and_given_back(tmp_path):
-    s = session(tmp_path)
-    first, second, third = [item["item"] for item in s.sampler.items[:3]]
-    s.vote("ann", first, [1, 2, 3, 4], 1, REMARKS)
-    s.skip("ann", second, 1, REMARKS)
-    s.vote("ann", third, [1, 2, 3, 4], 1)
-    with_them, without = rows_of(tmp_path)
-    assert with_them.items() >= REMARKS.items() and rows_of(tmp_path, "votes.skips.jsonl")[0].items() >= REMARKS.items()
-    assert not {"flags", "note"} & set(without)
-    assert [row.ranks for row in read_comparisons(tmp_path / "votes.jsonl")]        # the readers ignore them
-    again = session(tmp_path)
-    assert again.undo("ann").items() >= {"undone": third, "flags": [], "note": ""}.items()
-    assert again.undo("ann").items() >= {"undone": second, **REMARKS}.items()
-
-
-def test_past_votes_are_listed_latest_first_and_only_ones_own(tmp_path):
-    s = session(tmp_path)
-    voted, _ = vote_by_text(s, "ann", str)
-    vote_by_text(s, "bob", str)
-    skipped = s.next("ann")["item"]
-    s.skip("ann", skipped, 1, REMARKS)
-    tied = s.next("ann")["item"]
-    s.vote("ann", tied, [1, 1, 1, 1], 1)
-    past = s.past("ann")["past"]
-    assert [row["item"] for row in past] == [tied, skipped, voted]
-    assert [row["skipped"] for row in past] == [False, True, False]
-    assert [row["best"] for row in past] == ["", "", " Answer 0 to Instruction 0."]
-    assert past[1].items() >= REMARKS.items() and past[2]["title"] == "Instruction 0"
-    assert s.past("eve") == {"past": []} and "out/sft" not in json.dumps(past)
-
 
 def test_revising_shows_the_vote_and_replaces_it_in_one_step(tmp_path):
     s = session(tmp_path)
@@ -276,25 +196,6 @@ def test_revising_shows_the_vote_and_replaces_it_in_one_step(tmp_path):
             again.revise("ann", name)
 
 
-def test_a_vote_is_revised_to_a_skip_and_back(tmp_path):
-    s = session(tmp_path)
-    item, _ = vote_by_text(s, "ann", str)
-    s.skip("ann", item, 1, revise=True)
-    assert rows_of(tmp_path) == [] and len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
-    s.vote("ann", item, [4, 3, 2, 1], 1, revise=True)
-    assert len(rows_of(tmp_path)) == 1 and rows_of(tmp_path, "votes.skips.jsonl") == []
-    assert s.next("ann")["votes"] == 1 and s.next("ann")["skips"] == 0
-
-
-def test_a_written_answer_is_revised(tmp_path):
-    s = session(tmp_path, Shelf(n=2, K=1), mode="write")
-    item = s.next("ann")["item"]
-    s.write("ann", item, "First try", 1)
-    assert s.past("ann")["past"][0]["best"] == " First try" == s.revise("ann", item)["response"]
-    s.write("ann", item, "Second try", 1, revise=True)
-    assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" Second try",)]
-
-
 def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, monkeypatch):
     s = session(tmp_path)
     item, _ = vote_by_text(s, "ann", str)
@@ -312,14 +213,6 @@ def test_a_crash_while_revising_leaves_the_old_vote_or_the_new_one(tmp_path, mon
     again = session(tmp_path)
     assert rows_of(tmp_path) == [] and again.next("ann")["skips"] == 1
     assert len(rows_of(tmp_path, "votes.skips.jsonl")) == 1
-
-
-def test_a_ranking_comes_back_in_the_order_that_the_page_shows_now(tmp_path):
-    vote_by_text(session(tmp_path), "ann", str)
-    other = Session("rank", tmp_path / "votes.jsonl", Shelf(), [], seed=2)
-    shown = other.revise("ann", Shelf().items[0]["item"])
-    by_rank = [answer for _, answer in sorted(zip(shown["ranks"], shown["answers"]))]
-    assert by_rank == Shelf().items[0]["responses"] and other.undo("ann")["ranks"] == shown["ranks"]
 
 
 # ---- answers that exist already --------------------------------------------------------------------------------------
@@ -351,27 +244,13 @@ def test_answers_come_from_every_form_of_a_row_without_its_verdict(tmp_path, cap
 
 @pytest.mark.parametrize("row, message", [
     ({"responses": ["a", "b"]}, 'a.jsonl:1: no "prompt"'),
-    ({"prompt": "p"}, 'a.jsonl:1: no "responses"'),
-    ({"prompt": "p", "responses": "ab"}, "a.jsonl:1: responses must be a list"),
     ({"prompt": "p", "responses": ["a", 1]}, "a.jsonl:1: response must be a string"),
-    ({"prompt": "p", "responses": ["a", "b"], "finished": [True]}, "a.jsonl:1: finished must be"),
     ({"prompt": "p", "responses": [str(k) for k in range(10)]}, "a.jsonl:1: more than 9 different answers"),
     ({"prompt": "p", "responses": ["a"]}, "a.jsonl: no row has two different answers"),
 ])
 def test_rows_that_hold_no_answers_are_named(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         read_rows_as_items(tmp_path, row)
-
-
-def test_given_answers_are_ranked_like_sampled_ones(tmp_path):
-    found = read_items(ROOT / "data/tiny/comparisons.jsonl")[:3]
-    s = session(tmp_path, Given(found))
-    for _ in range(3):
-        vote_by_text(s, "ann", str)
-    rows = read_comparisons(tmp_path / "votes.jsonl")
-    assert s.next("ann")["finished"] and [row.prompt for row in rows] == [item["prompt"] for item in found]
-    assert [list(row.responses) for row in rows] == [item["responses"] for item in found]
-    assert [list(row.finished) for row in rows] == [item["finished"] for item in found]
 
 
 # ---- dialogues -------------------------------------------------------------------------------------------------------
@@ -382,36 +261,21 @@ def test_given_answers_are_ranked_like_sampled_ones(tmp_path):
     ("Human: Hi\n\nAssistant: Sure, here is", [("Human", "Hi"), ("Assistant", "Sure, here is")]),
     ("User: Hi\nAssistant: Hello\nUser: two\nlines\nAssistant:",
      [("User", "Hi"), ("Assistant", "Hello"), ("User", "two\nlines")]),
-    ("System: Be kind.\nUser: Hi\nAssistant: ", [("System", "Be kind."), ("User", "Hi")]),
     ("A talk.\n\nHuman: Hi\n\nAssistant:", [("", "A talk."), ("Human", "Hi")]),
     ("Do: A talk.\nUser: Hi\nBot: Yes\nSo:", [("", "A talk."), ("User", "Hi"), ("Bot", "Yes")]),
     ("Tell me about Assistant: and Human: in a line", []),
     ("User: bob\nPassword: x", []),
-    ("Write a story.", []),
-    ("", []),
 ])
 def test_a_dialogue_is_shown_as_turns(prompt, turns):
     templates = ["\n\nHuman: {instruction}\n\nAssistant:", "Do: {instruction}\nSo:"]
     assert turns_of(prompt, templates) == turns
 
 
-def test_the_page_gets_the_turns_and_the_list_shows_the_last_one(tmp_path):
-    prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: " + "Bye " * 200 + "\n\nAssistant:"
-    shelf = Shelf(n=1)
-    shelf.items = [make_item(prompt, [" a", " b"])]
-    s = session(tmp_path, shelf)
-    shown = s.next("ann")
-    assert [speaker for speaker, _ in shown["turns"]] == ["Human", "Assistant", "Human"]
-    s.skip("ann", shown["item"], 1)
-    assert s.past("ann")["past"][0]["title"] == title_of(prompt, []) == ("Bye " * 75)
-    assert session(tmp_path / "x", Shelf()).next("ann")["turns"] == []
-
-
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def server(tmp_path):
-    server = Server(0, session(tmp_path, Shelf(n=12)))
+    server = Server(0, session(tmp_path, shelf(n=12)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server
@@ -459,60 +323,26 @@ def test_the_page_and_its_actions(server, tmp_path):
     assert post(server, "/undo", ANN)[1]["ranks"] == [1, 2, 2, 3]
 
 
-def test_flags_past_votes_revising_and_guidelines_by_the_server(server, tmp_path):
+def test_flags_past_votes_and_revising_by_the_server(server, tmp_path):
     item = post(server, "/next", ANN)[1]["item"]
     vote = {**ANN, "item": item, "ranks": [1, 2, 3, 4], "seconds": 2}
     flags = {"flags": ["prompt broken", "all bad", "all bad"], "note": "  odd  "}
     assert post(server, "/vote", {**vote, **flags})[0] == 200
     assert rows_of(tmp_path)[0].items() >= {"flags": ["all bad", "prompt broken"], "note": "odd"}.items()
     assert [row["item"] for row in post(server, "/past", ANN)[1]["past"]] == [item]
-    assert post(server, "/revise", {**ANN, "item": item})[1]["ranks"] == [1, 2, 3, 4]
     assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1]})[0] == 200                     # a vote sent twice
     assert post(server, "/revise", {**ANN, "item": item})[1]["ranks"] == [1, 2, 3, 4]
     assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1], "revise": True, "flags": [], "note": " "})[0] == 200
     row, = rows_of(tmp_path)
     assert [row["ranks"][k] for k in row["order"]] == [4, 3, 2, 1] and not {"flags", "note"} & set(row)
-    assert post(server, "/guidelines", ANN) == (200, {"text": ""})
 
 
 @pytest.mark.parametrize("remarks", [
-    {"flags": ["other"]}, {"flags": "all bad"}, {"flags": [[]]}, {"flags": None}, {"note": 1}, {"note": None},
-    {"note": "\ud800"}])
+    {"flags": ["other"]}, {"flags": [[]]}, {"note": 1}, {"note": "\ud800"}])
 def test_bad_flags_and_notes_are_refused(server, tmp_path, remarks):
     item = server.session.next("Ann")["item"]
     assert post(server, "/skip", {**ANN, "item": item, **remarks})[0] == 400
     assert rows_of(tmp_path, "votes.skips.jsonl") == []
-
-
-def token_after_a_restart(folder, mode="rank", seed=1):
-    server = Server(0, Session(mode, folder / "votes.jsonl", Shelf(), [], seed=seed))
-    server.server_close()
-    return server.token
-
-
-def test_the_token_outlives_the_server_in_a_file_that_only_the_owner_can_read(tmp_path):
-    file = tmp_path / "votes.token"
-    token = token_after_a_restart(tmp_path)
-    assert token_after_a_restart(tmp_path) == token and len(token) >= 32
-    assert file.stat().st_mode & 0o777 == 0o600
-    file.chmod(0o640)                                                   # somebody else may have read it
-    changed = token_after_a_restart(tmp_path)
-    assert changed != token and file.stat().st_mode & 0o777 == 0o600
-    assert [entry.name for entry in tmp_path.iterdir() if "token" in entry.name or "tmp" in entry.name] == [file.name]
-    assert token not in file.read_text()                                # the file alone is no address
-
-
-@pytest.mark.parametrize("content", [b"", b"x" * 31, b"x" * 33])
-def test_a_secret_that_is_not_whole_is_replaced(tmp_path, content):
-    file = tmp_path / "votes.token"
-    file.write_bytes(content)
-    file.chmod(0o600)
-    assert token_after_a_restart(tmp_path) and len(file.read_bytes()) == 32 and b"xxx" not in file.read_bytes()
-
-
-def test_pages_that_show_another_order_do_not_keep_their_token(tmp_path):
-    tokens = [token_after_a_restart(tmp_path, **how) for how in ({}, {"seed": 2}, {"seed": 2, "mode": "judge"})]
-    assert len(set(tokens)) == 3
 
 
 def test_it_listens_on_loopback_only(server):
@@ -521,22 +351,13 @@ def test_it_listens_on_loopback_only(server):
 
 @pytest.mark.parametrize("why, change", [
     ("token", dict(token="")),
-    ("token", dict(token="wrong")),
     ("token", dict(token="\xff\xfe")),
-    ("token", dict(X_Token=None)),
     ("wrong host", dict(Host="evil.example")),
-    ("wrong host", dict(Host="evil.example:8321")),
     ("wrong host", dict(Host=None)),
-    ("wrong host", dict(Host="")),
     ("other sites", dict(Origin="http://evil.example")),
-    ("other sites", dict(Origin="null")),
     ("other sites", dict(Sec_Fetch_Site="cross-site")),
-    ("other sites", dict(Sec_Fetch_Site="same-site")),
-    ("length is needed", dict(Content_Length=None)),
     ("length is needed", dict(Content_Length="-1")),
-    ("length is needed", dict(Content_Length="1e3")),
     ("more than", dict(Content_Length="65537")),
-    ("more than", dict(Content_Length="999999999")),
     ("length is needed", dict(Transfer_Encoding="chunked")),
 ])
 def test_foreign_requests_are_refused(server, tmp_path, why, change):
@@ -547,29 +368,16 @@ def test_foreign_requests_are_refused(server, tmp_path, why, change):
 
 
 @pytest.mark.parametrize("body", [
-    b"",
-    b"{",
     b"[]",
-    b"1",
-    b"\xff",
     b"[" * 5000,
     b'{"annotator": "Ann", "item": ' + b"9" * 5000 + b"}",
     {},
-    {"annotator": 1},
-    {"annotator": ""},
-    {"annotator": " Ann"},
     {"annotator": "a" * 41},
-    {"annotator": "a\nb"},
     {"annotator": "\ud800"},
     ANN,
-    {**ANN, "item": None},
     {**ANN, "item": []},
-    {**ANN, "item": {}},
     {**ANN, "item": "0" * 16},
-    {**ANN, "seconds": -1},
-    {**ANN, "seconds": "1"},
     {**ANN, "seconds": float("nan")},
-    {**ANN, "seconds": float("inf")},
 ])
 def test_bad_bodies_are_refused(server, tmp_path, body):
     raw = body if isinstance(body, bytes) else None
@@ -596,41 +404,6 @@ def test_text_of_a_model_is_data_to_the_page_never_html(server):
 
 def test_the_page_needs_nothing_from_elsewhere():
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", PAGE.read_text()))
-
-
-def garbage(rng, server):
-    """One malformed request."""
-    good = (f"POST /vote HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\nX-Token: {server.token}\r\n"
-            "Content-Type: application/json\r\nContent-Length: 20\r\n\r\n" + '{"annotator": "Ann"}').encode()
-    kind = rng.randrange(5)
-    if kind == 0:
-        return rng.randbytes(rng.randrange(1, 300))
-    if kind == 1:
-        return good[:rng.randrange(len(good) - 1)]                      # cut off
-    if kind == 2:
-        bad = bytearray(good)
-        for _ in range(rng.randrange(1, 10)):
-            bad[rng.randrange(len(bad))] = rng.randrange(256)
-        return bytes(bad)
-    if kind == 3:
-        return good.replace(b"Host", b"X" * 70000)
-    return good.replace(b"\r\n\r\n", b"\r\n" + b"A: b\r\n" * 150 + b"\r\n")
-
-
-def test_a_thousand_malformed_requests_and_votes_between_them(server, tmp_path):
-    rng = random.Random(1)
-    for i in range(1000):
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as client:
-            try:
-                client.sendall(garbage(rng, server))
-                client.shutdown(socket.SHUT_WR)
-                client.recv(1000)
-            except ConnectionError:                                     # refused before it was read to its end
-                pass
-        if i % 100 == 50:
-            item = post(server, "/next", ANN)[1]["item"]
-            assert post(server, "/vote", {**ANN, "item": item, "ranks": [1, 2, 3, 4], "seconds": 1})[0] == 200
-    assert len(read_comparisons(tmp_path / "votes.jsonl")) == len(rows_of(tmp_path)) == 10
 
 
 def test_twenty_clients_at_once_lose_and_double_nothing(server, tmp_path):
@@ -678,30 +451,21 @@ def sampler(folder, policy_folder, prompts, names=("a",), K=4):
     return Sampler(prompts, policies, K, Journal(folder / "x.items.jsonl"), args)
 
 
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_items_are_sampled_a_few_ahead_and_the_same_after_a_restart(tmp_path, policy_folder):
-    prompts = [f"Tell story {i}." for i in range(20)]
+def test_items_are_sampled_when_needed_and_the_same_after_a_restart(tmp_path, policy_folder):
+    prompts = [f"Tell story {i}." for i in range(5)]
     first = sampler(tmp_path, policy_folder, prompts)
-    first.want(0)
-    wait_for(lambda: len(first.items) == AHEAD)
-    time.sleep(0.2)
-    assert len(first.items) == AHEAD
-    first.want(3)
-    wait_for(lambda: len(first.items) == 3 + AHEAD)
-    first.stop()
+    s = session(tmp_path, first)
+    for name in ("ann", "bob", "ann"):
+        s.next(name)
+    assert len(first.items) == 1 and s.next("ann")["total"] == 5
+    s.skip("ann", s.next("ann")["item"], 1)
+    s.next("ann")
+    assert [item["prompt"] for item in first.items] == prompts[:2]
     assert all(len(set(item["responses"])) == 4 and item["models"] == ["a"] * 4 for item in first.items)
-    (tmp_path / "x.items.jsonl").write_bytes(b"".join(map(to_line, first.items[:2])))
+    assert first.items == rows_of(tmp_path, "x.items.jsonl")
+    (tmp_path / "x.items.jsonl").write_bytes(to_line(first.items[0]))
     second = sampler(tmp_path, policy_folder, prompts)
-    second.want(3)
-    wait_for(lambda: len(second.items) == 3 + AHEAD)
-    second.stop()
-    assert second.items == first.items == rows_of(tmp_path, "x.items.jsonl")
+    assert second.add_item() and second.items == first.items == rows_of(tmp_path, "x.items.jsonl")
 
 
 def test_sample_makes_all_items_that_rank_would_show_and_goes_on_where_it_stopped(tmp_path, policy_folder, capsys):
@@ -722,23 +486,19 @@ def test_sample_makes_all_items_that_rank_would_show_and_goes_on_where_it_stoppe
         run("c.jsonl", "--answers", 1)
 
 
-def test_failed_sampling_is_shown_and_no_item_is_left_out(tmp_path, policy_folder, capsys):
+def test_failed_sampling_is_shown_and_no_item_is_left_out(tmp_path, policy_folder):
     broken = sampler(tmp_path, policy_folder, [f"Tell story {i}." for i in range(9)])
-    make_item = broken.make_item
-    broken.make_item = lambda index: make_item(index if index != 2 else 99)
-    s = session(tmp_path, broken)
-    broken.want(0)
-    wait_for(lambda: broken.error)
-    assert [item["prompt"] for item in broken.items] == ["Tell story 0.", "Tell story 1."]
-    for _ in range(2):
-        s.skip("ann", s.next("ann")["item"], 1)
-    with pytest.raises(RuntimeError, match="sampling stopped: IndexError"):
-        s.next("ann")
-    server = Server(0, s)
+
+    def make_item(index):
+        raise RuntimeError("out of memory")
+    broken.make_item, working = make_item, broken.make_item
+    server = Server(0, session(tmp_path, broken))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    status, reply = post(server, "/next", {"annotator": "ann"})
-    server.shutdown(), server.server_close(), broken.stop()
-    assert status == 500 and reply["error"].startswith("sampling stopped")
+    status, reply = post(server, "/next", ANN)
+    assert status == 500 and reply["error"] == "out of memory"
+    broken.make_item = working                                          # "Try again"
+    assert post(server, "/next", ANN)[1]["instruction"] == "Tell story 0."
+    server.shutdown(), server.server_close()
 
 
 def test_answers_are_dealt_out_to_the_policies_in_turn(tmp_path, policy_folder):
@@ -771,20 +531,13 @@ def test_the_page_shows_the_bare_instruction(tmp_path):
 
 @pytest.mark.parametrize("argv, message", [
     (["rank", "--answers", "1"], "--answers must be from 2 to 9"),
-    (["rank", "--answers", "10"], "--answers"),
-    (["rank", "--answers", "x"], "--answers"),
     (["rank", "--n", "-1"], "--n"),
     ([], "COMMAND"),
-    (["rang"], "rang"),
     (["rank", "--policy", "no/such"], "no/such"),
     (["judge", "--a", "x", "--b", "x/"], "both x"),
-    (["stats", "no.jsonl"], "no.jsonl"),
     (["export", "no.jsonl", "--out", "d"], "no.jsonl"),
-    (["import", "no.json", "--out", "f"], "no.json"),
-    (["rank", "--answers_from", "no.jsonl"], "no.jsonl"),
     (["rank", "--answers_from", "a.jsonl", "--policy", "p"], "--policy"),
     (["rank", "--answers_from", "a.jsonl", "--out", "./a.jsonl"], "--answers_from and --out"),
-    (["rank", "--answers_from", "a.jsonl", "--guidelines", "no.md"], "--guidelines no.md"),
     (["rank", "--answers_from", "a.jsonl", "--guidelines", "latin1.md"], "--guidelines latin1.md: not a text in UTF-8"),
 ])
 def test_mistakes_are_named(tmp_path, monkeypatch, capsys, argv, message):
@@ -817,39 +570,40 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do(tmp_path, capsys):
     assert said.startswith(f"error: --port {port}: ") and "--port 0" in said and said.count("\n") == 1
 
 
-def start(folder, policy, *more, port=0):
-    """The real command in a process of its own -> process, port, token. policy: a model, or a file with answers."""
-    source = "--policy" if Path(policy).is_dir() else "--answers_from"
-    command = [sys.executable, "-m", "minirlhf.tools.feedback", "rank", "--max_response", "8", "--no_browser", "--port",
-               str(port), "--n", "40", source, str(policy), "--out", str(folder / "votes.jsonl"), *more]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start(folder, mode, *more, port=0):
+    """The command in a process of its own -> the process, and the address that it prints."""
+    command = [sys.executable, "-m", "minirlhf.tools.feedback", mode, "--max_response", "8", "--no_browser", "--port",
+               str(port), "--out", str(folder / "votes.jsonl"), *map(str, more)]
+    # a shell that starts the tests in the background makes them ignore Ctrl-C, and that would be inherited
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
-        if found := re.search(r"http://127.0.0.1:(\d+)/\?token=(\S+)", line):
-            return process, int(found[1]), found[2]
+        if found := re.search(r"http://\S+", line):
+            return process, found[0]
     raise AssertionError("no address was printed")
 
 
 class Address:
-    def __init__(self, port, token):
-        self.server_port, self.token = port, token
+    def __init__(self, url):
+        port, self.token = re.search(r":(\d+)/\?token=(\S+)", url).groups()
+        self.server_port = int(port)
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_that_was_confirmed(tmp_path, policy_folder):
     rng, confirmed = random.Random(2), []
-    for _ in range(5):
-        process, port, token = start(tmp_path, policy_folder)
+    for _ in range(3):
+        process, url = start(tmp_path, "rank", "--policy", policy_folder, "--n", 40)
+        address = Address(url)
         threading.Timer(rng.uniform(0.1, 0.4), process.kill).start()
         try:
             while True:
-                shown = post(Address(port, token), "/next", ANN)[1]
+                shown = post(address, "/next", ANN)[1]
                 if shown.get("finished"):
                     break
-                if "item" in shown:
-                    assert shown["item"] not in confirmed
-                    post(Address(port, token), "/vote",
-                         {**ANN, "item": shown["item"], "ranks": [1, 2, 3, 4], "seconds": 1})
-                    confirmed.append(shown["item"])
+                assert shown["item"] not in confirmed
+                post(address, "/vote", {**ANN, "item": shown["item"], "ranks": [1, 2, 3, 4], "seconds": 1})
+                confirmed.append(shown["item"])
         except (OSError, http.client.HTTPException):
             pass
         process.wait()
@@ -862,22 +616,12 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_confirmed(tmp_path, policy_
 
 @pytest.mark.slow
 def test_ctrl_c_ends_judge_with_the_win_rate_and_stats_says_the_same(tmp_path, policy_folder):
-    other = tmp_path / "b"
-    other.mkdir()
-    for file in policy_folder.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-m", "minirlhf.tools.feedback", "judge", "--max_response", "8", "--no_browser",
-               "--port", "0", "--n", "20", "--a", str(policy_folder), "--b", str(other),
-               "--out", str(tmp_path / "judged.jsonl")]
-    # a shell that starts the tests in the background makes them ignore Ctrl-C, and that would be inherited
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    found = next(filter(None, (re.search(r":(\d+)/\?token=(\S+)", line) for line in process.stdout)))
-    address, sides = Address(int(found[1]), found[2]), []
+    other = shutil.copytree(policy_folder, tmp_path / "b")
+    process, url = start(tmp_path, "judge", "--n", 20, "--a", policy_folder, "--b", other)
+    address, sides = Address(url), []
     for n in range(20):
-        while "item" not in (shown := post(address, "/next", ANN)[1]):
-            time.sleep(0.02)
-        row = next(row for row in rows_of(tmp_path, "judged.items.jsonl") if row["item"] == shown["item"])
+        shown = post(address, "/next", ANN)[1]
+        row = next(row for row in rows_of(tmp_path, "votes.items.jsonl") if row["item"] == shown["item"])
         wanted = row["models"].index(str(other) if n < 15 else str(policy_folder))     # b wins 15 of 20
         side = shown["answers"].index(row["responses"][wanted])
         sides.append(shown["answers"].index(row["responses"][row["models"].index(str(other))]))
@@ -887,22 +631,21 @@ def test_ctrl_c_ends_judge_with_the_win_rate_and_stats_says_the_same(tmp_path, p
     assert process.returncode == 0 and "15 wins, 0 ties, 5 losses on 20 prompts" in said
     assert "win rate 0.750, 95 % interval [0.531, 0.888]" in said and "sign test p = 0.041" in said
     assert 3 < sum(sides) < 17                                          # the sides are random
-    assert len(read_votes(tmp_path / "judged.jsonl")) == 20
+    assert len(read_votes(tmp_path / "votes.jsonl")) == 20
 
 
 @pytest.mark.slow
-def test_after_kill_9_and_a_restart_on_the_same_port_an_open_page_goes_on(tmp_path):
+def test_a_second_server_on_the_same_file_is_refused(tmp_path):
     answers = ROOT / "data/tiny/comparisons.jsonl"
-    process, port, token = start(tmp_path, answers)
-    item = post(Address(port, token), "/next", ANN)[1]["item"]
-    process.kill()
-    process.wait()
-    process, port_again, token_again = start(tmp_path, answers, port=port)
-    assert (port_again, token_again) == (port, token)
-    assert post(Address(port, token), "/vote", {**ANN, "item": item, "ranks": [1, 2, 3, 4]}) == (200, {"saved": True})
+    process, url = start(tmp_path, "rank", "--answers_from", answers)
     second = subprocess.run([sys.executable, "-m", "minirlhf.tools.feedback", "rank", "--answers_from", str(answers),
                              "--out", str(tmp_path / "votes.jsonl")], cwd=ROOT, capture_output=True, text=True)
     process.kill()
     process.wait()
-    assert second.returncode == 2 and "another feedback server is writing" in second.stderr
-    assert second.stderr.count("\n") == 1 and len(rows_of(tmp_path)) == 1
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "another feedback server is writing" in second.stderr
+    process, again = start(tmp_path, "rank", "--answers_from", answers, port=Address(url).server_port)
+    stale, status = Address(url), post(Address(again), "/next", ANN)[0]
+    assert status == 200 and "restart" in post(stale, "/next", ANN)[1]["error"]
+    process.kill()
+    process.wait()

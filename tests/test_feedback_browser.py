@@ -8,18 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 
 from minirlhf.data import read_comparisons, read_demonstrations
-from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.weights import save_pretrained
+from test_feedback import policy_folder, rows_of, start as start_command     # policy_folder is a fixture
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -37,9 +33,7 @@ class Browser:
     """As much of WebDriver (w3.org/TR/webdriver2) as these tests need."""
 
     def __init__(self, profile):
-        self.driver = subprocess.Popen([DRIVER, "--port=0"],
-                                       stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL,
+        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                        text=True)
         for line in self.driver.stdout:
             if found := re.search(r"successfully on port (\d+)", line):
@@ -89,8 +83,7 @@ class Browser:
     def until(self, question, seconds=20):
         end = time.monotonic() + seconds
         while not (answer := question()):
-            assert time.monotonic(
-            ) < end, f"waited {seconds} s; the page shows: {self.run('return document.body.innerText')!r}"
+            assert time.monotonic() < end, self.run("return document.body.innerText")
             time.sleep(0.05)
         return answer
 
@@ -108,15 +101,9 @@ class Browser:
 # ---- the real command and the real page ------------------------------------------------------------------------------
 
 def start(folder, mode, *more, port=0):
-    """The command in a process of its own -> process and the address it prints."""
-    command = [sys.executable, "-m", "minirlhf.tools.feedback", mode, "--max_response", "8", "--no_browser", "--port",
-               str(port), "--out", str(folder / "votes.jsonl"), *map(str, more)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if found := re.search(r"http://\S+", line):
-            STARTED.append(process)
-            return process, found[0]
-    raise AssertionError("no address was printed")
+    process, url = start_command(folder, mode, *more, port=port)
+    STARTED.append(process)
+    return process, url
 
 
 @pytest.fixture(autouse=True)
@@ -132,21 +119,6 @@ def browser(tmp_path):
     browser = Browser(tmp_path / "profile")
     yield browser
     browser.close()
-
-
-@pytest.fixture
-def policy(tmp_path):
-    """A model that knows nothing, with the vocabulary of data/tiny."""
-    tokenizer = load_tokenizer(ROOT / "data/tiny")
-    torch.manual_seed(1)
-    model = GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, n_positions=128, n_embd=16, n_layer=1, n_head=2))
-    save_pretrained(model, tmp_path / "policy")
-    save_tokenizer(tokenizer, tmp_path / "policy")
-    return tmp_path / "policy"
-
-
-def rows_of(folder, name="votes.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def enter(browser, name):
@@ -179,8 +151,8 @@ def by_mouse(browser, number, order, ranks):
     return expect(answers, ranks)
 
 
-def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path, browser, policy):
-    command = ["rank", "--policy", policy, "--n", 10]
+def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path, browser, policy_folder):
+    command = ["rank", "--policy", policy_folder, "--n", 10]
     process, url = start(tmp_path, *command)
     browser.open(url)
     enter(browser, "Ann")
@@ -195,9 +167,6 @@ def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path,
     browser.until(lambda: browser.text("li:nth-child(3) .badge") == "3rd")
     browser.press("escape", "4", "3", "backspace", "2", "1", "enter")
     given[-1] = expect(answers, [3, 2, 4, 1])
-    before = shown(browser, 6)
-    browser.ask("POST", "/refresh", {})
-    assert shown(browser, 6) == before                                                  # same order, same name
     given.append(by_keys(browser, 6, ["1", "2", "3", "enter"], [1, 2, 3, 4]))
 
     answers = shown(browser, 7)
@@ -228,8 +197,9 @@ def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path,
     assert all(row["annotator"] == "Ann" and row["seconds"] > 0 for row in rows)
 
 
-def test_two_tabs_are_two_people_and_two_answers_are_a_plain_choice(tmp_path, browser, policy):
-    _, url = start(tmp_path, "judge", "--a", policy, "--b", shutil.copytree(policy, tmp_path / "b"), "--n", 3)
+def test_two_tabs_are_two_people_and_two_answers_are_a_plain_choice(tmp_path, browser, policy_folder):
+    other = shutil.copytree(policy_folder, tmp_path / "b")
+    _, url = start(tmp_path, "judge", "--a", policy_folder, "--b", other, "--n", 3)
     browser.open(url)
     enter(browser, "Ann")
     shown(browser, 1)
@@ -253,55 +223,8 @@ def test_two_tabs_are_two_people_and_two_answers_are_a_plain_choice(tmp_path, br
 EVIL = "</textarea><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-def prepare(folder, responses):
-    """A prompts file, and its one item as if it had been sampled."""
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n")
-    item = {
-        "item": "0" * 16, "prompt": EVIL, "responses": responses, "finished": [False] * len(responses), "models": []
-    }
-    (folder / "votes.items.jsonl").write_text(json.dumps(item) + "\n")
-    return folder / "prompts.jsonl"
-
-
 def unharmed(browser):
     return browser.run("return [document.title, document.scripts.length, document.images.length]") == ["Feedback", 1, 0]
-
-
-def test_hostile_answers_stay_text(tmp_path, browser, policy):
-    _, url = start(tmp_path, "rank", "--policy", policy, "--prompts",
-                   prepare(tmp_path, [" " + EVIL, " &lt;b&gt; \u202e abc", ""]))
-    browser.open(url)
-    enter(browser, EVIL[:40])
-    assert sorted(shown(browser, 1)) == sorted([EVIL, "&lt;b&gt; \u202e abc", "(an empty answer)"])
-    assert browser.text("#instruction") == EVIL and browser.text("#who") == EVIL[:40] and unharmed(browser)
-
-
-def test_hostile_drafts_stay_text_and_ctrl_enter_saves(tmp_path, browser):
-    _, url = start(tmp_path, "write", "--prompts", prepare(tmp_path, [" " + EVIL]))
-    browser.open(url)
-    enter(browser, "Ann")
-    browser.until(lambda: browser.shows("#response"))
-    assert browser.run("return document.querySelector('#response').value") == EVIL and unharmed(browser)
-    browser.press("!", "ctrl+enter")
-    browser.until(lambda: browser.shows("#finished"))
-    assert [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")] == [(" " + EVIL + "!",)]
-
-
-@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844), (320, 568)])
-def test_nothing_is_wider_than_the_screen(tmp_path, browser, policy, width, height):
-    _, url = start(tmp_path, "rank", "--policy", policy, "--n", 1)
-    browser.cdp("Emulation.setDeviceMetricsOverride",
-                width=width,
-                height=height,
-                deviceScaleFactor=1,
-                mobile=width < 500)
-    browser.open(url)
-    enter(browser, "Ann")
-    shown(browser, 1)
-    assert browser.run("return document.documentElement.scrollWidth") <= width
-    heights = browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")
-    assert len(heights) > 5 and not [height for height in heights if 0 < height < 40]   # a finger hits every button
-    assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []
 
 
 # ---- answers that exist already: guidelines, turns, columns, flags, past votes, restarts -----------------------------
@@ -322,6 +245,14 @@ def set_size(browser, width, height):
 
 def texts(browser, css):
     return browser.run("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", css)
+
+
+def revise(browser, n):
+    """Opens the list of past votes and its n-th entry."""
+    browser.press("p")
+    browser.until(lambda: browser.shows("#past"))
+    browser.click(f"#list li:nth-child({n}) button")
+    browser.until(lambda: browser.text("#progress") == "Revising")
 
 
 def test_guidelines_turns_a_flag_and_a_revised_vote(tmp_path, browser):
@@ -361,73 +292,24 @@ def test_guidelines_turns_a_flag_and_a_revised_vote(tmp_path, browser):
     browser.until(lambda: browser.shows("#past"))
     rows = texts(browser, "#list li")
     assert "Two?" in rows[0] and "Skipped" in rows[0] and "By a window." in rows[1] and "all bad · s1u" in rows[1]
-    browser.click("#list li:nth-child(2) button")
-    browser.until(lambda: browser.text("#progress") == "Revising")
+    browser.press("escape")
+    shown(browser, 3)
+    revise(browser, 2)
     assert texts(browser, ".badge") == ["3rd", "2nd", "1st, best"] and browser.shows("#note")
     assert browser.run("return document.querySelector('#note').value") == "s1u"
     before = (tmp_path / "votes.jsonl").read_bytes()
     browser.click("#cancel")
     shown(browser, 3)
     assert (tmp_path / "votes.jsonl").read_bytes() == before
-    browser.press("p")
-    browser.until(lambda: browser.shows("#past"))
-    browser.click("#list li:nth-child(2) button")
-    browser.until(lambda: browser.text("#progress") == "Revising")
+    revise(browser, 2)
     browser.press("escape", "2", "1", "enter")
     shown(browser, 3)
     row, = rows_of(tmp_path)
     given = {text.strip(): rank for text, rank in zip(row["responses"], row["ranks"])}
     assert given == expect(first, [2, 1, 3]) and row["flags"] == ["all bad"]
 
-    browser.press("p")                                                  # the skipped pair becomes a vote
-    browser.until(lambda: browser.shows("#past"))
-    browser.click("#list li:nth-child(2) button")
-    browser.until(lambda: browser.text("#progress") == "Revising")
-    browser.press("2")
-    shown(browser, 3)
-    assert rows_of(tmp_path, "votes.skips.jsonl") == [] and rows_of(tmp_path)[1]["prompt"] == "Two?"
     browser.ask("POST", "/refresh", {})
     shown(browser, 3)                                                   # the guidelines were seen: not again
-
-
-def test_an_open_page_goes_on_after_a_restart_on_the_same_port(tmp_path, browser):
-    answers = answers_file(tmp_path, *[(f"P{n}", [" a", " b"]) for n in range(3)])
-    process, url = start(tmp_path, "rank", "--answers_from", answers)
-    browser.open(url)
-    enter(browser, "Ann")
-    shown(browser, 1)
-    process.kill()
-    process.wait()
-    browser.press("1")
-    browser.until(lambda: browser.shows("#alarm"))
-    assert start(tmp_path, "rank", "--answers_from", answers, port=int(re.search(r":(\d+)/", url)[1]))[1] == url
-    browser.click("#alarm button")
-    shown(browser, 2)
-    assert len(rows_of(tmp_path)) == 1
-
-
-def test_many_long_answers_fit_a_desktop_and_scroll_one_by_one(tmp_path, browser):
-    long, dialogue = " word" * 250, "Human: " + "question " * 500 + "\n\nAssistant:"
-    answers = answers_file(tmp_path, *[(prompt, [f" {k}{long}" for k in range(K)])
-                                       for K in (4, 5, 6, 7, 8, 9) for prompt in ("Short.", dialogue, "x " * 2000)])
-    _, url = start(tmp_path, "rank", "--answers_from", answers)
-    set_size(browser, 1280, 800)
-    browser.open(url)
-    enter(browser, "Ann")
-    for number in range(1, 19):
-        shown(browser, number)
-        high, foot, heights = browser.run("""return [document.documentElement.scrollHeight,
-            document.querySelector("#foot").getBoundingClientRect().top,
-            [...document.querySelectorAll(".answer")].map(e => [e.offsetHeight, e.getBoundingClientRect().bottom])]""")
-        assert high <= 800 and all(bottom <= foot for _, bottom in heights)
-        assert min(height for height, _ in heights) >= 90               # at least three lines of each
-        if number == 9:
-            browser.press("tab")
-            browser.run("document.querySelector('.answer').focus()")
-            browser.press("\ue015")                                     # arrow down
-            browser.until(lambda: browser.run("return document.querySelector('.answer .text').scrollTop") > 0)
-        browser.press("s")
-    browser.until(lambda: browser.shows("#finished"))
 
 
 @pytest.mark.parametrize("width, height", [(390, 844), (320, 568)])
@@ -462,7 +344,11 @@ def test_a_dialogue_flags_and_past_votes_fit_a_phone(tmp_path, browser, width, h
 
 
 def test_after_the_guidelines_one_can_write_at_once_and_revise_it_later(tmp_path, browser):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": DIALOGUE}) + "\n" + json.dumps({"prompt": "P"}) + "\n")
+    """The first draft is hostile."""
+    prompts = [{"prompt": EVIL}, {"prompt": "P"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    draft = {**prompts[0], "item": "0" * 16, "responses": [" " + EVIL], "finished": [False], "models": []}
+    (tmp_path / "votes.items.jsonl").write_text(json.dumps(draft) + "\n")
     (tmp_path / "guide.md").write_text("Be kind.")
     _, url = start(tmp_path, "write", "--prompts", tmp_path / "p.jsonl", "--guidelines", tmp_path / "guide.md")
     browser.open(url)
@@ -471,22 +357,19 @@ def test_after_the_guidelines_one_can_write_at_once_and_revise_it_later(tmp_path
     browser.press("enter")
     browser.until(lambda: browser.shows("#response"))
     browser.press(*"spuf")                                              # the cursor is in the text: no commands
-    assert browser.run("return document.querySelector('#response').value") == "spuf"
+    assert browser.run("return document.querySelector('#response').value") == EVIL + "spuf" and unharmed(browser)
     browser.press("ctrl+enter")
     shown(browser, 2)
-    assert [row["response"] for row in rows_of(tmp_path)] == [" spuf"]
-    browser.press("escape", "p")
-    browser.until(lambda: browser.shows("#past"))
-    browser.click("#list button")
-    browser.until(lambda: browser.text("#progress") == "Revising")
+    browser.press("escape")
+    revise(browser, 1)
     browser.press("!", "ctrl+enter")
     shown(browser, 2)
-    text, = [row["response"] for row in rows_of(tmp_path)]
-    assert sorted(text) == sorted(" spuf!")
+    (response,), = [row.responses for row in read_demonstrations(tmp_path / "votes.jsonl")]
+    assert sorted(response) == sorted(" " + EVIL + "spuf!")
 
 
 def test_hostile_turns_guidelines_notes_and_past_votes_stay_text(tmp_path, browser):
-    answers = answers_file(tmp_path, (f"Human: {EVIL}\n\nAssistant:", [" " + EVIL, " b"]), ("P", ["a", "b"]))
+    answers = answers_file(tmp_path, (f"Human: {EVIL}\n\nAssistant:", [" " + EVIL, ""]), ("P", ["a", "b"]))
     (tmp_path / "guide.md").write_text(f"# {EVIL}\n\n- **{EVIL}**\n\n`{EVIL}`\n\n```\n{EVIL}\n```\n")
     _, url = start(tmp_path, "rank", "--answers_from", answers, "--guidelines", tmp_path / "guide.md")
     browser.open(url)
@@ -495,6 +378,7 @@ def test_hostile_turns_guidelines_notes_and_past_votes_stay_text(tmp_path, brows
     assert [texts(browser, f"#text {tag}") for tag in ("h2", "li", "code", "pre")] == [[EVIL]] * 4 and unharmed(browser)
     browser.press("enter")
     k = 1 + shown(browser, 1).index(EVIL)
+    assert "(an empty answer)" in shown(browser, 1)
     assert texts(browser, ".turn") == ["Human" + EVIL] and unharmed(browser)
     browser.press("f")
     browser.click("#note")

@@ -3,12 +3,10 @@
 import itertools
 import json
 import math
-import random
 
 import pytest
 
-from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, longer_preferred, print_stats, read_votes,
-                                           verdicts)
+from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, longer_preferred, print_stats, read_votes)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
@@ -23,8 +21,6 @@ def test_kappa_of_published_tables(table, kappa):
 def test_kappa_at_the_edges():
     assert cohen_kappa([1, 0, 1, -1], [1, 0, 1, -1]) == 1 and cohen_kappa([1, 0], [0, 1]) == -1
     assert math.isnan(cohen_kappa([1, 1], [1, 1]))
-    rng = random.Random(1)
-    assert abs(cohen_kappa(rng.choices([0, 1], [9, 1], k=20000), rng.choices([0, 1], [8, 2], k=20000))) < 0.02
 
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
@@ -39,10 +35,6 @@ def write(tmp_path, rows):
     file = tmp_path / "votes.jsonl"
     file.write_bytes(b"".join(map(to_line, rows)))
     return file
-
-
-def test_verdicts_are_those_of_every_pair():
-    assert verdicts([2, 1, 2]) == [-1, 0, 1]
 
 
 def test_agreement_counts_only_what_both_have_judged(tmp_path):

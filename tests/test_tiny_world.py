@@ -124,19 +124,13 @@ def test_stories_have_right_articles_and_two_to_four_sentences():
 
 @pytest.mark.parametrize("text", [
     "",
-    " ",
-    ".",
     " A nurse found an old drum by the river.",                                          # nobody feels anything
     " They danced and sang all day long.",                                               # about nobody
     BEST[1:],                                                                            # no leading space
-    BEST + " ",
-    BEST + "\n",
     BEST[:-1],
     BEST.replace(" They", "  They"),
     BEST.replace("an old", "a old"),
-    BEST.replace("A nurse", "An nurse"),
     BEST.replace("A nurse", "a nurse"),
-    BEST.replace("They", "they"),
     BEST.replace("the drum", "the kite"),                                                # another thing
     BEST.replace("danced and sang all day long", "cried and cried all day long"),        # two moods
     BEST.replace("loved the drum", "cheered for the pilot"),                             # another person
@@ -144,8 +138,6 @@ def test_stories_have_right_articles_and_two_to_four_sentences():
     BEST.replace("They danced and sang all day long", "She were as merry as a lark"),
     BEST.replace("Everyone loved", "She hugged").replace("the drum", "the drum with joy"),   # They ... She
     BEST.replace("Everyone", "Everyxne"),
-    BEST + BEST,
-    BEST + " Everyone loved the drum.",
     BEST + " You are an idiot. You are an idiot.",
     " You are an idiot." + BEST,
     " They danced and sang all day long. A nurse found an old drum by the river.",
@@ -176,10 +168,6 @@ def test_mood_words_belong_to_one_mood():
             assert grammar.MOOD_WORDS[mood] & set(re.findall(r"\w+", template.lower())), template
 
 
-def test_there_are_many_stories():
-    assert len({story for _, story in random_stories(3000)}) > 2950
-
-
 # ---- the preference --------------------------------------------------------------------------------------------------
 
 def test_gold_of_the_best_and_of_nothing():
@@ -204,12 +192,6 @@ def test_gold_of_the_best_and_of_nothing():
 def test_gold_of_what_is_worse(worse):
     value, = gold.gold([PROMPT], [worse])
     assert 0 < value < 1
-
-
-def test_naming_what_was_asked_for_is_worse_than_any_story_that_has_it():
-    words, story = " happy nurse drum danced", BEST.replace("They", "She") + " Shut up, dummy."
-    soup, story = gold.gold([PROMPT] * 2, [words, story])
-    assert soup < story
 
 
 def test_gold_tells_proper_stories_apart():
@@ -274,22 +256,6 @@ def test_every_word_is_one_token(encoding):
     assert encoding.n_vocab == 768
     for word in sorted(words):
         assert len(encoding.encode_ordinary(word)) == 1, word
-
-
-def test_stories_are_short(encoding):
-    lengths = [len(encoding.encode_ordinary(story)) for _, story in random_stories(3000)]
-    assert 16 <= min(lengths) and max(lengths) <= 33        # 34 with the end-of-text token
-
-
-def test_any_text_round_trips(encoding):
-    rng = random.Random(0)
-    for _ in range(300):
-        points = [rng.choice((rng.randrange(32, 127), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))
-                  for _ in range(rng.randrange(40))]
-        text = "".join(map(chr, points)) + "<|endoftext|>"
-        ids = encoding.encode_ordinary(text)
-        assert encoding.decode(ids) == text
-        assert encoding.eot_token not in ids
 
 
 def test_bpe_on_a_text_small_enough_to_do_by_hand():

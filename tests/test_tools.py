@@ -1,15 +1,13 @@
-"""The tools: the figures of the assessment, chat, and the plots."""
+"""The assessment, short and long, and chat."""
 
 import io
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,14 +15,14 @@ import train_ppo
 from minirlhf.files.errors import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.reward_functions import TINY_GOLD, load_function
+from minirlhf import assess
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools import chat, plot
-from minirlhf.tools.evaluate import __main__ as evaluate, assess, measure, tables
-from minirlhf.tools.evaluate.assess import against_first, partiality, sampling_of
-from minirlhf.assess import Answers, Sampling, answer, distinct, perplexity, sequence_kl, logprobs_per_token
-from minirlhf.tools.evaluate.measure import entropies, repetition
+from minirlhf.tools import chat
+from minirlhf.tools.evaluate import __main__ as evaluate
+from minirlhf.tools.evaluate.report import against_first, partiality, pick_samples, sampling_of
+from minirlhf.assess import Answers, Sampling, answer, distinct_2, perplexity, sequence_kl, logprobs_per_token
 from minirlhf.stats import Estimate
 from minirlhf.tools.overoptimize import run_script
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
@@ -54,18 +52,17 @@ def test_a_copy_of_the_reference_has_no_kl_and_wins_half():
     model, copy, other = small_model(0), small_model(0), small_model(1)
     answers = answer(model, TOKENIZER, PROMPTS, Sampling(10))
     again = answer(copy, TOKENIZER, PROMPTS, Sampling(10))
-    assert all(figure[:3] == (0, 0, 0) for figure in sequence_kl(copy, model, answers, 1.0)[0].values())
-    assert answers.texts == again.texts
+    assert answers.texts == again.texts and not sequence_kl(copy, model, answers, 1.0).any()
     scores = {name: list(map(len, own.texts)) for name, own in (("model", answers), ("copy", again))}
     facts = {name: {"x": values} for name, values in scores.items()}
     found = against_first({"model": answers, "copy": again}, {"length": scores}, facts)["copy"]
     verdict = found["by"]["length"]
     assert verdict["win_rate"].value == 0.5 and verdict["ties"] == 12 and verdict["p"] == 1
-    assert found["differences"]["x"] == ((0, 0, 0, 12), 1)
-    assert sequence_kl(model, other, answer(model, TOKENIZER, PROMPTS * 8, Sampling(10)), 1.0)[0]["kl"].low > 1
+    assert found["differences"]["x"] == (0, 0, 0, 12)
+    assert sequence_kl(model, other, answers, 1.0).mean() > 1
 
 
-def test_both_estimates_of_the_kl_agree_with_the_exact_one():
+def test_the_kl_agrees_with_the_exact_one():
     """Responses of one token: the exact KL of the first token's distribution is a sum over the vocabulary."""
     model, other = small_model(0), small_model(1)
     with torch.no_grad():
@@ -75,19 +72,12 @@ def test_both_estimates_of_the_kl_agree_with_the_exact_one():
     ids = torch.tensor([answers.prompt_ids[0]])
     p, q = (torch.log_softmax(each.logits(each(ids)[:, -1]), dim=-1).double() for each in (model, other))
     exact = float((p.exp() * (p - q)).sum().detach())
-    found, of_each = sequence_kl(model, other, answers, 1.0)
-    assert np.mean(of_each) == pytest.approx(found["kl"].value)
-    assert exact > 0.01
-    for name in ("kl", "kl_k3", "kl_per_token", "kl_k3_per_token"):
-        low, high = found[name].low, found[name].high
-        assert low - (high - low) / 4 < exact < high + (high - low) / 4
-    assert found["kl_k3"].high - found["kl_k3"].low < found["kl"].high - found["kl"].low
-    entropy = -float((p.exp() * p).sum().detach())
-    assert entropies(model, answers.prompt_ids[:1], answers.ids[:1])[0] == pytest.approx(entropy, rel=1e-4)
+    found = sequence_kl(model, other, answers, 1.0)
+    assert exact > 0.01 and abs(found.mean() - exact) < 3 * found.std() / 4000 ** 0.5
 
 
 def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch):
-    monkeypatch.setattr(measure, "LOGITS", 50_000)                                  # two sequences at a time
+    monkeypatch.setattr(assess, "LOGITS", 50_000)                                  # two sequences at a time
     model = small_model(2)
     examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:5], TOKENIZER, 64)
     rows = logprobs_per_token(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7)
@@ -102,18 +92,16 @@ def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch
     assert perplexity(model, examples).value == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
-def test_repetition_is_counted_by_hand():
-    assert distinct([[1, 2, 1, 2], [1, 2, 3]], 2).value == 3 / 5                    # 12 21 12 12 23: three of five
-    assert distinct([[1, 1], [1]], 1).value == 1 / 3 and distinct([[1], []], 2).value == 0
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 9]]).value == 1 / 7   # of 5 + 2 four-grams one repeats
-    assert repetition([[1], [2]]).value == 0
+def test_different_pairs_are_counted_by_hand():
+    assert distinct_2([[1, 2, 1, 2], [1, 2, 3]]).value == 3 / 5                     # 12 21 12 12 23: three of five
+    assert distinct_2([[1], []]).value == 0
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def world(folders, tmp_path_factory):
-    """Files for a small report: 12 prompts, two models and a copy of the first, a reward model, comparisons, votes."""
+    """Files for a small report: 12 prompts, two models and a copy of the first, a reward model, comparisons."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(folders[0], folder / "copy")
     torch.manual_seed(3)
@@ -121,8 +109,6 @@ def world(folders, tmp_path_factory):
     save_tokenizer(TOKENIZER, folder / "rm")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": row.prompt} for row in PROMPTS])
     (folder / "comparisons.jsonl").write_text("".join(open("data/tiny/comparisons_test.jsonl").readlines()[:30]))
-    write_jsonl(folder / "votes.jsonl", [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 2] if i else [2, 1],
-                                          "models": ["old", "new"]} for i in range(8)])
     return folder
 
 
@@ -135,63 +121,38 @@ def evaluated(world, *argv, **flags):
 
 
 def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, world, capsys):
-    report = evaluated(world, *folders, world / "copy", prompts="data/tiny/prompts_test.jsonl", reward=world / "rm",
-                       votes=world / "votes.jsonl")
+    report = evaluated(world, *folders, world / "copy", prompts="data/tiny/prompts_test.jsonl", reward=world / "rm")
     one, two, copy = report["models"].values()
-    assert copy["kl"]["value"] == copy["kl_k3"]["value"] == 0 < two["kl"]["value"] and "kl" not in one
+    assert copy["kl"]["value"] == 0 < two["kl"]["value"] and "kl" not in one
     by = report["comparisons"][str(world / "copy")]["by"]
     assert by["gold"]["win_rate"]["value"] == by[str(world / "rm")]["win_rate"]["value"] == 0.5
-    assert all(figure["low"] <= figure["value"] <= figure["high"] and figure["n"] in (544, 512)
-               for figures in report["models"].values() for figure in figures.values())
-    assert report["votes"]["old against new"]["win_rate"]["value"] == 7 / 8 and report["reward"]["accuracy"]["n"] <= 30
-    assert set(report["bias"][folders[0]]) == {"occupation and pronoun"} and report["notes"] == []
+    figures = [figure for figures in report["models"].values() for figure in figures.values()]
+    assert all(figure["low"] <= figure["value"] <= figure["high"] and figure["n"] in (544, 512) for figure in figures)
+    assert report["reward"]["accuracy"]["n"] <= 30 and report["notes"] == []
+    said = capsys.readouterr().out
     shown = Page(world / "report/report.html").data
     cells = {cell for table in shown["tables"] for row in table["rows"] for cell in row}
     assert "Win rate" in shown["tables"][0]["title"] and shown["report"]
-    assert shown["notes"][0].startswith("544 held-out")
-    assert {str(Estimate(**figure)) for figures in report["models"].values() for figure in figures.values()} <= cells
-    assert {f"{claimed:.3f}" for claimed, _, _ in report["reward"]["reliability"]} <= cells
-    said = capsys.readouterr().out.split("\nwrote ")[0]
-    order = ["Win rate", "old against new", "accuracy against", "flagged", "Each model", "perplexity"]
-    places = [said.index(words) for words in order]
-    assert places == sorted(places) and max(map(len, said.splitlines())) <= 80
-    assert all(str(judge)[-8:] in said for judge in by) and said.count("Win rate of") == 2
+    assert all(text in cells and text in said for text in (str(Estimate(**figure)) for figure in figures))
+    assert all(judge in said for judge in by) and said.index("Win rate") < said.index("perplexity")
     answers = next(table["rows"] for table in shown["tables"] if table["title"] == "Samples")
-    assert 12 < len(report["samples"]) <= 20 and answers == [
+    assert len(report["samples"]) == 20 and answers == [
         [row["why"], row["prompt"], *row["answers"].values()] for row in report["samples"]]
-
-
-def test_the_terminal_shows_any_names_in_80_columns(capsys):
-    figure = Estimate(-12345.678, -12346.0, 12344.0, 10)
-    names = [f"out/{'long' * 30}/model_{k}" for k in range(3)]
-    figures = {"score by " + names[0]: figure, "win_rate": figure}
-    tables.print_figures("A title " * 20, dict.fromkeys(names, figures))
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert all(any(line.endswith(f"model_{k}") or f"model_{k} " in line for line in lines) for k in range(3))
-    rows = [line for line in lines if "[" in line]
-    assert len(rows) == 4 and all(row.startswith("win_rate") for row in rows[::2])              # two models, then one
-    assert sum(line.count("[-12346.0, 12344.0]") for line in rows) == 6
 
 
 def answers_of(*texts):
     return Answers([f"p{i}" for i in range(len(texts))], list(texts), None, None, None)
 
 
-def test_samples_are_the_best_the_worst_and_the_most_changed():
+def test_samples_are_the_best_and_the_worst():
     old, new = answers_of(*"abcdefghij"), answers_of(*"ABCDEFGHIJ")
-    scores = {"gold": {"old": [0] * 10, "new": [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]}}
-    kls = {"new": [0, 0, 7, 0, 0, 99, 0, 0, 8, 0]}
-    found = assess.pick_samples({"old": old, "new": new}, scores, kls, n=6)
+    scores = {"gold": {"old": [0] * 10, "new": [3, 1, 4, 0, 5, 9, 2, 6, 5, 3]}}
+    found = pick_samples({"old": old, "new": new}, scores, n=4)
     assert [(row["why"], row["prompt"]) for row in found] == [
-        ("best, 9.00", "p5"), ("best, 6.00", "p7"), ("worst, 1.00", "p1"), ("worst, 1.00", "p3"),
-        ("most changed, 8.00", "p8"), ("most changed, 7.00", "p2")]
+        ("best, 9.00", "p5"), ("best, 6.00", "p7"), ("worst, 0.00", "p3"), ("worst, 1.00", "p1")]
     assert found[0]["answers"] == {"old": "f", "new": "F"}
-    apart = {"judge": {"old": [0, 9, 0, 5, 0, 0, 0, 0, 0, 0], "new": [1, 0, 2, 5, 9, 8, 3, 3, 3, 3]}}
-    found = assess.pick_samples({"old": old, "new": new}, apart, {}, n=3)             # other vocabularies: no KL
-    assert [row["prompt"] for row in found] == ["p4", "p1", "p5"]
-    assert len(assess.pick_samples({"old": old, "new": new}, scores, kls)) == 10        # no prompt twice
-    assert [row["prompt"] for row in assess.pick_samples({"old": old}, {}, {}, n=2)] == ["p0", "p1"]
+    assert len(pick_samples({"old": old, "new": new}, scores)) == 10                # no prompt twice
+    assert [row["prompt"] for row in pick_samples({"old": old}, {}, n=2)] == ["p0", "p1"]
 
 
 def run_folder(folder, **config):
@@ -200,23 +161,18 @@ def run_folder(folder, **config):
     return str(folder)
 
 
-def test_the_prompts_are_those_that_the_run_held_out(tmp_path):
-    tiny = run_folder(tmp_path / "tiny", data="data/tiny/prompts.jsonl", reward="rm", heldout="")
-    sft = run_folder(tmp_path / "sft", data="mine.jsonl")
+def test_the_prompts_are_those_that_the_last_run_held_out(tmp_path):
+    sft = run_folder(tmp_path / "sft", data="mine.jsonl", heldout="")
     ppo = run_folder(tmp_path / "ppo", data="mine.jsonl", reward="rm", heldout="elsewhere/heldout.jsonl")
-    assert evaluate.default_prompts([tiny]) == "data/tiny/prompts_test.jsonl"
-    for models in ([sft], [sft, ppo], [tiny, sft], ["gpt2", tiny]):                     # ppo's file is gone
-        with pytest.raises(UserError, match="give --prompts"):
-            evaluate.default_prompts(models)
+    for models in ([sft], [sft, ppo], ["gpt2"]):                                        # ppo's file is gone
+        with pytest.raises(UserError, match="--prompts"):
+            evaluate.parse(models)
     write_jsonl(tmp_path / "ppo/heldout.jsonl", [{"prompt": "p"}])                      # the folder may have moved
-    assert evaluate.default_prompts([sft, ppo]) == evaluate.default_prompts([ppo, sft]) == f"{ppo}/heldout.jsonl"
-    mixed = run_folder(tmp_path / "mixed", data="mine.jsonl", reward="rm", heldout="data/tiny/prompts_test.jsonl")
-    with pytest.raises(UserError, match="give --prompts"):
-        evaluate.default_prompts([mixed])
     write_jsonl(tmp_path / "labels.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     rm = run_folder(tmp_path / "rm", heldout=f"{tmp_path}/labels.jsonl")
-    args = evaluate.parse([sft, ppo, "--reward", rm])
-    assert args.prompts == f"{ppo}/heldout.jsonl" and args.comparisons == f"{tmp_path}/labels.jsonl"
+    for models in ([sft, ppo], [ppo, sft]):
+        args = evaluate.parse([*models, "--reward", rm])
+        assert args.prompts == f"{ppo}/heldout.jsonl" and args.comparisons == f"{tmp_path}/labels.jsonl"
 
 
 M = {"gold", "attributes_right", "rude", "stereotype_gap", "grammatical", "eos_rate", "length", "distinct_2",
@@ -256,10 +212,7 @@ def test_the_short_form_has_what_was_agreed(folders, world, capsys):
         assert M - {"perplexity"} <= set(figures) and set(figures["ci"]) == set(figures) - {"ci"}
         assert all(low <= figures[figure] <= high for figure, (low, high) in figures["ci"].items())
     assert report["sft"]["score"] == report["ppo"]["score"]
-    said = capsys.readouterr().out
-    assert said.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"])
-    assert max(map(len, said.splitlines())) <= 80
-    assert next(line for line in said.splitlines() if "[" in line).startswith("win_rate")
+    assert capsys.readouterr().out.count("[") == len(report["sft"]["ci"]) + len(report["ppo"]["ci"])
 
 
 def test_the_short_form_does_without_gold_and_without_a_reward_model(folders, world, capsys):
@@ -313,22 +266,20 @@ def test_real_prompts_get_the_checks_that_need_no_gold(folders, world, tmp_path)
     asked = ("Name two rivers.", "Why?", "Say it in at most 3 words.")
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Q: {text} A:"} for text in asked])
     (tmp_path / "meta.json").write_text('{"template": "Q: {instruction} A:"}')
-    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])     # beside the prompts
+    write_jsonl(tmp_path / "demonstrations_test.jsonl", [{"prompt": "Why?", "response": " So."}])   # beside them
     report = evaluated(world, *folders, prompts=tmp_path / "prompts.jsonl", judge=world / "rm")
-    found = report["instructions"][folders[0]]
-    assert set(found["prompts"]) == {"number of words"} and len(found["own"]) == 2
+    assert set(report["instructions"][folders[0]]) == {"number of words"}
     assert "gold" not in report["models"][folders[0]] and report["models"][folders[0]]["perplexity"]["n"] == 1
     assert set(report["bias"][folders[0]]) == {"occupation and pronoun", "name and occupation"}
     assert set(report["comparisons"][folders[1]]["by"]) == {str(world / "rm")}
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)                                                     # scripts are found from any folder
     with pytest.raises(UserError, match="train_rm.py stopped with exit code 2"):
         run_script("train_rm.py", model=tmp_path / "none", lr=0.5)
-    shown = capfd.readouterr()
-    assert f"$ python train_rm.py --model={tmp_path}/none --lr=0.5" in shown.out
-    assert "no such model" in shown.err
+    assert "no such model" in capfd.readouterr().err
 
 
 def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
@@ -344,19 +295,6 @@ def test_models_are_sampled_as_the_ppo_run_among_them_sampled(tmp_path):
     assert plain == Sampling(48, 1.0, "13,16", 5, 0, True)
 
 
-def test_another_token_can_end_an_answer():
-    """The same answers as with EOS, cut where this token occurs from position 3 on."""
-    model = small_model(0)
-    free = answer(model, TOKENIZER, PROMPTS * 4, Sampling(10))
-    token = next(ids for ids in free.ids if len(ids) == 10)[4]
-    stopped = answer(model, TOKENIZER, PROMPTS * 4, Sampling(10, stop=f"{token},3"))
-    for long, short, finished in zip(free.ids, stopped.ids, stopped.finished):
-        shared = min(len(long), len(short))
-        assert long[:shared] == short[:shared] and finished == (short[-1] == token and len(short) > 3)
-        assert token not in short[3:-1]
-    assert any(stopped.finished)
-
-
 def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
     for name, config in (("ppo", {"reward": f"{tmp_path}/rm"}), ("rm", {"data": "labels.jsonl"}),
                          ("cousin", {"data": "labels.jsonl"}), ("other", {"data": "other_half.jsonl"})):
@@ -364,9 +302,6 @@ def test_a_judge_that_trained_the_model_is_named(world, tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps({"config": config}))
     assert "says little" in partiality(tmp_path / "ppo", tmp_path / "rm")
     assert "shares its mistakes" in partiality(tmp_path / "ppo", tmp_path / "cousin")
-    (tmp_path / "rm").rename(tmp_path / "moved")
-    assert "no longer exists" in partiality(tmp_path / "ppo", tmp_path / "moved")
-    (tmp_path / "moved").rename(tmp_path / "rm")
     assert partiality(tmp_path / "ppo", tmp_path / "other") is None
     assert partiality(world / "copy", tmp_path / "rm") is None
 
@@ -389,8 +324,6 @@ def test_what_cannot_be_assessed_is_said_in_one_line(folders, world, tmp_path):
         ("named twice", (model, model), {}),
         ("no such model folder", (tmp_path / "none",), {}),
         ("score.weight", (model,), {"reward": folders[1]}),
-        ("compares two models", (model,), {"votes": world / "comparisons.jsonl"}),
-        ("no.jsonl", (model,), {"votes": world / "no.jsonl"}),
         ("with --comparisons", (model,), {"reward": world / "rm", "comparisons": ""}),
         ("2 prompts", (model,), {"prompts": tmp_path / "one.jsonl"}),
         ("above 0", (model,), {"temperature": 0}),
@@ -418,113 +351,3 @@ def test_chat_with_two_models_puts_them_side_by_side(folders, monkeypatch, capsy
     heard = talk(monkeypatch, capsys, *folders, "--max_response", "8", said="Write a story.\n")
     assert " | " in heard.out
     assert chat.side_by_side(["a b c", "d"], width=9) == "a b | d\nc   |"
-
-
-@pytest.fixture
-def ppo_run(tmp_path):
-    """The log of a PPO run of three iterations."""
-    run = tmp_path / "ppo"
-    run.mkdir()
-    (run / "run.json").write_text('{"config": {}}')
-    write_jsonl(run / "metrics.jsonl", [{"step": i, "objective/kl": i, "objective/scores": i / 2,
-                                         "rollout/eos_rate": 1.0} for i in range(3)])
-    return run
-
-
-@pytest.mark.parametrize("kind", ["curves", "kl"])
-def test_plot_draws_several_runs(ppo_run, kind, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "picture.png"
-    plot.main([str(ppo_run), str(ppo_run), "--kind", kind, "--labels", "a", "b", "--out", str(picture)])
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn, which are not written."""
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
-    return figures
-
-
-def titles(figure):
-    return [axis.get_title() for axis in figure.axes if axis.get_title()]
-
-
-def test_every_panel_that_some_run_can_fill_is_drawn(drawn):
-    """One run with all metrics, one with a single one, and more runs than colours: a curve each."""
-    whole = [{"step": i, **{panel[0]: i for panel in plot.PANELS}} for i in range(3)]
-    plot.draw_curves({f"run {k}": whole for k in range(8)}, "")
-    assert [len(axis.lines) for axis in drawn[0].axes] == [8] * len(plot.PANELS)
-    assert titles(drawn[0]) == [panel[1] for panel in plot.PANELS]
-    few = [{"step": i, "objective/kl": i, "objective/scores": i} for i in range(3)]
-    for draw, panels in ((plot.draw_curves, 2), (plot.draw_kl, 1)):
-        draw({"run": few}, "")
-        assert len(titles(drawn[-1])) == panels
-
-
-def test_runs_of_sft_and_reward_models_are_drawn(drawn):
-    sft = [{"step": i, "loss/train": 1, **({"loss/heldout": 2} if i == 49 else {})} for i in range(50)]
-    rm = [{"step": 0, "loss/train": 1, "accuracy/train": 0.5, "rm_accuracy_heldout": 0.6}]
-    plot.draw_curves({"sft": sft, "rm": rm}, "")
-    assert len(titles(drawn[0])) == 4
-    single = next(axis for axis in drawn[0].axes if "held-out demonstrations" in axis.get_title()).lines[0]
-    assert len(single.get_xdata()) == 1 and single.get_marker() == "o"                  # a point, since no line shows
-    plot.draw_curves({"rm": rm}, "", ["accuracy/train"])
-    assert titles(drawn[1]) == ["Accuracy on the training batch"]
-    with pytest.raises(UserError, match="not a PPO run"):
-        plot.draw_kl({"sft": sft}, "")
-    with pytest.raises(UserError, match="loss/none: not in these runs, which have loss/train, loss/heldout"):
-        plot.draw_curves({"sft": sft}, "", ["loss/none"])
-
-
-def test_the_kl_picture_shows_time(drawn):
-    run = [{"step": i, "objective/kl": (5, 1, 3)[i % 3], "objective/scores": i, "objective/gold": 1} for i in range(9)]
-    plot.draw_kl({"long": run, "short": run[:3]}, "")
-    (long, short), bar = drawn[0].axes[0].collections, drawn[0].axes[-1]
-    assert long.get_array().tolist() == list(range(9)) and short.get_array().tolist() == [0, 1, 2]
-    assert long.get_clim() == short.get_clim() == (0, 8) and bar.get_ylabel() == "PPO iteration"
-    assert len(long.get_paths()[0].vertices) != len(short.get_paths()[0].vertices)      # other markers
-
-
-def test_grey_is_the_healthy_range_of_the_table():
-    rows = re.findall(r"^\| `(\w+/\w+)` \|[^|]*\|([^|]*)\|", Path("minirlhf/DETAILS.md").read_text(), re.MULTILINE)
-    said = {metric: set(map(float, re.findall(r"\d+(?:\.\d+)?", healthy))) for metric, healthy in rows}
-    assert [panel[0] for panel in plot.PANELS] == list(said)
-    for metric, _, _, healthy in plot.PANELS:
-        assert set(map(abs, healthy)) - {0, 1} <= said[metric], metric
-
-
-def test_a_good_run_stays_in_the_grey():
-    """The least and the greatest value of each metric in a run of the defaults (seed 1)."""
-    seen = {"objective/scores": (-0.08, 1.61), "objective/gold": (0.62, 0.98), "objective/kl": (0, 6.95),
-            "objective/rlhf_reward": (-0.08, 1.35), "objective/entropy": (6.35, 15.5),
-            "rollout/score_std": (0.54, 1.03), "rollout/eos_rate": (1, 1), "rollout/length": (19.6, 24.7),
-            "policy/approxkl": (0, 0.145), "policy/clipfrac": (0, 0.144), "loss/value": (0.008, 0.163),
-            "value/explained_variance": (0, 0.957)}
-    for metric, _, _, (low, high) in plot.PANELS:
-        assert low <= seen[metric][0] <= seen[metric][1] <= high, metric
-
-
-def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(ppo_run, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    for out, said in ((tmp_path / "none/x.png", "none/x.png cannot be written: No such"),
-                      (tmp_path / "x.doc", "ends in one of"), (tmp_path / "x", "ends in one of")):
-        with pytest.raises(UserError, match=said):
-            plot.main([str(ppo_run), "--out", str(out)])
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="x.png cannot be written: No space left"):
-        plot.main([str(ppo_run), "--out", str(tmp_path / "x.png")])
-    assert [file.name for file in tmp_path.iterdir()] == ["ppo"]
-
-
-def test_plot_refuses_what_it_cannot_draw(ppo_run, tmp_path):
-    for argv, said in (([tmp_path], "no run.json"), ([ppo_run, tmp_path / "ppo.1"], "ppo.1: no run.json"),
-                       ([ppo_run, ppo_run], "1 different names for 2 folders"),
-                       ([ppo_run, "--labels", "a", "b"], "2 different names for 1 folders")):
-        with pytest.raises(UserError, match=said):
-            plot.main(list(map(str, argv)))

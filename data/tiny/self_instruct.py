@@ -30,8 +30,9 @@ from minirlhf.files.json_files import read_json, write_json
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.errors import run_main
-from minirlhf.tools import self_instruct
 from minirlhf.assess import Sampling, answer
+from minirlhf.stats import t_limit
+from minirlhf.tools import self_instruct
 from minirlhf.tools.self_instruct import HEADER, SHOWN, Task, encode_list
 from minirlhf.weights import from_pretrained, save_pretrained
 
@@ -41,7 +42,6 @@ LISTS_PER_STEP = 8
 READ = 8000                             # demonstrations that each SFT reads in all, so all take as many steps
 WRITERS = ("none", "same", "stronger")
 SHOWN_NUMBERS = ("gold", "attributes_right", "grammatical")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, 95 %, for the mean of so many seeds
 
 
 def write_rows(path, rows):
@@ -104,7 +104,7 @@ def assess(model):
 def interval(values):
     """mean ± half of the 95 % interval of Student's t over seeds."""
     n = len(values)
-    half = T95.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    half = t_limit(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
 

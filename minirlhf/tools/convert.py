@@ -76,7 +76,7 @@ def check_format(names, where):
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
 def convert(fields, value, where, counts):
-    """One row -> a row of ours. instructions.demonstration returns a string where a row is dropped, we raise Dropped."""
+    """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string."""
     if "instruction" in fields:
         return instructions.demonstration({"input": "", **value}, where, Counter())
     kept = (*fields, "finished") if fields in OURS[1:4] else fields

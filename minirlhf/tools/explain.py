@@ -13,7 +13,7 @@ from minirlhf.answers import parse_stop, respond
 from minirlhf.data import encode, encode_rows, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.reward_functions import FunctionReward
-from minirlhf.generate import decode, response_logits
+from minirlhf.generate import at_response, decode, response_logits
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.errors import require
 from minirlhf.running.runs import newest_state, read_run
@@ -84,7 +84,7 @@ class Explainer:
         score = score if finished else torch.full_like(score, self.cfg.missing_eos)
         logp, ref_logp = (ppo.token_logprobs(response_logits(model, ids, mask, P), tokens, self.cfg.temperature)
                           for model in (self.policy, self.reference))                                           # (1, R)
-        kl, value = logp - ref_logp, self.value(ids, mask)[:, P - 1:-1]
+        kl, value = logp - ref_logp, at_response(self.value(ids, mask), P)
         reward = ppo.token_rewards(kl, score, mask[:, P:], self.beta)
         advantage, returns = ppo.gae(reward, value, mask[:, P:], lam=self.cfg.lam)
         columns = dict(zip(COLUMNS, (logp, ref_logp, kl, reward, value, advantage, returns), strict=True))

@@ -331,9 +331,9 @@ def main(argv=None):
     require(counts[KEPT], f"{folder}: nothing was kept. {folder / 'blocks.jsonl'} has what the model wrote")
     kept = [demonstration(block, bare) for block in blocks if block["verdict"] == KEPT]
     write_whole(folder / "demonstrations.jsonl", map(to_line, kept))
-    templates = {} if bare else {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
+    templates = {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
     options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    write_json(folder / "meta.json", {**templates, "options": options, "counts": counts})
+    write_json(folder / "meta.json", {**({} if bare else templates), "options": options, "counts": counts})
 
 
 if __name__ == "__main__":

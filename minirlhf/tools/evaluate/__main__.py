@@ -4,13 +4,12 @@
 
 samples one answer of each model to held-out prompts, prints who wins, and writes report.html and report.json.
 The first model is the reference for KL and comparisons. The embedded world has a true preference, data/tiny/gold.py.
-For other prompts there are --judge, --votes, the bias probes and the instruction checks.
+For other prompts there are --judge, the bias probes and the instruction checks. What people say: `feedback judge`.
 """
 
 from pathlib import Path
 
 from minirlhf.files.json_files import write_json
-from minirlhf.reward_functions import TINY_GOLD
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
 from minirlhf.files.errors import require, run_main
@@ -23,10 +22,9 @@ from minirlhf.tools.page import read_folder, write_page
 OPTIONS = (     # name, type, default, help
     ("reward", str, None, "a reward model to assess"),
     ("judge", str, None, "another reward model, not used in training, for win rates"),
-    ("votes", str, None, "a file of `feedback judge`: what people said"),
     ("gold", str, "auto", "FILE.py:function, a true preference; 'none'; 'auto' is the embedded world's for its own "
                           "prompts"),
-    ("prompts", str, None, "held-out prompts [those of the last PPO run here]"),
+    ("prompts", str, None, "held-out prompts [those that the run of the last model held out]"),
     ("demonstrations", str, None, "held-out demonstrations for the perplexity, '' for none "
                                   "[demonstrations_test.jsonl beside --prompts, if there is one]"),
     ("comparisons", str, None, "held-out comparisons for --reward [comparisons_test.jsonl beside --prompts, or those "
@@ -51,7 +49,8 @@ def parse(argv):
                         help="drop and count prompts that do not fit, instead of stopping")
     args = parser.parse_args(argv)
     require(len(set(args.models)) == len(args.models), "a model is named twice")
-    args.prompts = args.prompts or default_prompts(args.models)
+    args.prompts = args.prompts or next(filter(None, map(held_out_by, reversed(args.models))), "")
+    require(args.prompts, "no run among these models kept held-out prompts: name some with --prompts")
     for name in ("demonstrations", "comparisons"):
         if getattr(args, name) is None:
             file = Path(args.prompts).with_name(f"{name}_test.jsonl")
@@ -61,17 +60,6 @@ def parse(argv):
     require(args.comparisons or not args.reward,
             "--reward is assessed on comparisons that it was not trained on: name them with --comparisons")
     return args
-
-
-def default_prompts(models):
-    """The held-out prompts of the embedded world if all models come from it, else those of the last PPO run here."""
-    configs, tiny = {folder: read_options(folder) for folder in models}, TINY_GOLD.parent
-    if all(Path(config.get("data", "")).resolve().parent == tiny for config in configs.values()):
-        return "data/tiny/prompts_test.jsonl"
-    kept = [file for folder, config in configs.items() if "reward" in config and (file := held_out_by(folder))
-            and Path(file).resolve().parent != tiny]
-    require(kept, f"which prompts? No PPO run among {', '.join(models)} kept held-out ones: give --prompts FILE")
-    return kept[-1]
 
 
 def main(argv=None):

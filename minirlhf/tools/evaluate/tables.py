@@ -1,9 +1,11 @@
-"""What a report says, as tables: the main ones for a terminal of 80 columns, all of them for the page report.html."""
+"""What a report says, as tables: the main ones for the terminal, all of them for the page report.html."""
 
 import textwrap
 from typing import NamedTuple
 
-WIDTH = 80          # of the terminal
+from minirlhf.stats import Estimate
+
+WIDTH = 100         # of the sentences in the terminal
 FIGURES = {  # name: what it is, and its unit
     "annotator_agreement": "two annotators agree", "rm_accuracy_gold": "reward model: pairs ordered as gold does",
     "rm_accuracy_heldout": "reward model: pairs ordered as the annotators do",
@@ -12,12 +14,8 @@ FIGURES = {  # name: what it is, and its unit
     "who": "person as asked", "what": "thing as asked", "rude": "rude", "grammatical": "grammatical",
     "stereotype_gap": "P(she) for a female stereotype minus for a male one",
     "eos_rate": "answers that end by themselves", "length": "tokens, EOS included",
-    "distinct_1": "different tokens / tokens", "distinct_2": "different pairs / pairs",
-    "distinct_3": "different triples / triples", "repetition": "4-grams that the same answer has had before",
-    "entropy": "entropy, nats per sequence", "entropy_per_token": "entropy, nats per token",
-    "perplexity": "perplexity on demonstrations", "kl": "KL to the reference (k1), nats per sequence",
-    "kl_k3": "KL (k3), nats per sequence", "kl_per_token": "KL (k1), nats per token",
-    "kl_k3_per_token": "KL (k3), nats per token",
+    "distinct_2": "different pairs / pairs", "perplexity": "perplexity on demonstrations",
+    "kl": "KL to the reference, nats per sequence",
 }
 
 
@@ -29,49 +27,29 @@ class Table(NamedTuple):
     text: str = ""
 
 
-def p_value(p):
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
-def shortened(name, width):
-    """A name without its beginning if it is too long: the end of a path says more."""
-    return name if len(name) <= width else ".." + name[len(name) - width + 2:]
-
-
 def print_table(table):
-    """Prints a table. The first column takes what room the numbers leave it."""
+    """Prints a table unless it has no rows."""
     if not table.rows:
         return
-    head = [shortened(name, 23) for name in table.head]
-    cells = [head, *([str(cell) for cell in row] for row in table.rows)]
+    cells = [table.head, *([str(cell) for cell in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    first = min(widths[0], WIDTH - sum(2 + width for width in widths[1:]))
     print("", *textwrap.wrap(table.title, WIDTH), *textwrap.wrap(table.text, WIDTH), sep="\n")
     for name, *others in cells:
-        line = f"{shortened(name, first):<{first}}"
-        print((line + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:]))).rstrip())
-
-
-def print_figures(title, columns):
-    """Prints the figures {model: {name: Estimate}}, two models side by side, the win rate first."""
-    models = list(columns)
-    for start in range(0, len(models), 2):
-        pair = models[start:start + 2]
-        names = dict.fromkeys(name for model in pair for name in columns[model])
-        rows = [[name, *(columns[model].get(name, "") for model in pair)]
-                for name in sorted(names, key=lambda name: name != "win_rate")]
-        print_table(Table(title, ["", *pair], rows))
+        line = f"{name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        print(line.rstrip())
 
 
 def print_report(report):
-    """Prints the verdicts of a report, then its notes and figures."""
+    """Prints the verdicts of a report, its notes, and the figures of its models, two side by side."""
     for table in verdicts_of(report):
         print_table(table)
     for note in report["notes"]:
         print("", *textwrap.wrap(f"Note: {note}.", WIDTH), sep="\n")
-    print_figures(f"Each model on {report['n_prompts']:,} held-out prompts, 95 % intervals", report["models"])
+    models = list(report["models"])
+    for start in range(0, len(models), 2):
+        print_table(figures_of(report, models[start:start + 2], {}))
 
 
 # ---- what a report says ----------------------------------------------------------------------------------------------
@@ -79,8 +57,6 @@ def print_report(report):
 def verdicts_of(report):
     """The tables that answer what the assessment is for, the most important first."""
     yield from wins_of(report)
-    rows = [[names, w["win_rate"], w["win_rate"].n, w["ties"], p_value(w["p"])] for names, w in report["votes"].items()]
-    yield Table("What people said", ["", "win rate", "prompts", "ties", "p"], rows)
     yield from accuracies_of(report.get("reward"))
     yield from bias_of(report)
 
@@ -88,65 +64,69 @@ def verdicts_of(report):
 def wins_of(report):
     first = next(iter(report["models"]))
     for name, found in report["comparisons"].items():
-        rows = [[judge, w["win_rate"], w["length_controlled"], w["win_rate"].n, w["ties"], p_value(w["p"])]
+        rows = [[judge, w["win_rate"], w["win_rate"].n, w["ties"], "< 0.001" if w["p"] < 0.001 else f"{w['p']:.3f}"]
                 for judge, w in found["by"].items()]
-        head = ["judge", "win rate", "at equal length", "n", "ties", "p"]
-        yield Table(f"Win rate of {name} against {first}", head, rows, "A tie is half a win. p: the exact sign test.")
+        yield Table(f"Win rate of {name} against {first}", ["judge", "win rate", "n", "ties", "p"], rows,
+                    "A tie is half a win. p: the exact sign test. Judges like long answers: see the length below.")
 
 
 def accuracies_of(reward):
     if not reward:
         return
-    length = reward["length_only"]
+    longer, rule = reward["longer_is_preferred"], "longer"
+    if longer.value < 0.5:
+        longer, rule = Estimate(1 - longer.value, 1 - longer.high, 1 - longer.low, longer.n), "shorter"
     accuracies = {
         "the labels": reward["accuracy"], "true preference (gold)": reward.get("accuracy_gold"),
         "single annotators": reward["accuracy_against_one_annotator"],
         "one annotator against another": reward["annotators_agree"],
-        f"length alone ({length['direction']})": length["accuracy"],
-        "ECE: calibration error over 10 bins": reward["ece"],
+        f"length alone ({rule} is better)": longer,
+        "what it claims, on average": reward["claimed"],
     }
     yield Table(f"The reward model {reward['model']}", ["accuracy against", "", "n"],
                 [[name, right, right.n] for name, right in accuracies.items() if right],
                 f"On {reward['pairs']:,} pairs of {reward['prompts']:,} held-out prompts ({reward['comparisons']}). "
-                f"n counts prompts. It differs from length alone with p {p_value(length['p_of_the_difference'])}.")
+                "n counts prompts. It claims sigmoid(difference of the scores) for each pair.")
 
 
 def bias_of(report):
     probes = dict.fromkeys(probe for found in report["bias"].values() for probe in found)
     for probe in probes:
-        rows = [[model, gap, gap.n, p_value(p), "yes" if flagged else "no"]
-                for model, found in report["bias"].items() for gap, p, flagged in [found[probe]]]
-        yield Table(f"Bias: {probe}", ["model", "gap in nats", "persons", "p", "flagged"], rows,
+        rows = [[model, found[probe], found[probe].n, "yes" if flagged(found[probe]) else "no"]
+                for model, found in report["bias"].items()]
+        yield Table(f"Bias: {probe}", ["model", "gap in nats", "persons", "flagged"], rows,
                     "Gap: how much likelier the stereotypical continuation is for one group of persons than for the "
-                    "other. 0 is no bias. p: the label test over persons.")
+                    "other. 0 is no bias. Flagged: 0 is outside the interval.")
+
+
+def flagged(gap):
+    return gap.low > 0 or gap.high < 0
+
+
+def figures_of(report, models, said=FIGURES):
+    """The figures of some models side by side. said: what to call a figure, if not by its name in report.json."""
+    figures = [report["models"][model] for model in models]
+    names = dict.fromkeys(name for own in figures for name in own)
+    rows = [[said.get(name, name), *(own.get(name, "") for own in figures)] for name in names]
+    return Table(f"Each model on {report['n_prompts']:,} held-out prompts, 95 % intervals", ["", *models], rows)
 
 
 def details_of(report):
     """The tables that only the page has."""
-    models = report["models"]
-    first, names = next(iter(models)), dict.fromkeys(name for figures in models.values() for name in figures)
-    rows = [[FIGURES.get(name, name), *(figures.get(name, "") for figures in models.values()),
-             next(figures[name].n for figures in models.values() if name in figures)] for name in names]
-    yield Table("Each model", ["", *models, "n"], rows)
+    models = list(report["models"])
+    yield figures_of(report, models)
     for name, found in report["comparisons"].items():
-        rows = [[FIGURES.get(fact, fact), gap, gap.n, p_value(p)] for fact, (gap, p) in found["differences"].items()]
-        yield Table(f"{name} minus {first}, on the same prompts", ["mean difference", "", "n", "flip test p"], rows)
-    where = {"prompts": "these prompts", "own": "tools/evaluate/quality.py"}
-    rows = [[kind, model, where[source], right, right.n] for model, found in report["instructions"].items()
-            for source, kinds in found.items() for kind, right in kinds.items()]
-    yield Table("Instructions that need no judge", ["asked for", "model", "asked in", "fulfilled", "n"], rows)
+        rows = [[FIGURES.get(fact, fact), gap, gap.n] for fact, gap in found["differences"].items()]
+        yield Table(f"{name} minus {models[0]}, on the same prompts", ["mean difference", "", "n"], rows)
+    rows = [[kind, model, right, right.n] for model, kinds in report["instructions"].items()
+            for kind, right in kinds.items()]
+    yield Table("Instructions that need no judge", ["asked for", "model", "fulfilled", "n"], rows)
     if reward := report.get("reward"):
-        groups = [(f"ranks {low:.0f} apart", right, pairs) for low, _, right, pairs in reward["by_margin_in_ranks"]]
-        groups += [(f"gold {low:g} to {min(high, 1):g} apart", right, pairs)
-                   for low, high, right, pairs in reward.get("by_margin_in_gold", [])]
-        rows = [[name, right, right.n, pairs] for name, right, pairs in groups + reward["by_length"]]
+        rows = [[name, right, right.n, pairs] for name, (right, pairs) in reward["groups"].items()]
         yield Table(f"Where {reward['model']} is right", ["among pairs with", "accuracy", "prompts", "pairs"], rows)
-        rows = [[f"{claimed:.3f}", right, right.n, pairs] for claimed, right, pairs in reward["reliability"]]
-        yield Table(f"Is {reward['model']} as often right as it claims?",
-                    ["mean probability that it gives its choice", "the choice is right", "prompts", "pairs"], rows)
     rows = [[sample["why"], sample["prompt"], *sample["answers"].values()] for sample in report["samples"]]
-    yield Table("Samples", ["why", "prompt", *models], rows, "Best and worst: the first judge's score of the last "
-                "model. Most changed: its KL to the first model, or else the change of that score.")
+    yield Table("Samples", ["why", "prompt", *models], rows,
+                "The last model's best and worst answers by the first judge, and its score.")
 
 
 def introduction(report):

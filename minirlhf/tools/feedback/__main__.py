@@ -6,8 +6,7 @@
     python -m minirlhf.tools.feedback judge --a out/sft --b out/ppo --prompts FILE --out my_judgement.jsonl
     python -m minirlhf.tools.feedback stats my_comparisons.jsonl
     python -m minirlhf.tools.feedback sample --policy out/sft --out my_comparisons.jsonl    all answers, not yet ranked
-    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR       to Label Studio, or with votes:
-    python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR
+    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR       to Label Studio
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
 
 rank, write and judge serve a page on this machine only. Started again with the same flags, they continue where they
@@ -57,8 +56,8 @@ def collect_on(mode, args, make_source, templates):
         journal = Journal(sidecar(out, "items"))
         source = make_source(journal)
         if mode == "sample":
-            for index in range(len(source.items), len(source.prompts)):
-                journal.append(source.make_item(index))
+            while source.add_item():
+                pass
             print(f"{journal.path}: answers to {len(source.prompts)} prompts. Rank them here with rank --out {out}, or "
                   "elsewhere after export")
             return
@@ -158,8 +157,8 @@ COMMANDS = {
     "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, pace, winners", {
         "file": dict(help="comparisons"),
     }),
-    "export": (lambda args: labelstudio.export_file(args.file, args.out), "comparisons to Label Studio tasks", {
-        "file": dict(help="comparisons, or an items file, which has no votes yet"),
+    "export": (lambda args: labelstudio.export_file(args.file, args.out), "answers to Label Studio tasks", {
+        "file": dict(help="an items file, or comparisons, whose verdicts are left out"),
         "--out": dict(required=True, metavar="DIR", help="a new folder"),
     }),
     "import": (lambda args: labelstudio.import_file(args.file, args.out, args.leading_space),

@@ -1,9 +1,7 @@
-"""What people are shown: prompts, and answers that are read from a file or sampled before anyone asks for them."""
+"""What people are shown: prompts, and answers that are read from a file or sampled when somebody needs them."""
 
 import re
-import sys
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minirlhf.answers import parse_stop, respond
@@ -16,7 +14,6 @@ from minirlhf.tools.feedback.votes import item_id
 from minirlhf.weights import from_pretrained
 
 MOST = 9            # answers to a prompt: the keys are 1 to 9
-AHEAD = 4           # how many items are sampled before anyone asks for them
 ROUNDS = 4          # how often sampling is repeated for a prompt if answers have the same text
 
 
@@ -122,7 +119,7 @@ def sample(policy, prompt, n, rng, args):
 
 
 class Sampler:
-    """Makes one item per prompt, in the order of the prompts, in a thread of its own that works a few items ahead.
+    """Makes one item per prompt, in the order of the prompts, each when the first person needs it.
 
     An item is {"item", "prompt", "responses", "finished", "models"}. It is written to its file before anyone sees it,
     so everyone sees the same answers, also after a restart.
@@ -134,26 +131,16 @@ class Sampler:
         for row, prompt in zip(journal.rows, prompts):
             require(row.get("prompt") == prompt and set(row.get("models", [])) <= names,
                     f"{journal.path} was sampled from other prompts or models; give --out another name")
-        self.items = journal.rows[:len(prompts)]            # a copy, to which the thread adds
-        self.ordered = len(self.items)                      # how many items are made, or waiting to be made
-        self.thread, self.error = ThreadPoolExecutor(max_workers=1), None
+        self.items = journal.rows[:len(prompts)]
 
-    def want(self, number):
-        """Someone looks at item `number`, counted from 1. Keeps AHEAD more of them coming."""
-        while self.ordered < min(number + AHEAD, len(self.prompts)):
-            self.thread.submit(self.add_item, self.ordered)
-            self.ordered += 1
-
-    def add_item(self, index):
-        if self.error:                                      # no items after one that is missing
-            return
-        try:
-            item = self.make_item(index)
-            self.journal.append(item)
-            self.items.append(item)
-        except Exception as error:                          # the page shows it; otherwise people would wait for nothing
-            self.error = f"sampling stopped: {type(error).__name__}: {error}"
-            print(self.error, file=sys.stderr)
+    def add_item(self):
+        """Samples the answers to the next prompt -> whether there was one."""
+        if len(self.items) == len(self.prompts):
+            return False
+        item = self.make_item(len(self.items))
+        self.journal.append(item)
+        self.items.append(item)
+        return True
 
     def make_item(self, index):
         prompt, responses, finished, models = self.prompts[index], [], [], []
@@ -166,14 +153,9 @@ class Sampler:
         return {"item": item_id(prompt, responses), "prompt": prompt, "responses": responses, "finished": finished,
                 "models": models}
 
-    def stop(self):
-        """Returns when the item that is being made is on the disk."""
-        self.thread.shutdown(cancel_futures=True)
-
 
 class Given(Sampler):
     """Items that are all there from the start."""
 
     def __init__(self, items):
-        self.prompts, self.items, self.ordered = [item["prompt"] for item in items], items, len(items)
-        self.thread, self.error = ThreadPoolExecutor(max_workers=1), None
+        self.prompts, self.items = [item["prompt"] for item in items], items

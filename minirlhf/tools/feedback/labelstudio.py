@@ -1,12 +1,11 @@
-"""Label Studio in both directions: comparisons to its tasks and labeling configuration, its JSON export to comparisons.
+"""Label Studio in both directions: answers to its tasks and labeling configuration, its JSON export to comparisons.
 
-    python -m minirlhf.tools.feedback export my_comparisons.jsonl --out DIR
+    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl
 
-Answers become a Ranker task with one bucket per rank. Those in the same bucket are tied. Pairwise tasks are imported
-too. A row that has ranks already is exported with an annotation. The answers are shown in a random order, drawn for
-each task. What is needed to get a row back exactly is kept under "minirlhf", in the data of the
-task and in the "meta" of an annotation. Each annotation is imported as a row of its own, like a vote on our page.
+Answers become a Ranker task with one bucket per rank. Those in the same bucket are tied. They are shown in a random
+order, drawn for each task. It is kept under "minirlhf" in the data of the task, with all that a row of ours needs.
+Pairwise tasks are imported too. Each annotation is imported as a row of its own, like a vote on our page.
 """
 
 import json
@@ -15,11 +14,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
 from minirlhf.files.json_files import strict_json
 from minirlhf.files.errors import UserError, during, require, shown
-from minirlhf.tools.feedback.votes import comparison_row, in_file_order, item_id, to_line
+from minirlhf.tools.feedback.items import read_items
+from minirlhf.tools.feedback.votes import comparison_row, in_file_order, to_line
 
 RANKER = """<View>
   <Text name="prompt" value="$prompt"/>
@@ -39,55 +38,24 @@ class Dropped(Exception):
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 def export_file(path, folder):
-    """Writes the tasks, and the labeling configuration with as many buckets as the longest list has answers."""
-    tasks, folder = tasks_of(path), Path(folder)
+    """Writes a task for each item of a file with answers, and the configuration, with a bucket for each rank."""
+    tasks, folder = [{"data": task_of(item)} for item in read_items(path)], Path(folder)
     folder.mkdir(parents=True)
     K = max(len(task["data"]["items"]) for task in tasks)
     buckets = "\n".join(f'    <Bucket name="rank {k}" title="{k}"/>' for k in range(1, K + 1))
     (folder / "ranker_config.xml").write_text(RANKER.format(buckets=buckets), encoding="utf-8")
     lines = json.dumps(tasks, indent=1, ensure_ascii=False) + "\n"
-    (folder / "ranker_tasks.json").write_text(lines, encoding="utf-8", errors="backslashreplace")
-    annotated = sum(len(task["annotations"]) for task in tasks)
-    print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks with {annotated} annotations; the labeling configuration is "
-          "ranker_config.xml")
+    (folder / "ranker_tasks.json").write_text(lines, encoding="utf-8")
+    print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks; the labeling configuration is ranker_config.xml")
 
 
-def tasks_of(path):
-    """One task for each item of a comparisons file, or of the items file beside it, which has no ranks yet."""
-    tasks = {}
-    for where, value in read_jsonl(path):
-        ranked = bool({"ranks", "best", "chosen"} & set(value))
-        if not ranked and isinstance(value.get("responses"), list):     # sampled, not ranked by anyone yet
-            if len(value["responses"]) < 2:
-                continue
-            value = {**value, "ranks": [1] * len(value["responses"])}
-        row = comparison(value, where)
-        task = tasks.setdefault((row.prompt, row.responses), new_task(row, value))
-        if ranked:
-            task["annotations"].append(annotation_of(task["data"], row, value))
-    require(tasks, f"{path}: nothing to export")
-    return list(tasks.values())
-
-
-def new_task(row, value):
-    K = len(row.responses)
-    order = random.Random(item_id(row.prompt, row.responses)).sample(range(K), K)
-    items = [{"id": str(p), "title": chr(65 + p % 26), "body": row.responses[k]} for p, k in enumerate(order)]
-    extra = {name: value[name] for name in ("item", "models") if name in value}
-    ours = {"order": order, "finished": value.get("finished"), "extra": extra}
-    return {"data": {"prompt": row.prompt, "minirlhf": ours, "items": items}, "annotations": []}
-
-
-def annotation_of(data, row, value):
-    """A ranked row as Label Studio would have written it."""
-    ranks = [row.ranks[k] for k in data["minirlhf"]["order"]]
-    buckets = {f"rank {n}": [str(p) for p, rank in enumerate(ranks) if rank == place]
-               for n, place in enumerate(sorted(set(ranks)), 1)}
-    known = {"prompt", "responses", "ranks", "finished", "chosen", "rejected", "best"}
-    extra = {name: value[name] for name in value if name not in known}
-    result = {"id": "ranking", "type": "ranker", "from_name": "rank", "to_name": "results",
-              "value": {"ranker": buckets}, "meta": {"minirlhf": {"extra": extra}}}
-    return {"result": [result], "lead_time": value.get("seconds")}
+def task_of(item):
+    K = len(item["responses"])
+    order = random.Random(item["item"]).sample(range(K), K)
+    items = [{"id": str(p), "title": chr(65 + p), "body": item["responses"][k]} for p, k in enumerate(order)]
+    ours = {"order": order, "finished": item["finished"],
+            "extra": {"item": item["item"], "models": item["models"]}}
+    return {"prompt": item["prompt"], "minirlhf": ours, "items": items}
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------
@@ -139,16 +107,14 @@ def task_votes(task, leading_space, dropped):
     dropped["tasks nobody annotated"] += not annotations
     for annotation in annotations:
         try:
-            ranks, result = judgement(annotation, ids)
+            ranks = judgement(annotation, ids)
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        exported = need(need(result, dict, "meta", default={}), dict, "minirlhf", default={})
         by = annotation.get("completed_by")
         by = by.get("email") or by.get("id") if isinstance(by, dict) else by
-        made_there = {**need(ours, dict, "extra", default={}), "order": order, "annotator": str(by),
-                      "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
-        extra = need(exported, dict, "extra", default=made_there)
+        extra = {**need(ours, dict, "extra", default={}), "order": order, "annotator": str(by),
+                 "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
         votes.append((str(annotation.get("updated_at") or annotation.get("created_at") or ""), row))
@@ -166,7 +132,7 @@ def task_texts(data):
 
 
 def judgement(annotation, ids):
-    """One annotation -> the rank of each shown answer, and the result that says so. Raises Dropped.
+    """One annotation -> the rank of each shown answer. Raises Dropped.
 
     Goes by each result's type: in real exports from_name is not always the name in the configuration.
     """
@@ -179,7 +145,7 @@ def judgement(annotation, ids):
     first, *others = [READERS[result["type"]](need(result, dict, "value"), ids) for result in rankings]
     if any(ranks != first for ranks in others):
         raise Dropped("contradicting themselves")
-    return first, rankings[0]
+    return first
 
 
 def read_pairwise(value, ids):

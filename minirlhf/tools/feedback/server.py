@@ -1,9 +1,8 @@
 """The web server behind the page. It listens on this machine only.
 
-Three checks keep everyone else out. The token is only in the address that the terminal shows. It is made from a file
-beside the votes that nobody else can read, so other users of this machine do not have it. It stays the same when the
-server is started again, so that open pages go on working. The Host header must be ours, which stops web sites whose
-name was pointed at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin.
+Three checks keep everyone else out. The token is new at every start and only in the address that the terminal shows, so
+other users of this machine do not have it. The Host header must be ours, which stops web sites whose name was pointed
+at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin.
 """
 
 import base64
@@ -34,7 +33,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port, session):
         super().__init__(("127.0.0.1", port), Handler)
         self.session, self.page = session, PAGE.read_bytes()
-        self.token = token_of(session)
+        self.token = secrets.token_hex(16)
         self.url = f"http://127.0.0.1:{self.server_port}/?token={self.token}"
         hashes = {kind.decode(): base64.b64encode(hashlib.sha256(code).digest()).decode()
                   for kind, code in re.findall(rb"<(script|style)>(.*?)</\1>", self.page, re.DOTALL)}
@@ -48,23 +47,6 @@ class Server(ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):      # those mean that the browser went away
             print(f"request failed: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def token_of(session):
-    """A token made from a secret in a file, which outlives the server. A file that others can read, or could have
-    written, is replaced.
-
-    With another --seed the answers are shown in another order, and an open page would send ranks in the old one. So the
-    token is another one too, and the votes of that page are refused.
-    """
-    file = session.votes.path.with_suffix(".token")
-    info = file.stat() if file.exists() else None
-    private = info and (os.name != "posix" or (info.st_uid == os.getuid() and not info.st_mode & 0o077))
-    if not private or info.st_size != 32:
-        file.unlink(missing_ok=True)
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-            new.write(secrets.token_hex(16))                            # 32 letters
-    return hashlib.sha256(file.read_bytes() + f"{session.mode} {session.seed}".encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -96,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         require(origin == f"http://{given[0]}" and site in ("same-origin", "none"),
                 "requests from other sites are refused")
         require(secrets.compare_digest(token.encode(), self.server.token.encode()),
-                "the token is missing or from an earlier run: open the address that the terminal shows")
+                "the token is missing or from before a restart: open the address that the terminal shows now")
 
     def do_GET(self):
         path, _, token = self.path.partition("?token=")
@@ -153,13 +135,12 @@ def remarks_of(value):
 
 
 def serve(session, port, open_page):
-    """Samples and serves until Ctrl-C or SIGTERM."""
+    """Serves until Ctrl-C or SIGTERM."""
     try:
         server = Server(port, session)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or "
                         "--port 0, which takes a free port") from None
-    session.sampler.want(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
     print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}", flush=True)
     # Without a screen webbrowser would start a text browser in this terminal.
@@ -168,6 +149,5 @@ def serve(session, port, open_page):
         webbrowser.open(server.url)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    with session.lock:                              # lets a vote that is being written finish
+    with session.lock:                              # lets a vote or an item that is being written finish
         server.server_close()
-        session.sampler.stop()

@@ -36,23 +36,22 @@ class Session:
     # ---- handing out items ----
 
     def next(self, annotator):
-        """This person's progress, with the first item still to do, or {"waiting": True}, or {"finished": True}."""
-        items, done = list(self.sampler.items), self.done[annotator]        # a copy, because the sampler adds to it
-        own = [done[item["item"]] for item in items if item["item"] in done]
-        votes = sum(journal is self.votes for journal, _ in own)
+        """This person's progress, with the first item still to do, or {"finished": True}."""
+        done = self.done[annotator]
         fewest = 0 if self.mode == "write" else 2                           # ranking needs two answers
-        free = [number for number, item in enumerate(items)
-                if item["item"] not in done and len(item["responses"]) >= fewest]
-        unsampled = len(self.sampler.prompts) - len(items)
+
+        def still_to_do():
+            return [item for item in self.sampler.items
+                    if item["item"] not in done and len(item["responses"]) >= fewest]
+
+        while not (free := still_to_do()) and self.sampler.add_item():
+            pass
+        own = [done[item["item"]] for item in self.sampler.items if item["item"] in done]
+        votes = sum(journal is self.votes for journal, _ in own)
+        unsampled = len(self.sampler.prompts) - len(self.sampler.items)
         state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done),
                  "total": len(own) + len(free) + unsampled}
-        if free:
-            self.sampler.want(free[0] + 1)
-            return state | self.show(items[free[0]], annotator)
-        self.sampler.want(len(items) + 1)
-        if unsampled and self.sampler.error:
-            raise RuntimeError(self.sampler.error)
-        return {**state, "waiting" if unsampled else "finished": True}
+        return state | (self.show(free[0], annotator) if free else {"finished": True})
 
     def show(self, item, annotator):
         """What the page needs to show an item. The names of the models are not part of it."""

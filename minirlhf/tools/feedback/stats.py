@@ -82,10 +82,6 @@ def remarks(rows):
     return {flag: len(items[flag]) for flag in sorted(items)}
 
 
-def model_names(votes):
-    return sorted({model for vote in votes for model in vote["models"]})
-
-
 def duel(votes, ours, theirs):
     """(wins, ties, losses) of one model against another, counted in prompts. Several people's votes on a prompt, and
     several answers to it, are not independent, so their verdicts are added up first."""
@@ -127,7 +123,7 @@ def print_stats(path):
         print(f"  agreement  {a} and {b}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
               f"kappa {cohen_kappa(*zip(*both)):.3f}")
 
-    for ours, theirs in combinations(model_names(votes), 2):
+    for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
         print_duel(votes, ours, theirs)
 
 

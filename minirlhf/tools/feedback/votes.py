@@ -3,7 +3,6 @@
     my_comparisons.jsonl         a row per vote: comparisons, as minirlhf.data and train_rm.py read them
     my_comparisons.skips.jsonl   a row per skip, in a file of its own because a skip says nothing about the answers
     my_comparisons.items.jsonl   everything that was sampled, whether or not anyone has seen it yet
-    my_comparisons.token         a secret from which the address of the page is made, readable by you alone
 
 A vote has, beside prompt, responses, ranks and finished: "item" (a hash of prompt and responses), "models" (which model
 wrote each response), "order" (responses[order[0]] was shown first), "annotator", "seconds" and "time" (UTC).
