@@ -28,7 +28,7 @@ KEPT = {            # {what a command has in it: lines of its output to keep}; a
     "--reward calm.py": rf"{ROW}|.*warning: .*",
     "--beta 0": rf"{ROW}|.*warning: .*",
     "mystery": rf"PPO: .*|{ROW}|.*warning: .*|\|.*|(default|mystery_\d+), seed.*",
-    "evaluate out/sft out/ppo": r"(?!mood|who|what |distinct_[13]|repetition|entropy_per|kl_|wrote).*",
+    "evaluate out/sft out/ppo": r"(?!The reward|On \d|counts|claims|accuracy|true|single|one|length alone|what|who|mood|wrote|the labels).*",
     "evaluate out/sft --reward": r"The reward model.*|accuracy against.*|.*\[.*\].*512|.*ECE.*",
 }
 
