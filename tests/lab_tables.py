@@ -162,8 +162,9 @@ TABLES = {
         "gradient": lambda: course_table(full=("algo_reinforce", "algo_reinforce_baseline")),
         "whitening": lambda: course_table(short=("ablate_whitening", "bug_whiten_rows")),
         "lambda": lambda: course_table(short=("ablate_lam_0", "ablate_lam_1", "ablate_separate_value")),
-        "clip": lambda: course_table(("algo_reinforce_epochs", "algo_reinforce_clip"), ("ablate_epochs", "ablate_clip")),
-        "kl": lambda: course_table(("algo_grpo", "algo_grpo_k3", "algo_dpo"), ("ablate_kl",)),
+        "clip": lambda: course_table(full=("algo_reinforce_epochs", "algo_reinforce_clip"),
+                                     short=("ablate_epochs", "ablate_clip")),
+        "kl": lambda: course_table(full=("algo_grpo", "algo_grpo_k3", "algo_dpo"), short=("ablate_kl",)),
     },
 }
 
