@@ -20,13 +20,14 @@ COURSE = ROOT / "minirlhf/COURSE.md"
 MODELS = ("sft", "rm", "ppo")
 RUN = re.compile(r"^    (?P<command>\S[^\n]*)\n\n<details><summary>What it prints</summary>\n\n"
                  r"```text\n(?P<output>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-ROW = r" +\d+ .*|  +step .*"         # of a script's table
+ROW = r" +\d*[02468] .*|  +step .*"  # of a script's table: every other row
 KEPT = {            # {what a command has in it: lines of its output to keep}; all lines without an entry
     "train_sft.py": rf"SFT: .*|{ROW}|  perplexity.*",
-    "--explain": r"(?!> *$).*",
+    "--explain": r"(?!> *$|(state|action|V\(state\)|reward|return|advantage)  ).*",       # lesson 5 explains them
     "--reward calm.py": rf"{ROW}|.*warning: .*",
     "--beta 0": rf"{ROW}|.*warning: .*",
     "mystery": rf"PPO: .*|{ROW}|.*warning: .*|\|.*|(default|mystery_\d+), seed.*",
+    "evaluate out/sft out/ppo": r"(?!The reward|On \d|counts|claims|accuracy|.* 512$|mood|wh|wrote|A tie|Note|says).*",
     "evaluate out/sft --reward": r"The reward model.*|accuracy against.*|.*\[.*\].*512",
 }
 

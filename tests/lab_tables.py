@@ -1,4 +1,4 @@
-"""Writes the tables of minirlhf/patches/README.md and DETAILS.md from minirlhf/patches/results.jsonl and signs.jsonl.
+"""Writes the tables of patches/README.md, DETAILS.md and COURSE.md (in minirlhf/) from results.jsonl and signs.jsonl.
 
     python tests/lab_tables.py
 
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from minirlhf.tools import experiment                           # noqa: E402
 
 README, DETAILS = ROOT / "minirlhf/patches/README.md", ROOT / "minirlhf/DETAILS.md"
+COURSE = ROOT / "minirlhf/COURSE.md"
 SHORT = 20          # iterations of the runs of ablations and bugs
 
 
@@ -113,6 +114,26 @@ def effects_table():
             *(line for _, line in sorted(found))]
 
 
+def course_rows(iterations, names):
+    """A row per patch, after the default at the same length. 0 iterations: as many as the script says, 80."""
+    rows, lines = [row for row in rows_with(iterations) if "gold" in row], []
+    default = {row["seed"]: row for row in rows if row["patch"] == "default"}
+    for name in ("default", *names):
+        own = [row for row in rows if row["patch"] == name]
+        cells = [experiment.summary([row[figure] for row in own], digits) if len(own) > 2
+                 else by_seed(rows, name, figure, digits) for figure, digits in (("gold", 3), ("kl", 1))]
+        gap = experiment.against_default(own, default) if name != "default" else ""
+        label = name if name == "default" else f"[{name}](patches/{name}.patch)"
+        lines.append(f"| {label} | {iterations or 80} | {len(own)} | {' | '.join(cells)} | {gap} |")
+    return lines
+
+
+def course_table(full=(), short=()):
+    """What a derivation in COURSE.md is worth: patches with full runs, and patches with short ones."""
+    return ["| | iterations | seeds | gold | KL | gold minus default |", "|" + "---|" * 6,
+            *(course_rows(0, full) if full else ()), *(course_rows(SHORT, short) if short else ())]
+
+
 def draw(out):
     """Gold against KL at the end of training: a point per seed, a colour per algorithm."""
     from matplotlib.figure import Figure
@@ -132,6 +153,14 @@ def draw(out):
 TABLES = {
     README: {"algorithms": algorithms_table, "ablations": ablations_table, "bugs": bugs_table},
     DETAILS: {"effects": effects_table},
+    COURSE: {
+        "gradient": lambda: course_table(full=("algo_reinforce", "algo_reinforce_baseline")),
+        "whitening": lambda: course_table(short=("ablate_whitening", "bug_whiten_rows")),
+        "lambda": lambda: course_table(short=("ablate_lam_0", "ablate_lam_1", "ablate_separate_value")),
+        "clip": lambda: course_table(full=("algo_reinforce_epochs", "algo_reinforce_clip"),
+                                     short=("ablate_epochs", "ablate_clip")),
+        "kl": lambda: course_table(full=("algo_grpo", "algo_grpo_k3", "algo_dpo"), short=("ablate_kl",)),
+    },
 }
 
 
