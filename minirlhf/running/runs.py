@@ -84,14 +84,12 @@ class Run:
                 f"--resume: {self.folder} is finished. A PPO run is extended by more --iterations with "
                 "--allow_changes")
         self.rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] < step]
-        require([row["step"] for row in self.rows] == list(range(step)),
-                f"{self.folder}/metrics.jsonl: does not hold the steps 0 to {step - 1} of this run")
         if self.first:
             if file != files[0]:                                # or it would become the checkpoint before the next one
                 files[0].rename(self.folder / "state.damaged.pt")
             if report.exists():
                 report.rename(self.folder / f"report.{step}.json")
-            for log in self._logs():
+            for log in filter(Path.exists, map(self.folder.joinpath, LOGS)):
                 write_rows(log, [row for row in read_rows(log) if row["step"] < step])
             if changed:
                 self._write_run_json()
@@ -181,8 +179,9 @@ class Run:
         due = time.time() - self.saved_at >= self.saving_takes / SAVING
         if self.first and (due or done == self.total or self.interrupted):
             begun = time.time()
-            self._save({"step": done, "seconds": self.seconds()} | {
-                name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()})
+            state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+            with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
+                torch.save({"step": done, "seconds": self.seconds(), **state}, file)
             self.saved_at, self.saving_takes = time.time(), time.time() - begun
         if done == self.total:
             signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows can be repeated
@@ -191,16 +190,6 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt(f"interrupted: {self.folder} is saved after step {done} of {self.total}; the same "
                                     "command with --resume continues from there")
-
-    def _logs(self):
-        return [self.folder / name for name in LOGS if (self.folder / name).exists()]
-
-    def _save(self, state):
-        for log in self._logs():
-            with open(log, "ab") as rows:
-                os.fsync(rows.fileno())                         # the rows before this step must survive too
-        with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
-            torch.save(state, file)
 
     def report(self, values):
         """report.json, which marks the run as finished. The checkpoint before the last one is no longer needed."""
