@@ -23,10 +23,11 @@ ITERATIONS, KILLS = 20, 20
 SHORT = ["--iterations", ITERATIONS]
 START = """import sys
 sys.path.insert(0, {root!r})
-from minirlhf.running import errors, runs
+from minirlhf.files.errors import run_main
+from minirlhf.running import runs
 runs.SAVING = {saving}
 import {script}
-errors.run_main({script}.main)
+run_main({script}.main)
 """
 OFTEN, SELDOM = 1e9, 1e-12              # runs.SAVING: a checkpoint after every step, or after the first and the last only
 
