@@ -171,7 +171,7 @@ def test_a_reward_function_that_goes_wrong_later_ends_the_run_with_prompt_and_re
     write_reward(world, f"{value} if len(calls) > 2 else scores", "calls = []",
                  "calls.append(1); scores = [float(len(r)) for r in responses]")
     with pytest.raises(UserError, match=f"^the reward function {says}") as error:
-        run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3)
+        run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3, "--epochs", 1)
     assert "\n" not in str(error.value)
     assert torch.load(world / "ppo/state.pt", weights_only=True)["step"] == 1
     assert not (world / "ppo/model.safetensors").exists()
