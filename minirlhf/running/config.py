@@ -52,6 +52,7 @@ def parse(config_class, description, presets, argv=None):
 
 def check_number(field, value):
     """UserError unless a number of a config is one that PyTorch can hold, and at least the least value of its field."""
+    require(isinstance(value, (field.type, int)), f"--{field.name} wants {field.type.__name__}, not {shown(value)}")
     most, said = (math.inf, "infinity") if field.type is float else (2**63, "2^63")
     require(field.type not in (int, float) or abs(value) < most,         # False for nan, too
             f"--{field.name} must be a number below {said}, not {shown(value)}")
