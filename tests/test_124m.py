@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
 
 def run(script, *flags):
     environment = {"PATH": "/usr/bin:/bin", "MINIRLHF_GPT2_VOCAB": str(VOCAB)}
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script} as s; s.SAMPLES = 4; s.main()"
+    start = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from minirlhf import answers; answers.SAMPLES = 4; "
+             f"import {script}; {script}.main()")
     done = subprocess.run([sys.executable, "-c", start, "--preset", "gpt2", "--batch_size", "4", "--heldout", "", *map(str, flags)],
                           capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -41,33 +41,6 @@ def names_in(file):
     return names
 
 
-def numbered(part):
-    """The entries of the numbered lists of a part of DETAILS.md: {number: text}."""
-    text = DETAILS.read_text().split(part)[1].split("\n## ")[0]
-    pieces = re.split(r"^(\d+)\. ", text, flags=re.MULTILINE)[1:]
-    return {int(number): entry for number, entry in zip(pieces[::2], pieces[1::2])}
-
-
-def test_all_33_details_are_there_each_with_a_test_or_a_patch():
-    details = numbered("## Part 2: The 33 details\n")
-    assert list(details) == list(range(1, 34))
-    assert [n for n, entry in details.items() if '"test_' not in entry and ".patch)" not in entry] == []
-
-
-def test_all_25_traps_are_there_each_with_a_test():
-    traps = numbered("## The 25 traps\n")
-    assert list(traps) == list(range(1, 26))
-    tests = names_in("tests/test_traps.py")
-    for number, entry in traps.items():
-        assert '"test_' in entry or any(name.startswith(f"test_trap_{number:02}_") for name in tests), number
-
-
-def test_every_promise_names_a_test():
-    text = (ROOT / "minirlhf/running/README.md").read_text().split("## What is promised\n")[1]
-    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert len(rows) > 10 and [row for row in rows if '"test_' not in row] == []
-
-
 @pytest.mark.parametrize("file, name", NAMED)
 def test_every_name_exists(file, name):
     assert name in names_in(file)
@@ -85,10 +58,3 @@ def test_the_values_are_those_of_the_scripts(script, options):
 
 def test_there_are_names_and_values_to_check():
     assert len(VALUES) > 10 and len(NAMED) > 60
-
-
-def test_something_that_does_not_exist_is_noticed():
-    with pytest.raises(AssertionError):
-        test_every_name_exists("minirlhf/ppo.py", "whitening")
-    with pytest.raises(AssertionError):
-        test_the_values_are_those_of_the_scripts("train_ppo", " --lam 0.9")

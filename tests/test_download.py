@@ -71,24 +71,16 @@ def test_a_download_shows_a_bar_and_leaves_only_the_file(server, tmp_path, capsy
     assert f"downloading {server.url}/a/resolve/main/f" in shown and "100%" in shown
 
 
-@pytest.mark.parametrize("path", ["a/resolve/main/f", "plain/f"])
-@pytest.mark.parametrize("sha256", [None, SHA256])
-def test_a_transfer_that_breaks_off_leaves_nothing_and_the_next_run_succeeds(server, tmp_path, path, sha256):
+@pytest.mark.parametrize("path, sha256, says", [("a/resolve/main/f", None, "300000 of 1024000 bytes arrived"),
+                                                ("plain/f", SHA256, "")])
+def test_a_transfer_that_breaks_off_leaves_nothing_and_the_next_run_succeeds(server, tmp_path, path, sha256, says):
     server.cut = 300_000
-    with pytest.raises(UserError, match="cannot be downloaded.*run this again.*put it at .*/f") as error:
+    with pytest.raises(UserError, match=f"cannot be downloaded.*{says}.*run this again.*put it at .*/f") as error:
         download(f"{server.url}/{path}", tmp_path / "f", sha256)
     assert "\n" not in str(error.value) and list(tmp_path.glob("f*")) == []
     server.cut = None
     download(f"{server.url}/{path}", tmp_path / "f", sha256)
     assert (tmp_path / "f").read_bytes() == DATA
-
-
-def test_without_a_hash_the_length_is_checked(server, tmp_path):
-    server.cut = 300_000
-    for path in ("a/resolve/main/f", "plain/f"):
-        with pytest.raises(UserError, match="300000 of 1024000 bytes arrived"):
-            download(f"{server.url}/{path}", tmp_path / "f")
-    assert list(tmp_path.glob("f*")) == []
 
 
 def test_a_wrong_sha256_is_thrown_away(server, tmp_path):
@@ -97,9 +89,8 @@ def test_a_wrong_sha256_is_thrown_away(server, tmp_path):
     assert list(tmp_path.glob("f*")) == []
 
 
-@pytest.mark.parametrize("states_length", [True, False])
-def test_a_plain_server_is_enough(server, tmp_path, states_length):
-    server.states_length = states_length
+def test_a_server_that_states_no_length_is_enough(server, tmp_path):
+    server.states_length = False
     download(f"{server.url}/plain/f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA
 
@@ -111,7 +102,7 @@ def test_several_processes_download_a_file_once(server, tmp_path):
 
 
 def test_what_is_not_there_or_not_reachable_is_one_clear_error(server, tmp_path):
-    for url in (f"{server.url}/a/resolve/main/gone", "http://127.0.0.1:9/f", "no-scheme.example/f"):
+    for url in (f"{server.url}/a/resolve/main/gone", "http://127.0.0.1:9/f"):
         with pytest.raises(UserError, match=f"{url} cannot be downloaded.*put it at {tmp_path / 'f'}") as error:
             download(url, tmp_path / "f")
         assert "\n" not in str(error.value)

@@ -19,14 +19,15 @@ from small_world import ppo_flags, script_flags, small_world
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
-ITERATIONS, KILLS = 20, 20
+ITERATIONS, KILLS = 20, 12
 SHORT = ["--iterations", ITERATIONS]
 START = """import sys
 sys.path.insert(0, {root!r})
-from minirlhf.running import errors, runs
+from minirlhf.files.errors import run_main
+from minirlhf.running import runs
 runs.SAVING = {saving}
 import {script}
-errors.run_main({script}.main)
+run_main({script}.main)
 """
 OFTEN, SELDOM = 1e9, 1e-12              # runs.SAVING: a checkpoint after every step, or after the first and the last only
 
@@ -135,9 +136,9 @@ def follow_up(process, folder, whole):
     return ["--no-resume"]
 
 
-def test_killed_at_twenty_random_moments_a_run_ends_as_the_run_that_was_not(home):
+def test_killed_at_random_moments_a_run_ends_as_the_run_that_was_not(home):
     rng, folder, whole, places = random.Random(8), home / "ppo", home / "whole", collections.Counter()
-    moments = [("start", 3.0)] * 3 + [("training", 0.7)] * 13 + [("export", 0.2)] * 4
+    moments = [("start", 3.0)] * 2 + [("training", 0.7)] * 7 + [("export", 0.2)] * 3
     rng.shuffle(moments)
     flags = []
     while moments:                                              # each process is killed; one that ends before is checked
@@ -153,8 +154,8 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_the_run_that_was_not(home
         process.wait()
         flags = follow_up(process, folder, whole)
     print("killed", dict(places))
-    assert sum(places.values()) == KILLS and places["in training"] >= 4
-    assert places["after the last step"] + places["with its report written"] >= 2
+    assert sum(places.values()) == KILLS and places["in training"] >= 3
+    assert places["after the last step"] + places["with its report written"] >= 1
 
 
 # ---- a full disk, a read-only one ------------------------------------------------------------------------------------
@@ -242,26 +243,3 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resume_ends_as_the_run_that_went_thr
     again = train(home, "--resume", out="stopped", saving=SELDOM)
     assert again.wait() == 0, again.said()
     assert_same(home / "stopped", home / "whole")
-
-
-SLOW = """import time
-def slow(prompts, responses):
-    if len(prompts) == 12:              # not the 256 samples of the normalisation
-        print("asleep", flush=True)
-        time.sleep(600)
-    return [len(r) for r in responses]
-"""
-
-
-def test_a_second_ctrl_c_stops_at_once(home):
-    (home / "slow.py").write_text(SLOW)
-    process = train(home, "--reward", f"{home}/slow.py:slow", out="slow")
-    process.until(lambda: "asleep" in process.said())
-    process.process.send_signal(signal.SIGINT)
-    process.until(lambda: "Ctrl-C" in process.said())
-    time.sleep(0.3)
-    assert process.process.poll() is None                       # the step would go on for ten minutes
-    began = time.monotonic()
-    process.process.send_signal(signal.SIGINT)
-    assert process.wait() == 130 and time.monotonic() - began < 5 and "Traceback" not in process.said()
-    assert "--resume" in process.said().splitlines()[-1] and not (home / "slow/state.pt").exists()

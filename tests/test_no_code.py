@@ -11,7 +11,8 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.files.errors import UserError
+from minirlhf import answers
+from minirlhf.files.errors import UserError, run_main
 from minirlhf.running import runs
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -69,7 +70,7 @@ def test_a_torch_load_that_is_not_would_be_noticed():
 
 
 def test_one_place_only_executes_a_file():
-    """functions.py, by importlib; every other way to run what was read is absent outside the tests."""
+    """reward_functions.py, by importlib; every other way to run what was read is absent outside the tests."""
     executing = set()
     for file in SOURCES:
         names = {name for name, _ in calls_of(file.read_text(encoding="utf-8"))}
@@ -82,7 +83,8 @@ def test_one_place_only_executes_a_file():
 # ---- files with code in them -----------------------------------------------------------------------------------------
 
 @pytest.fixture
-def world(tmp_path):
+def world(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "SAMPLES", 8)
     return small_world(tmp_path)
 
 
@@ -98,44 +100,13 @@ def test_a_poisoned_file_would_run_its_command(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-RUN = ["--iterations", 2]
-
-
-@pytest.fixture
-def state(world, monkeypatch):
-    """state.pt of a PPO run that was cut off after both its iterations, before anything was exported."""
-    def power_cut(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "SAVING", 1e9)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_ppo, "save_pretrained", power_cut)
-        run_ppo(world, *RUN)
-    return world / "ppo/state.pt"
-
-
-def test_resume_runs_no_code_of_a_hostile_state(world, state):
-    poison(state, world)
-    state.with_name("state.previous.pt").unlink()
-    with pytest.raises(UserError, match="state.pt: damaged") as error:
-        run_ppo(world, *RUN, "--resume")
-    assert "\n" not in str(error.value) and not (world / "ran").exists()
-
-
-def test_resume_goes_on_from_the_checkpoint_before_a_hostile_one(world, state, capsys):
-    run_ppo(world, *RUN, out="whole")
-    poison(state, world)
-    run_ppo(world, *RUN, "--resume")
-    assert f"{state} is damaged" in capsys.readouterr().out and not (world / "ran").exists()
-    assert (world / "ppo/model.safetensors").read_bytes() == (world / "whole/model.safetensors").read_bytes()
-
-
-def test_explain_runs_no_code_of_a_hostile_state(world):
+def test_resume_and_explain_run_no_code_of_a_hostile_state(world):
     run_ppo(world)
     poison(world / "ppo/state.pt", world)
-    with pytest.raises(UserError, match="state.pt"):
-        Explainer(world / "ppo", "cpu")
-    assert not (world / "ran").exists()
+    for read in (lambda: run_ppo(world, "--resume"), lambda: Explainer(world / "ppo", "cpu")):
+        with pytest.raises(UserError, match="state.pt: damaged") as error:
+            read()
+        assert "\n" not in str(error.value) and not (world / "ran").exists()
 
 
 @pytest.mark.parametrize("name, load", [("sft", from_pretrained), ("rm", scalar_from_pretrained)])
@@ -171,19 +142,13 @@ def test_a_reward_function_is_executed_and_the_script_says_so(world, capsys):
     assert f"the reward is {world}/mine.py:f: its code runs here\n" in capsys.readouterr().out
 
 
-def test_without_a_function_no_script_speaks_of_code(world, capsys):
-    run_ppo(world)
-    assert "code" not in capsys.readouterr().out
-
-
 # ---- numbers that are none, through the command lines ----------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "ppo's reward model"])
+@pytest.mark.parametrize("name, number", [("sft", "nan"), ("rm", "inf"), ("ppo", "nan"), ("ppo's reward model", "inf")])
 def test_nan_and_infinity_in_weights_are_refused_by_every_script(world, name, number):
     folder = world / ("rm" if name == "ppo's reward model" else "sft")
     data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-4:] = torch.tensor([number]).numpy().tobytes()
+    data[-4:] = torch.tensor([float(number)]).numpy().tobytes()
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match=rf"{folder}/model.safetensors: tensor \S+ has NaN or infinity in it"):
         if name.startswith("ppo"):
@@ -195,10 +160,9 @@ def test_nan_and_infinity_in_weights_are_refused_by_every_script(world, name, nu
 
 
 @pytest.mark.parametrize("value, says", [
-    ("scores[1:]", "must return a list of 12 numbers, not "), ("None", "must return a list of 12 numbers, not None"),
+    ("scores[1:]", "must return a list of 12 numbers, not "),
     ("[str(s) for s in scores]", "gave '.*' for the response '.*' to '.*'"),
-    ("scores[:-1] + [float('nan')]", "gave nan for the response"), ("scores[:-1] + [float('inf')]", "gave inf for the response"),
-    ("[s > 3 for s in scores]", "gave (True|False) for the response"), ("[1e39] * 12", "gave 1e.39 for the response"),
+    ("scores[:-1] + [float('nan')]", "gave nan for the response"), ("[1e39] * 12", "gave 1e.39 for the response"),
     ("1 / 0", r"raised ZeroDivisionError: .* \(.*mine.py:4\) .* the first of them '.*' to '.*'"),
 ])
 def test_a_reward_function_that_goes_wrong_later_ends_the_run_with_prompt_and_response(world, monkeypatch, value, says):
@@ -207,25 +171,18 @@ def test_a_reward_function_that_goes_wrong_later_ends_the_run_with_prompt_and_re
     write_reward(world, f"{value} if len(calls) > 2 else scores", "calls = []",
                  "calls.append(1); scores = [float(len(r)) for r in responses]")
     with pytest.raises(UserError, match=f"^the reward function {says}") as error:
-        run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3)
+        run_ppo(world, "--reward", f"{world}/mine.py:f", "--iterations", 3, "--epochs", 1)
     assert "\n" not in str(error.value)
     assert torch.load(world / "ppo/state.pt", weights_only=True)["step"] == 1
     assert not (world / "ppo/model.safetensors").exists()
 
 
-def test_a_reward_model_whose_scores_are_not_finite_ends_the_run(world):
+def test_a_gradient_that_is_not_finite_ends_the_run_and_nothing_is_exported(world, monkeypatch, capsys):
+    """The reward model's scores overflow from the first iteration on; run_main makes one line of it."""
     config = json.loads((world / "rm/config.json").read_text()) | {"reward_std": 1e-45}
     (world / "rm/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="^iteration 0.*: the gradient is (inf|nan)"):
-        run_ppo(world)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: run_ppo(world))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("error: the gradient is not finite. A lower --lr may help")
     assert not (world / "ppo/model.safetensors").exists()
-
-
-@pytest.mark.parametrize("dtype", ["int64", "float64", "bool"])
-def test_an_array_of_numpy_is_a_reward(world, dtype):
-    write_reward(world, f"numpy.array([len(r) for r in responses]).astype('{dtype}')", "import numpy")
-    if dtype == "bool":
-        with pytest.raises(UserError, match="gave True for the response"):
-            run_ppo(world, "--reward", f"{world}/mine.py:f")
-    else:
-        assert len(run_ppo(world, "--reward", f"{world}/mine.py:f")) == 1

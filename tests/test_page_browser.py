@@ -164,23 +164,6 @@ def test_it_fits_a_phone_and_a_dark_room(tmp_path, browser, width, scheme):
     assert min(browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")) >= 40
 
 
-def test_a_run_of_2000_iterations_is_small_and_opens_fast(tmp_path, browser):
-    words = [" word"] * 64
-    samples = [sample(step, name, texts=words) for step in range(0, 2000, 20) for name in ("best", "median", "worst")]
-    opened(browser, folder := fake_run(tmp_path / "run", n=2000, samples=samples))
-    times = []
-    for _ in range(3):
-        browser.ask("POST", "/refresh", {})
-        times.append(browser.run("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    size = (folder / "page.html").stat().st_size
-    print(f"{size / 1e6:.2f} MB, {min(times):.0f} ms")
-    assert size < 3e6 and min(times) < 1000
-    curve = browser.run("return document.querySelector('.objective\\\\/kl .curve').getAttribute('d')")
-    assert curve.count("L") == 1999
-    point(browser, ".objective\\/kl svg", 0)
-    assert len({text.split(":")[0] for text in texts(browser, ".read")}) == 1
-
-
 def test_follow_shows_a_run_that_grows_until_it_ends(tmp_path, browser):
     """With a real process that writes the page, and a page that nobody reloads but itself."""
     folder = fake_run(tmp_path / "run", rows=[metrics(0)], samples=[sample(0)])

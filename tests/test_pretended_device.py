@@ -14,16 +14,17 @@ import torchgen
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf import answers, health
 from minirlhf.files.tokenizer import save_tokenizer
 from minirlhf.gptj import GPTJ, GPTJConfig
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running import compute
+from minirlhf.running import device as devices
 from minirlhf.tools import chat
 from minirlhf.tools.evaluate import __main__ as evaluate
 from minirlhf.tools.feedback import items
 from minirlhf.weights import save_pretrained
 from pretended_device import DEVICE, PretendedDevice
-from small_world import (EOS, TOKENIZER, config, examples, letters_gpt2, ppo_flags, read_metrics, script_flags,
+from small_world import (TOKENIZER, config, examples, letters_gpt2, ppo_flags, read_metrics, script_flags,
                          small_world)
 
 KERNELS = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
@@ -45,9 +46,9 @@ def world(tmp_path_factory):
 @pytest.fixture
 def device(monkeypatch):
     """A device without float64, which --device pretended picks. What ran on it must run on MPS too."""
-    for module in (compute, chat, evaluate):
+    for module in (devices, chat, evaluate):
         monkeypatch.setattr(module, "pick_device", torch.device)
-    monkeypatch.setattr(train_rm, "SAMPLES", 8)
+    monkeypatch.setattr(answers, "SAMPLES", 8)
     with PretendedDevice(float64=False) as device:
         yield device
     assert not device.operations & without_mps()
@@ -107,21 +108,18 @@ def test_pytorchs_list_of_kernels_is_read():
 
 # ---- everything that trains ------------------------------------------------------------------------------------------
 
-SFT = (train_sft, "--data", "demonstrations.jsonl", "--epochs", 1, "--batch_size", 20, "--micro_batch", 8)
-RM = (train_rm, "--data", "comparisons.jsonl", "--gold", "none", "--epochs", 1, "--batch_size", 20, "--micro_batch", 8)
+SHORT = "--epochs", 1, "--batch_size", 20, "--micro_batch", 8
+SFT, RM = (train_sft, "--data", "demonstrations.jsonl", *SHORT), (train_rm, "--data", "comparisons.jsonl", *SHORT)
 PPO = (train_ppo, "--epochs", 1, "--max_response", 6)
 RUNS = {
     "sft": (*SFT, "--heldout", "demonstrations.jsonl"),
     "sft gpt2": (*SFT, "--preset", "gpt2"),
-    "rm": (*RM, "--heldout", "comparisons.jsonl"),
-    "rm plackett_luce": (*RM, "--loss", "plackett_luce"),
-    "rm gpt2": (*RM, "--preset", "gpt2"),
-    "rm sentiment": (*RM, "--preset", "sentiment", "--stop", f"{ord('a')},3"),
+    "rm": (*RM, "--heldout", "comparisons.jsonl", "--gold", "none"),
+    "rm gpt2": (*RM, "--preset", "gpt2", "--loss", "best", "--gold", "none"),
     "ppo": (*PPO, "--heldout", "prompts.jsonl"),                # with the assessment
     "ppo reward.py": (*PPO, "--reward", "reward.py:count", "--gold", "reward.py:count"),
     "ppo gpt2": (*PPO, "--preset", "gpt2"),
-    "ppo sentiment": (*PPO, "--preset", "sentiment", "--stop", f"{ord('a')},3", "--max_prompt", 5),
-    "ppo gptj": (*PPO, "--model", "gptj", "--reward", "reward.py:count"),
+    "ppo gptj": (*PPO, "--model", "gptj", "--reward", "reward.py:count", "--stop", f"{ord('a')},3"),
 }
 
 
@@ -135,6 +133,7 @@ def run(world, name, device):
     return read_metrics(world / out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_what_trains_there_trains_as_on_the_cpu(world, device, name):
     there, here = run(world, name, "pretended"), run(world, name, "cpu")
@@ -143,6 +142,7 @@ def test_what_trains_there_trains_as_on_the_cpu(world, device, name):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_there_is_resumed_there(world, device):
     flags = [*ppo_flags(world, "--epochs", 1, out="resumed"), "--device", "pretended"]
     train_ppo.main(flags)
@@ -152,6 +152,7 @@ def test_a_run_there_is_resumed_there(world, device):
 
 # ---- the tools -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_assessment_runs_there(world, device):
     evaluate.main([str(world / "sft"), str(world / "other"), "--reward", str(world / "rm"), "--gold", "none",
                    *(f"--{name}={world}/{name}.jsonl" for name in ("prompts", "demonstrations", "comparisons")),
@@ -159,6 +160,7 @@ def test_the_assessment_runs_there(world, device):
     assert device.operations and (world / "report/report.json").is_file()
 
 
+@pytest.mark.slow
 def test_chat_answers_and_explains_from_there(world, device, monkeypatch, capsys):
     train_ppo.main([*ppo_flags(world, "--epochs", 1, out="chat"), "--device", "pretended"])
     for flags in ([], ["--explain"]):
@@ -179,41 +181,33 @@ def test_feedback_samples_there(world, device):
 # ---- how often the host waits ----------------------------------------------------------------------------------------
 # While the host waits, the GPU finishes what it has, and then waits for the host. Every bound is for a whole batch.
 
-def networks():
-    return [model.to(DEVICE) for model in (letters_gpt2(0), letters_gpt2(0), ScalarHeadModel(letters_gpt2(1)),
-                                           ScalarHeadModel(letters_gpt2(2)))]
-
-
 def test_sampling_waits_once_a_token_and_an_update_once_a_forward_pass(device):
     cfg = config(batch_size=12, micro_batch=3, minibatches=2, epochs=2)
     steps, passes = 2 * cfg.epochs * cfg.minibatches, 2 * cfg.epochs * 12 // cfg.micro_batch
-    policy, reference, reward, value = networks()
-    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in (policy, value)]
+    models = policy, _, _, value_model = [model.to(DEVICE) for model in (
+        letters_gpt2(0), letters_gpt2(0), ScalarHeadModel(letters_gpt2(1)), ScalarHeadModel(letters_gpt2(2)))]
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in (policy, value_model)]
 
-    rollout = train_ppo.roll_out(policy, examples(12), TOKENIZER, (EOS, 0), cfg, 0, DEVICE)
-    assert device.waits.total() <= rollout.mask.shape[1] + 2                # and twice for the texts
+    rollout = train_ppo.make_rollout(examples(12), *models, TOKENIZER, cfg, 0.05, 0)
+    assert device.waits.total() <= rollout.response_mask.shape[1] + 2       # and twice for the texts
     device.waits.clear()
-    train_ppo.make_experience(rollout, policy, reference, reward, cfg, 0.05)
-    train_ppo.estimate_advantages(rollout, value, cfg)
-    assert device.waits.total() == 0
-    metrics = train_ppo.update(rollout, policy, value, *optimizers, cfg, 0)
+    metrics = train_ppo.update(rollout, policy, value_model, *optimizers, cfg, 0)
     # The order of the rows and the norm, the length of each part, the first ratio, and the log.
     assert device.waits.total() <= 2 * steps + passes + 2 + len(metrics)
     device.waits.clear()
-    logged = train_ppo.rollout_metrics(rollout, 0.05)
+    logged = health.rollout_metrics(rollout, 0.05, None)
     assert device.waits.total() <= len(logged) + 2
 
 
-def test_a_step_of_sft_and_of_the_reward_model_waits_a_few_times_a_forward_pass(world, device, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft gpt2", "rm gpt2"])
+def test_a_step_of_sft_and_of_the_reward_model_waits_a_few_times_a_forward_pass(world, device, monkeypatch, name):
     """Where only some positions get logits, their number is asked for: forward and on the way back."""
-    at_step, step = [], compute.step
+    at_step, clip = [], torch.nn.utils.clip_grad_norm_
 
-    def watched(*args):
+    def watched(*args, **options):
         at_step.append(device.waits.total())
-        step(*args)
-    monkeypatch.setattr(compute, "step", watched)
-    passes = 3                                                  # 20 rows in parts of 8
-    for name, most in (("sft gpt2", 4), ("rm gpt2", 4)):
-        at_step.clear()
-        run(world, name, "pretended")
-        assert at_step[1] - at_step[0] <= most * passes + 3     # and for the norm and the log
+        return clip(*args, **options)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    run(world, name, "pretended")
+    assert at_step[1] - at_step[0] <= 4 * 3 + 4                 # 20 rows in 3 parts; and for the norm and the log

@@ -7,19 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minirlhf.running.device import pick_device, start
-from minirlhf.running import compute, runs
+from minirlhf.running import runs
 from minirlhf.data import batch_at
 from minirlhf.generate import generator
 from minirlhf.running.config import option
 from minirlhf.files.errors import UserError
 from minirlhf.running.runs import Run
-from minirlhf.weights import save_pretrained
-from small_world import tiny_gpt2
 
 
 @dataclasses.dataclass
@@ -31,6 +30,7 @@ class Config:
     heldout: str = option("", "held-out data")
     resume: bool = option(False, "continue")
     allow_changes: bool = option(False, "even with other options")
+    iterations: int = option(100, "steps")
 
 
 def test_a_draw_depends_on_its_own_numbers_only():
@@ -51,33 +51,6 @@ def test_batches_are_an_endless_stream_of_fresh_permutations():
     assert len({tuple(one) for one in passes}) == 4
     assert batch_at(items, 4, 6, 7) == batches[6]               # a resumed run finds its batch without those before it
     assert [batch_at(items, 4, step, 8) for step in range(10)] != batches
-
-
-def test_a_batch_can_be_larger_than_the_data():
-    batch = batch_at(["a", "b", "c"], 8, 0, 1)
-    assert len(batch) == 8 and min(map(batch.count, "abc")) >= 2
-
-
-def trained_one_step(gradient, lr=0.5):
-    """The change of two weights by compute.step with plain gradient descent, and the optimizer."""
-    layer = torch.nn.Linear(2, 1, bias=False)
-    optimizer, before = torch.optim.SGD(layer.parameters(), lr=77.0), layer.weight.detach().clone()
-    layer.weight.grad = torch.tensor([gradient])
-    compute.step(layer, optimizer, lr, "step 3")
-    assert layer.weight.grad is None or not layer.weight.grad.any()
-    return (layer.weight - before).tolist()[0]
-
-
-def test_a_step_has_the_given_learning_rate_and_clips_long_gradients_only():
-    assert trained_one_step([0.3, -0.4]) == pytest.approx([-0.15, 0.2], abs=1e-6)
-    assert trained_one_step([30.0, -40.0]) == pytest.approx([-0.3, 0.4], abs=1e-4)     # scaled down to length 1
-    assert trained_one_step([0.3, -0.4], lr=0.0) == [0, 0]
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_no_step_is_made_on_a_gradient_that_is_no_number(number):
-    with pytest.raises(UserError, match=f"^step 3: .*{number}"):
-        trained_one_step([number, 1.0])
 
 
 def test_a_new_run_moves_the_old_folder_aside_and_deletes_nothing(tmp_path):
@@ -128,42 +101,24 @@ def test_resume_restores_the_state_and_cuts_the_metrics_after_it(tmp_path):
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[3]) == {"step": 3, "loss": 9}
 
 
-def saved_steps(tmp_path, monkeypatch, share, saving, training, total=200):
-    """The steps after which a run saves whose steps and whose checkpoints take this many seconds, by a clock of our own."""
+@pytest.mark.parametrize("saving, most", [(2.0, 8), (0.001, 200)])
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch, saving, most):
+    """200 steps of a second each, and checkpoints of `saving` seconds, by a clock of our own."""
     now, saved = [1e6], []
 
     def save(state, file):
         now[0] += saving
         saved.append(state["step"])
-    monkeypatch.setattr(runs, "SAVING", share)
+    monkeypatch.setattr(runs, "SAVING", 0.05)
     monkeypatch.setattr(runs.time, "time", lambda: now[0])
     monkeypatch.setattr(runs.torch, "save", save)
     run = Run(Config(out=str(tmp_path / "run")))
-    for step in run.steps(total, "test"):
-        now[0] += training
+    for step in run.steps(200, "test"):
+        now[0] += 1.0
         run.log(step, {})
         run.checkpoint(step + 1)
-    return saved
-
-
-def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
-    saved = saved_steps(tmp_path, monkeypatch, share=0.05, saving=2.0, training=1.0)
-    assert saved[0] == 1 and saved[-1] == 200                   # the last step is always saved
-    assert 4 <= len(saved) <= 8                                 # 200 s of training, at most 10 s of saving between both ends
-    gaps = [b - a for a, b in zip(saved[:-1], saved[1:-1])]
-    assert min(gaps) >= 38                                      # 2 s of saving per 40 s
-
-
-def test_checkpoints_that_cost_nothing_are_made_at_every_step(tmp_path, monkeypatch):
-    assert saved_steps(tmp_path, monkeypatch, share=0.05, saving=0.001, training=1.0, total=30) == list(range(1, 31))
-
-
-def test_a_checkpoint_that_is_not_due_is_not_made(tmp_path, monkeypatch):
-    run = begin(tmp_path, 1)
-    monkeypatch.setattr(runs, "SAVING", 1e-12)
-    run.log(1, {"loss": 1})
-    run.checkpoint(2, model=torch.nn.Linear(1, 1, bias=False))
-    assert resume(tmp_path)[1:] == (1.0, [0])
+    assert saved[0] == 1 and saved[-1] == 200 and most // 2 <= len(saved) <= most       # the last step is always saved
+    assert min(b - a for a, b in zip(saved[:-1], saved[1:-1])) >= min(saving, 0.05) / 0.05
 
 
 def test_a_line_of_metrics_that_a_power_cut_left_half_written_is_no_row(tmp_path):
@@ -173,15 +128,6 @@ def test_a_line_of_metrics_that_a_power_cut_left_half_written_is_no_row(tmp_path
     assert resume(tmp_path)[2] == [0, 1]
 
 
-def test_metrics_with_a_gap_are_refused(tmp_path):
-    metrics = begin(tmp_path, 3).folder / "metrics.jsonl"
-    rows = metrics.read_text().splitlines(keepends=True)
-    for damaged in (rows[::2], [rows[0], "[1]\n", rows[2]], [rows[0], "{}\n", rows[2]], ["[" * 100_000, *rows]):
-        metrics.write_text("".join(damaged))
-        with pytest.raises(UserError, match="metrics.jsonl: .* steps 0 to 2"):
-            resume(tmp_path)
-
-
 def flip_a_bit(data):
     """In the middle of the weight, where neither zip nor pickle would notice."""
     weight = torch.tensor([3.0]).numpy().tobytes()
@@ -189,8 +135,8 @@ def flip_a_bit(data):
     return data.replace(weight, torch.tensor([3.5]).numpy().tobytes())
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", lambda data: b"x" * len(data), flip_a_bit],
-                         ids=["cut off", "empty", "overwritten", "a flipped bit"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", flip_a_bit],
+                         ids=["cut off", "empty", "a flipped bit"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     state = begin(tmp_path, 3).folder / "state.pt"
     whole = state.read_bytes()
@@ -198,7 +144,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
     _, weight, steps = resume(tmp_path)
     assert weight == 2 and steps == [0, 1]
     said = capsys.readouterr().out
-    assert f"{state} is damaged" in said and "state.previous.pt" in said
+    assert f"{state} is damaged" in said and "continued at step 2" in said
     assert resume(tmp_path)[1] == 2                             # the damaged one is out of the way
     for file in (state, state.with_name("state.previous.pt")):
         file.write_bytes(damage(whole))
@@ -215,22 +161,23 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path):
     with pytest.raises(UserError, match="has no state.pt"):
         resume(tmp_path)
     run = begin(tmp_path, 1)
-    with pytest.raises(UserError, match="--lr 0.1 -> 0.2"):
-        resume(tmp_path, lr=0.2)
-    with pytest.raises(UserError, match="state.pt does not fit the model"):
-        Run(Config(out=str(tmp_path / "run"), resume=True)).restore(model=torch.nn.Linear(2, 2))
-    run.report({})
-    with pytest.raises(UserError, match="is finished.*--allow_changes"):
-        resume(tmp_path)
-
-
-def test_a_finished_run_is_extended_and_its_report_kept(tmp_path):
-    begin(tmp_path, 2, total=2).report({"first": True})
     with pytest.raises(UserError, match="--lr 0.1 -> 0.2.*--allow_changes"):
         resume(tmp_path, lr=0.2)
-    run, weight, _ = resume(tmp_path, lr=0.2, allow_changes=True)
+    run.report({})
+    with pytest.raises(UserError, match="other options: --lr"):
+        resume(tmp_path, lr=0.2)
+
+
+def test_a_finished_run_is_extended_and_its_report_kept(tmp_path, capsys):
+    begin(tmp_path, 2, iterations=2, total=2).report({"first": True})
+    for same in ({}, {"lr": 0.2, "allow_changes": True}):
+        with pytest.raises(UserError, match="is finished.*--iterations"):
+            resume(tmp_path, iterations=2, **same)
+    run, weight, _ = resume(tmp_path, iterations=4, allow_changes=True)
     assert weight == 2 and list(run.steps(4, "test")) == [2, 3]
     assert not (run.folder / "report.json").exists() and "first" in (run.folder / "report.2.json").read_text()
+    assert "with --iterations 2 -> 4" in capsys.readouterr().out
+    assert resume(tmp_path, iterations=4)[1] == 2               # run.json has them now
 
 
 def test_resume_refuses_inputs_with_other_contents(tmp_path):
@@ -254,24 +201,22 @@ def test_a_run_does_not_move_its_own_input_aside(tmp_path):
             Run(Config(out=out))
 
 
-def test_resume_with_other_options_when_it_is_told_to(tmp_path, capsys):
-    begin(tmp_path, 1)
-    assert resume(tmp_path, lr=0.2, allow_changes=True)[1] == 1
-    assert "with --lr 0.1 -> 0.2" in capsys.readouterr().out
-    assert resume(tmp_path, lr=0.2)[1] == 1                     # run.json has them now
+HOLD = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
 
 
 def test_a_folder_in_use_is_neither_moved_nor_continued(tmp_path):
     run = begin(tmp_path, 1)
     before = {file.name: file.read_bytes() for file in run.folder.iterdir()}
-    code = ("import sys; sys.path[:0] = ['tests', '.']\n"
-            "from test_runs import Config, Run\n"
-            f"Run(Config(out={str(run.folder)!r}, resume=sys.argv[1] == 'resume'))")
-    for how in ("resume", "begin"):
-        other = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
-        assert f"{run.folder} is in use by another process" in other.stderr
+    os.close(runs.HELD.pop(run.folder))                         # another process keeps the folder, not this one
+    with subprocess.Popen([sys.executable, "-c", HOLD, run.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for again in (False, True):
+            with pytest.raises(UserError, match=f"{run.folder} is in use by another process"):
+                Run(Config(out=str(run.folder), resume=again))
+        other.communicate(b"\n")
     assert {file.name: file.read_bytes() for file in run.folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert resume(tmp_path)[1] == 1
 
 
 def test_ctrl_c_waits_for_the_step_and_saves_it(tmp_path, monkeypatch, capfd):
@@ -288,17 +233,9 @@ def test_ctrl_c_waits_for_the_step_and_saves_it(tmp_path, monkeypatch, capfd):
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     begin(tmp_path, 1)
     os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-
-
-def test_nothing_that_is_not_a_number_is_exported(tmp_path):
-    model = tiny_gpt2()
-    model.h[1].ln_1.bias.data[3] = float("nan")
-    with pytest.raises(UserError, match="h.1.ln_1.bias"):
-        save_pretrained(model, begin(tmp_path, 1).folder)
-    assert not (tmp_path / "run/model.safetensors").exists()
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -312,46 +249,29 @@ def printed(capsys, tmp_path, total):
     return said.out.splitlines()
 
 
-def test_about_twenty_rows_of_a_long_run_are_printed(tmp_path, capsys):
+def test_about_twenty_rows_of_a_long_run_are_printed_and_all_are_in_the_file(tmp_path, capsys):
     head, *rows = printed(capsys, tmp_path, 1000)
     assert head.split() == ["step", "train", "other", "late", "s/step"]
     steps = [int(row.split()[0]) for row in rows]
     assert 18 <= len(rows) <= 24 and steps[0] == 0 and steps[-1] == 999 and steps == sorted(set(steps))
-    assert float(rows[-1].split()[1]) == 249.75 and float(rows[-1].split()[2]) == 2.0
+    assert rows[-1].split()[1:3] == ["249.750", "2.000"]
     assert len({len(row) for row in [head, *rows]}) == 1        # columns
+    assert steps_of(tmp_path / "run") == list(range(1000))
+    assert '"hidden": 77.0' in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[63]
 
 
 def test_every_row_of_a_short_run_is_printed(tmp_path, capsys):
     assert len(printed(capsys, tmp_path, 7)) == 8
 
 
-def test_the_file_has_every_row_and_every_metric(tmp_path, capsys):
-    printed(capsys, tmp_path, 100)
-    assert steps_of(tmp_path / "run") == list(range(100))
-    assert '"hidden": 77.0' in (tmp_path / "run/metrics.jsonl").read_text().splitlines()[63]
-
-
-def test_columns_of_one_name_keep_what_tells_them_apart(tmp_path, capsys):
-    run = Run(Config(out=str(tmp_path / "run")))
-    run.steps(2, "test")
-    run.log(0, {"policy/clipfrac": 1.0, "value/clipfrac": 2.0}, show=("policy/clipfrac", "value/clipfrac"))
-    head = capsys.readouterr().out.splitlines()[0]
-    assert "policy/clipfrac" in head and "value/clipfrac" in head
-
-
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 def test_an_unknown_device_and_precision_are_named_with_the_known_ones():
-    for name in ("qpu", "meta", "cuda:7", "CPU"):
+    for name in ("qpu", "cuda:7"):
         with pytest.raises(UserError, match=f"--device {name}: .*cuda, mps, cpu"):
             pick_device(name)
-
-    @dataclasses.dataclass
-    class Precision:
-        dtype: str = "float16"
-        device: str = "cpu"
     with pytest.raises(UserError, match="--dtype .*float32.*bfloat16.*float16"):
-        start(Precision())
+        start(SimpleNamespace(dtype="float16", device="cpu"))
 
 
 @pytest.mark.parametrize("cuda, mps, first", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

@@ -3,11 +3,11 @@
 import copy
 import functools
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -286,9 +286,8 @@ def test_a_crash_while_saving_leaves_the_old_folder_as_it_was(folder, monkeypatc
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("wrap", [lambda model: model, ScalarHeadModel])
-def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, number, wrap):
+@pytest.mark.parametrize("wrap, number", [(lambda model: model, math.nan), (ScalarHeadModel, -math.inf)])
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, wrap, number):
     before, model = {file.name: file.read_bytes() for file in folder.iterdir()}, wrap(small_model(seed=1))
     list(model.parameters())[-1].data.flatten()[3] = number
     for target in (folder, tmp_path / "new"):
@@ -317,26 +316,9 @@ def truncate(folder):
     (folder / "model.safetensors").write_bytes(data[:-1000])
 
 
-def truncate_in_header(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:500])
-
-
-def empty_file(folder):
-    (folder / "model.safetensors").write_bytes(b"")
-
-
 def header_larger_than_file(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes((2 ** 62).to_bytes(8, "little") + data[8:])
-
-
-def header_of_brackets(folder):
-    write_parts(folder / "model.safetensors", b"[" * 100_000, b"")
-
-
-def header_is_a_list(folder):
-    write_parts(folder / "model.safetensors", b"[1, 2]", b"")
 
 
 def trailing_bytes(folder):
@@ -354,22 +336,10 @@ def lie(name, **fields):
     return corrupt
 
 
-def no_numbers_but_sizes_that_overflow(folder):
-    """Its shape and offsets agree, and torch could not even make an empty tensor of that shape."""
-    header, body = read_parts(folder / "model.safetensors")
-    header["x"] = {"dtype": "F32", "shape": [0, 2 ** 62, 2 ** 62], "data_offsets": [0, 0]}
-    write_parts(folder / "model.safetensors", header, body)
-
-
 def key_twice(folder):
     header, body = read_parts(folder / "model.safetensors")
     text = json.dumps(header)
     write_parts(folder / "model.safetensors", (text[:-1] + f', "{WPE}": {json.dumps(header[WPE])}}}').encode(), body)
-
-
-def utf_16(folder):
-    header, body = read_parts(folder / "model.safetensors")
-    write_parts(folder / "model.safetensors", json.dumps(header).encode("utf-16"), body)
 
 
 def a_folder(folder):
@@ -403,24 +373,12 @@ def nan(folder):
     change_tensors(folder, lambda t: t[WPE][3, 4].fill_(float("nan")))
 
 
-def infinity(folder):
-    change_tensors(folder, lambda t: t[WPE][3, 4].fill_(float("-inf")))
-
-
 def integers(folder):
     change_tensors(folder, lambda t: t.update({WPE: torch.zeros(65, 40, dtype=torch.int8)}))
 
 
 def untied_head(folder):
     change_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(131, 40)}))
-
-
-def integer_head(folder):
-    change_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(131, 40, dtype=torch.int8)}))
-
-
-def nothing_in_it(folder):
-    change_tensors(folder, lambda t: t.update({WPE: torch.zeros(0, 40)}))
 
 
 def twice(folder):
@@ -433,23 +391,14 @@ def reward_model(folder):
 
 WPE, FC, FILE = "transformer.wpe.weight", "transformer.h.1.mlp.c_fc.weight", "model.safetensors"
 CORRUPTIONS = [
-    (truncate, FILE, "cut off"), (truncate_in_header, FILE, "cut off"), (empty_file, FILE, "cut off"),
-    (header_larger_than_file, FILE, "cut off"), (header_of_brackets, FILE, "not a header of JSON"),
-    (header_is_a_list, FILE, "a header must be an object"), (trailing_bytes, FILE, "100 bytes"),
-    (lie(WPE, shape=[65, 41]), FILE, WPE), (lie(WPE, shape=[2 ** 40, 2 ** 40]), FILE, WPE),
-    (lie(WPE, shape=[-65, -40]), FILE, WPE), (lie(WPE, shape="65"), FILE, WPE), (lie(WPE, shape=[65.0, 40]), FILE, WPE),
-    (lie(WPE, dtype="F16"), FILE, WPE), (lie(WPE, dtype=None), FILE, WPE), (lie(WPE, dtype="F8_E4M3"), FILE, WPE),
-    (lie(WPE, data_offsets=[0, 2 ** 60]), FILE, WPE), (lie(WPE, data_offsets=[2 ** 60, 2 ** 60 + 65 * 160]), FILE, ""),
-    (lie(WPE, data_offsets=[0]), FILE, WPE), (lie(WPE, data_offsets=None), FILE, WPE),
+    (truncate, FILE, "cut off"), (header_larger_than_file, FILE, "cut off"), (trailing_bytes, FILE, "100 bytes"),
+    (lie(WPE, shape=[65, 41]), FILE, WPE), (lie(WPE, shape=[2 ** 40, 2 ** 40]), FILE, WPE), (lie(WPE, dtype="F16"), FILE, WPE),
     (lie(WPE, data_offsets=[-10400, 0]), FILE, WPE), (overlap, FILE, "ln_f"),
-    (lie(WPE, shape=""), FILE, WPE), (lie(WPE, shape={}), FILE, WPE), (lie(WPE, shape=[65, 40] + [1] * 70), FILE, WPE),
-    (lie("transformer.ln_f.bias", shape=[2 ** 63, 0]), FILE, "ln_f"), (no_numbers_but_sizes_that_overflow, FILE, "tensor x"),
-    (key_twice, FILE, "wpe.weight. is there twice"), (utf_16, FILE, "not a header of JSON"), (a_folder, "no weights", FILE),
+    (key_twice, FILE, "wpe.weight. is there twice"), (a_folder, "no weights", FILE),
     (wrong_shape, FILE, r"wpe.weight .*\(64, 40\), .*\(65, 40\)"), (conv1d_not_transposed, FILE, "h.1.mlp.c_fc"),
     (missing, "model", "wpe.weight is missing"), (extra, FILE, "h.3.ln_1.bias"), (nan, FILE, "wpe.weight"),
-    (infinity, FILE, "wpe.weight"), (integers, FILE, "wpe.weight"), (untied_head, FILE, "lm_head.weight"),
-    (integer_head, FILE, "lm_head.weight"), (nothing_in_it, FILE, "wpe.weight"),
-    (twice, FILE, "wpe.weight"), (reward_model, FILE, "score.weight"),
+    (integers, FILE, "wpe.weight"), (untied_head, FILE, "lm_head.weight"), (twice, FILE, "wpe.weight"),
+    (reward_model, FILE, "score.weight"),
 ]
 
 
@@ -461,16 +410,6 @@ def test_a_bad_safetensors_file_is_one_clear_error(folder, corrupt, file, says):
     assert "\n" not in str(error.value)
 
 
-class Code:
-    """What a hostile pickle does: run a command when it is read."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.file}",)
-
-
 def as_bin(folder, change, **how):
     """Replaces the folder's weights by a changed pytorch_model.bin."""
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
@@ -478,24 +417,12 @@ def as_bin(folder, change, **how):
     torch.save(change(tensors), folder / "pytorch_model.bin", **how)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_is_refused_and_the_code_not_run(folder, tmp_path, zipped):
-    as_bin(folder, lambda t: t | {"x": Code(tmp_path / "ran")}, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="pytorch_model.bin.*code") as error:
-        from_pretrained(folder)
-    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
-
-
 BAD_BINS = {
     "list": lambda t: [1, 2, 3],
     "nested": lambda t: {"model": t, "step": 3},
     "sparse": lambda t: t | {WPE: t[WPE].to_sparse()},
-    "meta": lambda t: t | {WPE: t[WPE].to("meta")},
-    "double": lambda t: t | {WPE: t[WPE].double()},
-    "number as name": lambda t: t | {3: t[WPE]},
     "one number for all": lambda t: {name: torch.zeros(1).expand(x.shape) for name, x in t.items()},
     "nan": lambda t: t | {WPE: t[WPE] / 0},
-    "missing": lambda t: {name: x for name, x in t.items() if name != WPE},
 }
 
 
@@ -509,34 +436,19 @@ def test_a_bad_pytorch_file_is_one_clear_error(folder, what, zipped):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("keep", [0, 10, 0.1, 0.5, 0.99])
-def test_a_truncated_pytorch_file_is_one_clear_error(folder, zipped, keep):
+def test_a_truncated_pytorch_file_is_one_clear_error(folder, zipped):
     as_bin(folder, lambda t: t, _use_new_zipfile_serialization=zipped)
     data = (folder / "pytorch_model.bin").read_bytes()
-    (folder / "pytorch_model.bin").write_bytes(data[:keep if type(keep) is int else int(keep * len(data))])
+    (folder / "pytorch_model.bin").write_bytes(data[:len(data) // 2])
     with pytest.raises(UserError, match="pytorch_model.bin") as error:
         from_pretrained(folder)
     assert "\n" not in str(error.value)
 
 
-def test_bytes_flipped_anywhere_in_a_header_never_crash(folder):
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        at, value = (int(torch.randint(n, (), generator=generator)) for n in (3000, 256))
-        (folder / "model.safetensors").write_bytes(data[:at] + bytes([value]) + data[at + 1:])
-        try:
-            from_pretrained(folder)
-        except UserError:
-            pass
-
-
 CONFIGS = [
-    ("activation_function", "gelu"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True),
-    ("reorder_and_upcast_attn", True), ("tie_word_embeddings", False), ("n_inner", 100), ("scale_attn_weights", False),
-    ("add_cross_attention", True), ("model_type", "llama"), ("model_type", ["gpt2"]), ("n_head", 7), ("n_layer", 0),
-    ("n_layer", 10 ** 8), ("n_embd", "40"), ("n_embd", 2.0 ** 5), ("vocab_size", 2 ** 70), ("n_positions", None),
-    ("layer_norm_epsilon", float("nan")), ("n_head", True), ("n_layer", 2), ("n_layer", 4),
+    ("activation_function", "gelu"), ("scale_attn_by_inverse_layer_idx", True), ("tie_word_embeddings", False), ("n_inner", 100),
+    ("add_cross_attention", True), ("model_type", "mistral"), ("model_type", ["gpt2"]), ("n_head", 7), ("n_layer", 10 ** 8),
+    ("n_embd", "40"), ("vocab_size", 2 ** 70), ("layer_norm_epsilon", float("nan")), ("n_head", True), ("n_layer", 2), ("n_layer", 4),
 ]
 
 
@@ -559,8 +471,7 @@ def test_n_inner_may_say_what_is_so_anyway(folder):
     assert_equal(from_pretrained(folder), small_model())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"model_type": "gpt2"', '{"n_embd": ' + "9" * 5000 + "}",
-                                  '{"n_embd": 40, "n_embd": 40}', "\ufeff{}", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[]", '{"n_embd": 40, "n_embd": 40}', "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_one_clear_error(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: (not a file of JSON|a file must be an object)"):
@@ -611,8 +522,7 @@ def test_a_language_model_is_no_reward_model(folder):
         scalar_from_pretrained(folder)
 
 
-@pytest.mark.parametrize("mean, std", [("0", 1), (float("nan"), 1), (0, 0), (0, -1.0), (0, None), (True, 1),
-                                       (10 ** 400, 1)])
+@pytest.mark.parametrize("mean, std", [("0", 1), (math.nan, 1), (0, 0), (True, 1), (10 ** 400, 1)])
 def test_a_reward_model_with_a_broken_normalisation_is_refused(folder, mean, std):
     save_pretrained(ScalarHeadModel(small_model()), folder, {"reward_mean": mean, "reward_std": std})
     with pytest.raises(UserError, match="reward_std"):
@@ -639,14 +549,14 @@ def folder_124m(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "124m0"
 
 
-@pytest.mark.slow
-def test_124m_loads_in_under_two_seconds(folder_124m):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        from_pretrained(folder_124m)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+def test_a_shape_that_lies_allocates_nothing(folder):
+    """A config and a pickle that claim 40 GB, in a file of a few bytes."""
+    save_pretrained(small_model(), folder, {"vocab_size": 2 ** 28})
+    as_bin(folder, lambda t: t | {"transformer.wte.weight": torch.zeros(1).expand(2 ** 28, 40)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="wte.weight is a Tensor, not an ordinary tensor"):
+        from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 @pytest.mark.slow
@@ -658,14 +568,3 @@ def test_124m_is_not_in_memory_twice(folder_124m):
                           cwd=Path(__file__).parents[1])
     size = (folder_124m / "model.safetensors").stat().st_size
     assert int(done.stdout) < 2.3 * size        # the model, and the pages of the file, which the system can take back
-
-
-@pytest.mark.slow
-def test_124m_lies_allocate_nothing(folder_124m, tmp_path):
-    """A config and a pickle that claim 40 GB, in a file of a few bytes."""
-    save_pretrained(small_model(), tmp_path, {"vocab_size": 2 ** 28})
-    as_bin(tmp_path, lambda t: t | {"transformer.wte.weight": torch.zeros(1).expand(2 ** 28, 40)})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="wte.weight is a Tensor, not an ordinary tensor"):
-        from_pretrained(tmp_path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

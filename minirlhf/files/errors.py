@@ -39,25 +39,31 @@ def during(what):
 
 
 def run_main(main):
-    """Runs a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and 130.
-
-    Memory that runs out and files that cannot be written are one line, too.
-    """
+    """Runs a script's main(); what the person can fix becomes one line on stderr and exit code 2, Ctrl-C one and 130."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
-            raise
-        said = ". ".join(str(error).splitlines()[0].split(". ")[:2])    # the rest is advice about PyTorch's allocator
-        print(f"error: {said}. A lower --micro_batch, or else --batch_size, needs less memory", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {error}", 2)
     except OSError as error:                                    # a folder that cannot be made, moved or written to
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
+    except RuntimeError as error:
+        end(f"error: {advice_on(error)}", 2)
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted"
-        print(f"\n{said}", file=sys.stderr)
-        sys.exit(130)
+        end(f"\n{str(interrupt) or 'interrupted'}", 130)
+
+
+def end(line, code):
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def advice_on(error):
+    """What to do about a RuntimeError of PyTorch's, as one line. Any other is raised again, with its traceback."""
+    said = str(error).splitlines()[0]
+    if "non-finite" in said:                                    # of clip_grad_norm_
+        return ("the gradient is not finite. A lower --lr may help. Nothing is exported, and the checkpoint before "
+                "this step stays")
+    if "out of memory" in said or "can't allocate memory" in said:
+        said = ". ".join(said.split(". ")[:2])                  # the rest is advice about PyTorch's allocator
+        return f"{said}. A lower --micro_batch, or else --batch_size, needs less memory"
+    raise error

@@ -1,4 +1,4 @@
-"""One dataclass per script is its command line, its saved JSON and the list of what may be changed."""
+"""One dataclass per script is its command line, and what run.json says of it."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,6 @@ import difflib
 import math
 
 from minirlhf.files.errors import UserError, require, run_main, shown     # run_main: for the scripts
-
 
 # What other projects call some options.
 SYNONYMS = {"--kl_coef": "--beta", "--init_kl_coef": "--beta", "--learning_rate": "--lr", "--cliprange": "--clip",
@@ -45,22 +44,17 @@ def parse(config_class, description, presets, argv=None):
         else:
             parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__.upper(), help=help)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    values = {**presets.get(given.pop("preset", None), {}), **given}
-    return from_dict(config_class, values, "the command line")
+    config = config_class(**{**presets.get(given.pop("preset", None), {}), **given})
+    for field in dataclasses.fields(config):
+        check_number(field, getattr(config, field.name))
+    return config
 
 
-def from_dict(config_class, values, where):
-    """Checks names, types and least values of a dict (a preset, or a saved run.json) and makes the config."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for name, value in values.items():
-        require(name in fields, f"{where}: unknown option '{name}'")
-        field = fields[name]
-        require(type(value) is field.type or (field.type is float and type(value) is int),
-                f"{where}: --{name} wants {field.type.__name__}, not {shown(value)}")
-        most, said = (math.inf, "infinity") if type(value) is float else (2**63, "2^63")
-        # "not <" catches nan too
-        require(type(value) not in (int, float) or abs(value) < most,
-                f"{where}: --{name} must be a number below {said}, not {shown(value)}")
-        least = field.metadata["least"]
-        require(least is None or value >= least, f"{where}: --{name} must be at least {least}, not {value}")
-    return config_class(**values)
+def check_number(field, value):
+    """UserError unless a number of a config is one that PyTorch can hold, and at least the least value of its field."""
+    require(isinstance(value, (field.type, int)), f"--{field.name} wants {field.type.__name__}, not {shown(value)}")
+    most, said = (math.inf, "infinity") if field.type is float else (2**63, "2^63")
+    require(field.type not in (int, float) or abs(value) < most,         # False for nan, too
+            f"--{field.name} must be a number below {said}, not {shown(value)}")
+    least = field.metadata["least"]
+    require(least is None or value >= least, f"--{field.name} must be at least {least}, not {value}")

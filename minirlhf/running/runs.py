@@ -5,6 +5,7 @@ PPO, samples.jsonl (only what is deterministic), state.pt (everything that --res
 before), heldout.jsonl (rows that the script itself held out of --data) and, at the end, report.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,15 +14,16 @@ import signal
 import sys
 import time
 import zipfile
+from itertools import count
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minirlhf.files.download import fcntl, sha256_of
+from minirlhf.files.errors import UserError, require
 from minirlhf.files.json_files import read_json, whole_file, write_json, write_whole
 from minirlhf.running.processes import is_first
-from minirlhf.files.errors import UserError, require
 
 HELD = {}           # {folder: the file descriptor that keeps it locked}
 LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
@@ -42,61 +44,55 @@ class Run:
 
         heldout: Examples. Rows that the script itself held out of --data are kept in the folder.
         """
-        self.folder, self.config, self.inputs = Path(config.out), config, inputs_of(config)
+        self.folder, self.config, self.first = Path(config.out), config, is_first()
         require(self.folder.name not in ("", ".."), f"--out {config.out!r} must name a folder of the run's own")
         for name in ("model", "reward", "reference"):
             require(not getattr(config, name, "") or Path(getattr(config, name)).resolve() != self.folder.resolve(),
                     f"--out {config.out} is also the --{name}, which must stay. Choose another --out")
-        self.interrupted, self.rows, self.warned, self.started = False, [], set(), time.time()
-        self.saved_at, self.saving_takes, self.first = 0.0, 0.0, is_first()
+        self.inputs, self.rows, self.warned, self.interrupted = hashes_of_inputs(config), [], set(), False
         self.state = self._continue() if config.resume else self._begin(heldout)
-        self.printed = [(self.state.get("step", 0), self.state.get("seconds", 0.0))]    # (steps, seconds) at each row
-        if "TORCHELASTIC_RUN_ID" not in os.environ:             # torchrun handles signals itself
-            signal.signal(signal.SIGINT, self._hold_back)
+        self.started = time.time() - self.state.get("seconds", 0.0)
+        self.saved_at, self.saving_takes = 0.0, 0.0
+        self.printed = self.state.get("step", 0), time.time()       # after how many steps the last row was, and when
+        if "TORCHELASTIC_RUN_ID" not in os.environ:                 # torchrun handles signals itself
+            signal.signal(signal.SIGINT, self._ctrl_c)
 
     def _begin(self, heldout):
-        if is_first():
+        if self.first:
             move_aside(self.folder)
             self.folder.mkdir(parents=True)
             lock(self.folder)
             self._write_run_json()
             (self.folder / "metrics.jsonl").touch()
             if self.config.heldout == str(self.folder / "heldout.jsonl"):
-                write_whole(self.folder / "heldout.jsonl", [json_line(example.row.fields()) for example in heldout])
+                write_rows(self.folder / "heldout.jsonl", [example.row.fields() for example in heldout])
         return {}
 
     def _continue(self):
-        """The saved state, after checking that this is the same run. Metrics after that state are cut off."""
+        """The saved state, after checking that this is the same run. Rows that were logged after it are cut off."""
         files = [file for name in ("state.pt", "state.previous.pt") if (file := self.folder / name).exists()]
         require(files, f"--resume: {self.folder} has no state.pt to continue from. Leave out --resume")
-        if is_first():
+        if self.first:
             lock(self.folder)
-        changed = self._changes()
-        report = self.folder / "report.json"
-        require(changed or not report.exists(),
-                f"--resume: {self.folder} is finished. A PPO run is extended by more --iterations with "
-                "--allow_changes")
-        if changed and not getattr(self.config, "allow_changes", False):
-            hint = ", or add --allow_changes" if hasattr(self.config, "allow_changes") else ""
-            raise UserError(f"--resume: {self.folder} was started with other options: {', '.join(changed)}. "
-                            f"Give it the same{hint}")
+        changed, report = self._changes(), self.folder / "report.json"
+        hint = ", or add --allow_changes" if hasattr(self.config, "allow_changes") else ""
+        require(not changed or getattr(self.config, "allow_changes", False),
+                f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same{hint}")
         state, file = newest_state(files)
         step = state["step"]
-        require(not report.exists() or getattr(self.config, "iterations", step + 1) > step,
-                f"--resume: {self.folder} is finished after {step} iterations. Give it more --iterations")
+        require(not report.exists() or getattr(self.config, "iterations", 0) > step,
+                f"--resume: {self.folder} is finished. A PPO run is extended by more --iterations with "
+                "--allow_changes")
         self.rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] < step]
-        require([row["step"] for row in self.rows] == list(range(step)),
-                f"{self.folder / 'metrics.jsonl'}: does not hold the steps 0 to {step - 1} of this run")
-        if is_first():
+        if self.first:
             if file != files[0]:                                # or it would become the checkpoint before the next one
-                files[0].rename(files[0].with_name("state.damaged.pt"))
+                files[0].rename(self.folder / "state.damaged.pt")
             if report.exists():
-                report.rename(report.with_name(f"report.{step}.json"))
-            for file in filter(Path.exists, map(self.folder.joinpath, LOGS)):
-                write_whole(file, [json_line(row) for row in read_rows(file) if row["step"] < step])
+                report.rename(self.folder / f"report.{step}.json")
+            for log in filter(Path.exists, map(self.folder.joinpath, LOGS)):
+                write_rows(log, [row for row in read_rows(log) if row["step"] < step])
             if changed:
                 self._write_run_json()
-        self.started -= state["seconds"]
         how = f", with {', '.join(changed)}. The learning rates now fall to 0 at the new end" if changed else ""
         print(f"{self.folder}: continued at step {step}{how}")
         return state
@@ -104,7 +100,7 @@ class Run:
     def _changes(self):
         """["--lr 0.1 -> 0.2", ...]: how the options and the contents of the input files differ from those of before."""
         before, now = read_run(self.folder), dataclasses.asdict(self.config)
-        inputs = read_json(self.folder / "run.json").get("inputs", {})
+        inputs = read_if_there(self.folder, "run.json").get("inputs", {})
         return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
                 if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)] + [
                 f"--{name} has other contents" for name in inputs if inputs[name] != self.inputs.get(name)]
@@ -114,14 +110,12 @@ class Run:
             "config": dataclasses.asdict(self.config), **templates(self.config), "inputs": self.inputs,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
-    def _hold_back(self, *_):
+    def _ctrl_c(self, *_):
+        if self.interrupted:
+            raise KeyboardInterrupt(
+                f"interrupted; --resume continues {self.folder} from its last checkpoint, if there is one")
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._stop_now)
         os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
-
-    def _stop_now(self, *_):
-        raise KeyboardInterrupt(
-            f"interrupted; --resume continues {self.folder} from its last checkpoint, if there is one")
 
     def seconds(self):
         """Wall-clock seconds of this run, including those before a --resume."""
@@ -130,40 +124,38 @@ class Run:
     def steps(self, total, name):
         """A progress bar over the steps that are left, on a terminal and in the first process only."""
         self.total, first = total, self.state.get("step", 0)
-        return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if is_first() else True)
+        return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if self.first else True)
 
     def log(self, step, metrics, show=(), complaints=None):
-        """Appends one line to metrics.jsonl. Only what is deterministic belongs there: no times.
+        """Appends one line to metrics.jsonl, and prints the metrics in `show` about LINES times a run.
 
-        About LINES times a run it prints the newest values of the metrics in `show` and the seconds a step took.
         complaints: a function of all rows -> [(sign, sentence)]. Each is printed once.
         """
         self.rows.append({"step": step, **metrics})
         self.append("metrics.jsonl", self.rows[-1:])
-        if not self.first:
-            return
-        if step % max(1, self.total // LINES) == 0 or step == self.total - 1:
-            newest = {name: value for row in self.rows for name, value in row.items()}
-            self.printed.append((step + 1, time.time() - self.started))
-            (before, then), (now, seconds) = self.printed[-2:]
-            heads = [name.split("/")[-1] for name in show]
-            heads = show if len(set(heads)) < len(heads) else heads
-            widths = [max(10, len(head) + 2) for head in heads]
-            cells = [f"{newest[name]:.3f}" if name in newest else "" for name in show]
-            if len(self.printed) == 2:
-                say(f"{'step':>6}" + "".join(map(str.rjust, heads, widths)) + f"{'s/step':>9}")
-            say(f"{step:>6}" + "".join(map(str.rjust, cells, widths)) + f"{(seconds - then) / (now - before):>9.2f}")
-        for sign, sentence in complaints(self.rows) if complaints else ():
+        if self.first and (step % max(1, self.total // LINES) == 0 or step == self.total - 1):
+            self._print_row(step, show)
+        for sign, sentence in complaints(self.rows) if complaints and self.first else ():
             if sign not in self.warned:
                 say(f"[{step}] warning: {sentence}")
             self.warned.add(sign)
+
+    def _print_row(self, step, show):
+        """The newest values of these metrics, and the seconds that a step took since the row before."""
+        newest = {name: value for row in self.rows for name, value in row.items()}
+        cells = {name.rpartition("/")[2]: f"{newest[name]:.3f}" if name in newest else "" for name in show}
+        (done, then), self.printed = self.printed, (step + 1, time.time())
+        cells = {"step": str(step), **cells, "s/step": f"{(time.time() - then) / (step + 1 - done):.2f}"}
+        if done == self.state.get("step", 0):
+            say("".join(head.rjust(max(10, len(head) + 2)) for head in cells))
+        say("".join(cell.rjust(max(10, len(head) + 2)) for head, cell in cells.items()))
 
     def append(self, name, rows):
         """Appends rows to one of the LOGS. Only what is deterministic belongs there: --resume writes the same again."""
         if self.first:
             try:
                 with open(self.folder / name, "ab") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                    file.writelines(lines_of(rows))
             except OSError as error:
                 raise UserError(f"{self.folder / name} cannot be written: {error.strerror}. Once it can, --resume "
                                 "continues") from None
@@ -175,11 +167,7 @@ class Run:
     def restore(self, **parts):
         """Loads models and optimizers from what the saved state holds under the same names."""
         for name, part in parts.items() if self.state else ():
-            try:
-                part.load_state_dict(self.state[name])
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise UserError(f"--resume: {self.folder}/state.pt does not fit the {name.replace('_', ' ')}: "
-                                f"{str(error).splitlines()[0]}") from None
+            part.load_state_dict(self.state[name])
 
     def checkpoint(self, done, **parts):
         """Writes state.pt when it is due, after the last step, and after Ctrl-C, which then ends the run.
@@ -192,11 +180,8 @@ class Run:
         if self.first and (due or done == self.total or self.interrupted):
             begun = time.time()
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-            for file in filter(Path.exists, map(self.folder.joinpath, LOGS)):
-                with open(file, "ab") as rows:
-                    os.fsync(rows.fileno())                     # the rows before this step must survive too
             with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
-                torch.save({"step": done, "seconds": time.time() - self.started, **state}, file)
+                torch.save({"step": done, "seconds": self.seconds(), **state}, file)
             self.saved_at, self.saving_takes = time.time(), time.time() - begun
         if done == self.total:
             signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows can be repeated
@@ -212,7 +197,7 @@ class Run:
         (self.folder / "state.previous.pt").unlink(missing_ok=True)
 
 
-def inputs_of(config):
+def hashes_of_inputs(config):
     """{option: sha256} of the files that a run reads. With other contents, --resume would continue another run.
 
     What lies in the run's own folder does not count: an earlier run's heldout.jsonl there is about to be moved aside.
@@ -230,16 +215,13 @@ def inputs_of(config):
 def newest_state(files):
     """(state, file) of the first of these files that is undamaged. Prints which are damaged; UserError if all are."""
     for file in files:
-        try:
+        with contextlib.suppress(Exception):                    # a damaged file fails in many ways
             # torch.load ignores the checksums of its zip file, so it would not notice a flipped bit in a weight.
             whole = zipfile.ZipFile(file).testzip() is None
             state = torch.load(file, map_location="cpu", weights_only=True)         # tensors and values, never code
             if whole and type(state["step"]) is int:
                 return state, file
-        except Exception:                                       # a damaged file fails in many ways
-            pass
-        fallback = f"; continuing from {files[-1].name}, the checkpoint before it" if file != files[-1] else ""
-        print(f"{file} is damaged{fallback}")
+        print(f"{file} is damaged")
     raise UserError(f"{' and '.join(map(str, files))}: damaged. Without --resume a new run begins")
 
 
@@ -247,9 +229,9 @@ def lock(folder):
     """Keeps a folder for this process as long as it lives; UserError if another process has it."""
     if fcntl is None:
         return
-    if (held := HELD.pop(folder.absolute(), None)) is not None:
-        os.close(held)
-    descriptor = HELD[folder.absolute()] = os.open(folder, os.O_RDONLY)
+    if folder.absolute() in HELD:
+        os.close(HELD.pop(folder.absolute()))
+    HELD[folder.absolute()] = descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -258,42 +240,29 @@ def lock(folder):
         pass
 
 
-def in_use(folder):
-    """Whether some process keeps this folder locked. False where there are no locks."""
-    if fcntl is None:
-        return False
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    finally:
-        os.close(descriptor)
-    return False
+def write_rows(file, rows):
+    write_whole(file, lines_of(rows))
 
 
-def json_line(row):
-    return (json.dumps(row) + "\n").encode()
+def lines_of(rows):
+    return [(json.dumps(row) + "\n").encode() for row in rows]
 
 
 def read_rows(file):
-    """The rows of a metrics.jsonl, up to a line that was cut off."""
+    """The rows of a metrics.jsonl, up to a line that was cut off or is damaged."""
     rows = []
-    for line in file.read_bytes().splitlines() if file.exists() else ():
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in file.read_bytes().splitlines() if file.exists() else ():
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            break
-        rows.append(row)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                break
+            rows.append(row)
     return rows
 
 
 def templates(config):
     """The data set's templates, from the meta.json beside it. Tools use them to show the bare instruction."""
-    meta = Path(getattr(config, "data", "")).parent / "meta.json"
-    values = read_json(meta) if meta.exists() else {}
+    values = read_if_there(Path(getattr(config, "data", "")).parent, "meta.json")
     return {name: value for name, value in values.items() if name.startswith("template")}
 
 
@@ -302,9 +271,7 @@ def move_aside(folder):
     if folder.exists():
         require(folder.is_dir(), f"{folder} is a file, not the folder of a run. Choose another --out")
         lock(folder)
-        n = 1
-        while (old := folder.with_name(f"{folder.name}.{n}")).exists():
-            n += 1
+        old = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(old)
         print(f"{folder} existed: moved to {old}")
 
@@ -321,29 +288,31 @@ def prompts_for(folder, kind):
     return own if own and not tiny else embedded[kind]
 
 
-def read_run(folder):
-    """The options of the run in this folder, as a dict. UserError if it has none."""
-    file = Path(folder) / "run.json"
-    config = read_json(file).get("config") if file.is_file() else None
-    require(isinstance(config, dict), f"{folder}: no run.json of a training script in it")
-    return config
-
-
 def read_options(folder):
-    """The same, {} if there is no run.json: a model may come from anywhere."""
-    return read_run(folder) if (Path(folder) / "run.json").is_file() else {}
+    """The options of the run in this folder, as a dict; {} if there is no run.json, since a model may come from anywhere."""
+    return read_if_there(folder, "run.json").get("config", {})
+
+
+def read_run(folder):
+    """The same, but UserError if no run of ours made the folder."""
+    config = read_options(folder)
+    require(config and isinstance(config, dict), f"{folder}: no run.json of a training script in it")
+    return config
 
 
 def read_report(folder):
     """The report.json of a run's folder, {} if there is none."""
-    file = Path(folder) / "report.json"
+    return read_if_there(folder, "report.json")
+
+
+def read_if_there(folder, name):
+    file = Path(folder) / name
     return read_json(file) if file.is_file() else {}
 
 
 def print_table(title, rows):
     """The summary at the end of a script: (name, value) pairs in two columns."""
     print(f"\n{title}")
-    width = max(len(name) for name, _ in rows)
     for name, value in rows:
         values = value if isinstance(value, list) else [value]
-        print(f"  {name:<{width}}  {' to '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in values)}")
+        print(f"  {name:<22}  {' to '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in values)}")

@@ -15,80 +15,59 @@ import time
 from itertools import cycle
 from pathlib import Path
 
+from minirlhf.files.errors import UserError, run_main
 from minirlhf.files.json_files import write_whole
-from minirlhf.running.config import Parser
-from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.health import complaints
-from minirlhf.running.runs import in_use, read_report, read_rows, read_run
+from minirlhf.running.config import Parser
+from minirlhf.running.runs import read_report, read_rows, read_run
 from minirlhf.stats import Estimate
 from minirlhf.tools.evaluate.tables import FIGURES, Table
-from minirlhf.tools.plot import COLOURS, PANELS, TRAINING
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
-POINTS = 4000           # most rows of metrics on a page. Of longer runs it shows every 2nd, 3rd, ...
 EVERY = 3               # seconds from one writing to the next, and from one reload to the next
-PATIENCE = 120          # seconds without news after which a run that keeps no lock has ended
+PATIENCE = 300          # seconds without news after which a run has stopped
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for the colour-blind
+PANELS = [  # metric, title, unit, healthy range (that of the table in minirlhf/DETAILS.md)
+    ("objective/scores", "Score of the reward model", "SFT standard deviations", (-0.2, 1.7)),
+    ("objective/gold", "True preference (never trained on)", "gold, 0 to 1", (0.6, 1)),
+    ("objective/kl", "KL to the SFT model", "nats per sequence", (0, 8)),
+    ("objective/rlhf_reward", "Score - beta KL, which PPO maximises", "SFT standard deviations", (-0.2, 1.4)),
+    ("objective/entropy", "Entropy of the policy", "nats per sequence", (5, 16)),
+    ("rollout/score_std", "Spread of the scores in a rollout", "standard deviation", (0.5, 1.1)),
+    ("rollout/eos_rate", "Responses that end by themselves", "share", (0.98, 1)),
+    ("rollout/length", "Length of a response", "tokens, EOS included", (18, 25)),
+    ("policy/approxkl", "How far one update moves the policy", "approx-KL, nats per token", (0, 0.2)),
+    ("policy/clipfrac", "Tokens whose ratio is clipped", "share of the tokens", (0, 0.2)),
+    ("loss/value", "Loss of the value model", "half the squared error", (0, 0.2)),
+    ("value/explained_variance", "How well the value model predicts", "explained variance", (0, 1)),
+]
+TRAINING = [  # of SFT and reward models
+    ("loss/train", "Loss on the training batch", "loss", None),
+    ("loss/heldout", "Loss on held-out demonstrations", "nats per token", None),
+    ("accuracy/train", "Accuracy on the training batch", "share of the pairs", None),
+    ("rm_accuracy_heldout", "Accuracy on held-out comparisons", "share of the pairs", None),
+    ("rm_accuracy_gold", "Accuracy against gold", "share of the pairs", None),
+]
 
 
 # ---- reading what runs have written ----------------------------------------------------------------------------------
 
 def read_folder(folder):
-    """What a run has written so far, as a dict. UserError if the folder is not a run's or a line is damaged."""
+    """What a run has written so far, as a dict. A line that is still being written is left out. UserError if the
+    folder is not a run's."""
     path, config = Path(folder), read_run(folder)
-    samples = path / "samples.jsonl"                            # of PPO only
     return {"name": str(folder), "config": config, "report": read_report(path), "state": state_of(path),
-            "rows": whole_rows(path / "metrics.jsonl", is_metrics),
-            "samples": whole_rows(samples, is_sample) if samples.exists() else []}
-
-
-def whole_rows(file, fits):
-    """The rows of a JSONL without a last line that is still being written. fits: whether a row is as it should be."""
-    complete = file.read_bytes().count(b"\n")
-    rows = read_rows(file)
-    wrong = next((n for n, row in enumerate(rows, start=1) if not fits(row)), len(rows) + 1)
-    require(wrong > max(complete, len(rows)),
-            f"{file}:{wrong}: damaged, not a row as a training script writes it. Remove this line and those after it")
-    return rows
-
-
-def is_metrics(row):
-    return all(type(x) in (int, float) for x in row.values()) and (
-        "objective/kl" not in row or {"objective/entropy", "rollout/length", "rollout/score_std"} <= set(row))
-
-
-def is_sample(row):
-    match row:
-        case {"sample": str(), "prompt": str(), "response": str(), "score": float(), "kl": float(),
-              "tokens": {"text": [*texts], **columns}}:
-            return set(map(type, texts)) <= {str} and all(
-                isinstance(column, list) and list(map(type, column)) == [float] * len(texts)
-                and all(map(math.isfinite, column)) for column in columns.values())
-    return False
+            "rows": read_rows(path / "metrics.jsonl"), "samples": read_rows(path / "samples.jsonl")}
 
 
 def state_of(folder):
-    """"ended", "running" or "stopped". A run that writes nothing for a while is running if it keeps its folder locked.
-    That is not asked before, because the question itself takes the lock for a moment, and no run could begin then."""
+    """"ended", "running" or "stopped". A run that was killed counts as running until it has been silent for long."""
     if (folder / "report.json").exists():
         return "ended"
-    fresh = time.time() - (folder / "metrics.jsonl").stat().st_mtime < PATIENCE
-    return "running" if fresh or in_use(folder) else "stopped"
+    return "running" if time.time() - (folder / "metrics.jsonl").stat().st_mtime < PATIENCE else "stopped"
 
 
 # ---- what the page shows ---------------------------------------------------------------------------------------------
-
-def thin(run):
-    """Leaves about POINTS rows of metrics in a run, every n-th one, and of its samples every n-th step. Returns n.
-
-    The last of both are kept, and what SFT and reward models measure only now and then.
-    """
-    rows, steps = run["rows"], sorted({row["step"] for row in run["samples"]})
-    every = max(1, math.ceil(len(rows) / POINTS))
-    usual, kept = min(map(len, rows), default=0), {*steps[::every], *steps[-1:]}
-    run["rows"] = [row for n, row in enumerate(rows) if n % every == 0 or row is rows[-1] or len(row) > usual]
-    run["samples"] = [row for row in run["samples"] if row["step"] in kept]
-    return every
-
 
 def warnings_of(run):
     """The warnings that the script printed, each at the first iteration that deserved it: [(step, sentence)]."""
@@ -100,7 +79,7 @@ def warnings_of(run):
 
 
 def charts_of(runs):
-    """The panels of tools.plot that these runs can fill, and before them score and gold in one picture."""
+    """The panels that these runs can fill, and before them score and gold in one picture."""
     def lines(metric, dashed=False):
         curves = [[rounded(row.get(metric, math.nan)) for row in run["rows"]] for run in runs]
         return [{"run": k, "y": y, "dashed": dashed} for k, y in enumerate(curves) if set(y) - {None}]
@@ -151,8 +130,6 @@ def write_page(out, title, runs, tables, notes=(), live=False, report=False):
     runs: from read_folder. tables: Tables. notes: sentences. live: it reloads itself. report: the tables come first.
     """
     warnings = [{"run": k, "step": step, "text": text} for k, run in enumerate(runs) for step, text in warnings_of(run)]
-    notes = [*notes, *(f"{run['name']}: one row of metrics in {n}, and of the samples one iteration in {n}"
-                       for run in runs if (n := thin(run)) > 1)]
     options = dict.fromkeys(name for run in runs for name in run["config"])
     values = [[name, *(run["config"].get(name, "") for run in runs)] for name in options]
     tables = [*tables, Table("Options", ["", *(run["name"] for run in runs)], values)]

@@ -44,29 +44,14 @@ def iterations(size, cfg, prompt, n):
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6, eps=1e-5, weight_decay=0.0, fused=True)
                   for model in (policy, value)]
     batch = [Example(Row("", ""), ids, []) for ids in random_ids(size, cfg.batch_size, prompt).tolist()]
-    normalised_scores, phases = reward.requires_grad_(False).normalised_scores, {}
-
-    def scores(*inputs):
-        start, found = now(), normalised_scores(*inputs)
-        phases["score"] = phases.get("score", 0) + now() - start
-        return found
-
-    reward.normalised_scores = scores
+    reward.requires_grad_(False)
     for iteration in range(n):
-        phases, times = {}, [now()]
-        rollout = train_ppo.roll_out(policy, batch, Tokenizer(), (-7, 0), cfg, iteration, device)
-        times.append(now())
-        train_ppo.make_experience(rollout, policy, reference, reward, cfg, cfg.beta)
-        times.append(now())
-        train_ppo.estimate_advantages(rollout, value, cfg)
-        times.append(now())
+        begun = now()
+        rollout = train_ppo.make_rollout(batch, policy, reference, reward, value, Tokenizer(), cfg, cfg.beta, iteration)
+        middle = now()
         train_ppo.update(rollout, policy, value, *optimizers, cfg, iteration)
-        times.append(now())
-        assert rollout.mask.shape == (cfg.batch_size, cfg.max_response) and rollout.mask.all()
-        names = "rollout", "log-probabilities", "values", "update"
-        phases |= {name: end - start for name, start, end in zip(names, times, times[1:])}
-        phases["log-probabilities"] -= phases["score"]              # both are steps of make_experience
-        yield phases
+        assert rollout.response_mask.shape == (cfg.batch_size, cfg.max_response) and rollout.response_mask.all()
+        yield {"rollout": middle - begun, "update": now() - middle}
 
 
 def trl(args):

@@ -1,0 +1,55 @@
+"""The pictures of curves in the documents (needs matplotlib). They are made in this order by
+
+    python tests/pictures.py data/tiny/collapse.png out/ppo out/ppo_few
+    python tests/pictures.py minirlhf/patches/curves.png RUN ... --metrics objective/gold objective/kl \\
+        objective/entropy rollout/length
+
+A panel for each metric, a curve for each run, and the healthy range in grey.
+"""
+
+import argparse
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minirlhf.running.runs import read_rows                     # noqa: E402
+from minirlhf.tools.page import COLOURS, PANELS                 # noqa: E402
+
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.titlesize": 11, "axes.labelsize": 9, "legend.frameon": False, "savefig.dpi": 110}
+
+
+def draw(out, runs, panels):
+    """runs: {label: rows of metrics.jsonl}. panels: those of tools.page that are drawn."""
+    columns = 2 if len(panels) == 4 else 3
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 2.9 * height), layout="constrained")
+    for axis, (metric, title, unit, healthy) in zip(axes.flat, panels):
+        for colour, rows in zip(cycle(COLOURS), runs.values()):
+            axis.plot([row["step"] for row in rows], [row[metric] for row in rows], color=colour, linewidth=1.2)
+        limits = axis.get_ylim()
+        axis.axhspan(*healthy, color="0.9", zorder=0)
+        axis.set(title=title, ylabel=unit, ylim=limits)
+    figure.supxlabel("PPO iteration", fontsize=9)
+    figure.legend(axes.flat[0].lines, runs, loc="outside lower center", ncols=4)
+    figure.savefig(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="the picture to write")
+    parser.add_argument("runs", nargs="+", help="folders of PPO runs; a label is a folder's name")
+    parser.add_argument("--metrics", nargs="+", help="the panels, by their metric [all]")
+    args = parser.parse_args()
+    plt.rcParams.update(STYLE)
+    runs = {Path(run).name: read_rows(Path(run) / "metrics.jsonl") for run in args.runs}
+    draw(args.out, runs, [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics])
+
+
+if __name__ == "__main__":
+    main()
