@@ -13,7 +13,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import answers, data
-from minirlhf.assess import pair_accuracy
+from minirlhf.assess import pair_accuracy, pairs_of
 from minirlhf.files.errors import UserError
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import response_logits
@@ -166,12 +166,17 @@ def test_demonstrations_that_are_gone_or_unknown_cost_the_perplexity_and_nothing
     assert "gone.jsonl, which" in capsys.readouterr().out
 
 
+def accuracy(goodness, scores):
+    prompt, _, differences, _ = pairs_of(goodness, scores, scores)
+    return pair_accuracy(differences, prompt)
+
+
 def test_pairs_are_counted_by_prompt():
     """Equal scores are half right, equal goodness is no pair. Pairs of one prompt are less than as many prompts."""
-    assert pair_accuracy([[2, 1], [2, 1], [2, 1], [1, 2]], [[3, 1], [1, 3], [2, 2], [0, 4]]).value == 2.5 / 4
-    assert pair_accuracy([[-1, -2, -2], [-1, -2]], [[1, 3, 2], [9, 1]]).value == pytest.approx(1 / 3)
-    ten_prompts = pair_accuracy([[5, 4, 3, 2, 1]] * 10, [[1, 2, 3, 4, 5]] * 5 + [[5, 4, 3, 2, 1]] * 5)
-    hundred_prompts = pair_accuracy([[2, 1]] * 100, [[1, 2], [2, 1]] * 50)
+    assert accuracy([[2, 1], [2, 1], [2, 1], [1, 2]], [[3, 1], [1, 3], [2, 2], [0, 4]]).value == 2.5 / 4
+    assert accuracy([[-1, -2, -2], [-1, -2]], [[1, 3, 2], [9, 1]]).value == pytest.approx(1 / 3)
+    ten_prompts = accuracy([[5, 4, 3, 2, 1]] * 10, [[1, 2, 3, 4, 5]] * 5 + [[5, 4, 3, 2, 1]] * 5)
+    hundred_prompts = accuracy([[2, 1]] * 100, [[1, 2], [2, 1]] * 50)
     assert ten_prompts.value == hundred_prompts.value == 0.5
     assert ten_prompts.high - ten_prompts.low > 2 * (hundred_prompts.high - hundred_prompts.low)
 
