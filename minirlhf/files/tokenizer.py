@@ -1,4 +1,4 @@
-"""Text to token ids and back with tiktoken: GPT-2's encoding, or the small one in a model folder.
+"""Text to token ids and back with tiktoken: GPT-2's encoding, or that of a model folder.
 
 Encode text with encoding.encode_ordinary. It treats "<|endoftext|>" in a text as thirteen ordinary characters, so
 nobody can insert an EOS, encoding.eot_token, through a prompt.
@@ -10,17 +10,13 @@ import json
 import os
 from pathlib import Path
 
-import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from minirlhf.files.download import OFFICIAL, cache_folder, download, model_folder, sha256_of
+from minirlhf.files.download import OFFICIAL, cache_folder, download, fetch_official, model_folder, sha256_of
 from minirlhf.files.tensors import read_json, write_json, write_whole
+from minirlhf.files.tokenizer_json import EOS, PATTERN, Tokenizer, byte_letters, from_folder
 from minirlhf.running.errors import UserError, require
 
-# How GPT-2 splits text into pieces before it merges bytes: the expression of openai/gpt-2 encoder.py in a faster form,
-# which is tiktoken's r50k_pat_str.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-EOS = "<|endoftext|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_FILES = {  # name: sha256, both as in tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -29,25 +25,52 @@ GPT2_FILES = {  # name: sha256, both as in tiktoken_ext/openai_public.py
 
 
 def load_tokenizer(name_or_folder):
-    """The encoding of a model: its vocab.tiktoken, or GPT-2's if it has none.
+    """The Tokenizer of a model: its vocab.tiktoken or tokenizer.json, or GPT-2's for a GPT-2 or GPT-J without them.
 
-    UserError if it has more tokens than the model, which could not look them up.
+    UserError if a part of tokenizer.json is not supported, or if it has more tokens than the model, which could not look
+    them up.
     """
-    if name_or_folder in OFFICIAL:
+    official = name_or_folder in OFFICIAL
+    if official and name_or_folder.startswith("gpt"):
         return gpt2_encoding()
-    folder = model_folder(name_or_folder, wanted=("config.json", "vocab.tiktoken"))
-    own, config = folder / "vocab.tiktoken", folder / "config.json"
-    encoding = encoding_from_ranks(read_ranks(own)) if own.exists() else gpt2_encoding()
-    rows = read_json(config).get("vocab_size") if config.exists() else encoding.n_vocab
+    folder = (fetch_official(name_or_folder) if official else
+              model_folder(name_or_folder, wanted=("config.json", "vocab.tiktoken")))
+    own, template = folder / "vocab.tiktoken", folder / "template.json"
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if own.exists():
+        encoding = encoding_from_ranks(read_ranks(own))
+    else:
+        encoding = from_folder(folder, config) if (folder / "tokenizer.json").exists() else gpt2_for(folder, config)
+    rows = config.get("vocab_size", encoding.n_vocab)
     require(type(rows) is not int or rows >= encoding.n_vocab,
-            f"{folder}: the model has {rows} tokens, but the vocabulary has {encoding.n_vocab}. Copy the "
-            "vocab.tiktoken that it was trained with into the folder")
+            f"{folder}: the model has {rows} tokens, but the vocabulary has {encoding.n_vocab}. Copy the vocab.tiktoken or "
+            "tokenizer.json that it was trained with into the folder")
+    if template.exists():
+        encoding.template = read_json(template).get("template")
+        require(encoding.template is None or str(encoding.template).count("{instruction}") == 1,
+                f"{template}: its template must be null, or a text with {{instruction}} in it once")
+    return encoding
+
+
+def own_tokens(folder):
+    """How many tokens a model folder's own tokenizer has, None if it has none."""
+    own = any((folder / file).exists() for file in ("vocab.tiktoken", "tokenizer.json"))
+    return load_tokenizer(folder).n_vocab if own else None
+
+
+def gpt2_for(folder, config):
+    """GPT-2's encoding, for a GPT-2 or GPT-J folder that has no other."""
+    require(config.get("model_type", "gpt2") in ("gpt2", "gptj"),
+            f"{folder}: no tokenizer.json in it. A sentencepiece tokenizer, tokenizer.model, is not supported")
+    encoding, vocab = gpt2_encoding(), folder / "vocab.json"
+    require(not vocab.exists() or read_json(vocab) == {text: n for n, text in enumerate([*spelled(encoding).values(), EOS])},
+            f"{vocab}: not GPT-2's tokens. Any other vocabulary is read from tokenizer.json or vocab.tiktoken")
     return encoding
 
 
 def encoding_from_ranks(ranks, name="vocab.tiktoken"):
-    """{bytes of a token: rank} -> tiktoken.Encoding with one special token, EOS, after the last rank."""
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: len(ranks)})
+    """{bytes of a token: rank} -> Tokenizer with one special token, EOS, after the last rank."""
+    return Tokenizer(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: len(ranks)})
 
 
 def token_texts(encoding, ids):
@@ -94,22 +117,31 @@ def gpt2_encoding():
 
 
 def save_tokenizer(encoding, folder):
-    """Writes vocab.tiktoken, except for GPT-2's encoding, and vocab.json and merges.txt for transformers.
+    """Writes the files that the tokenizer was read from. For our own it writes vocab.tiktoken, except for GPT-2's
+    encoding, and vocab.json and merges.txt for transformers. template.json says how the model is asked.
 
     AutoTokenizer.from_pretrained(folder) gives the same ids, but it takes "<|endoftext|>" in a text for the EOS.
     """
     folder = Path(folder)
-    tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+    if encoding.files or encoding.template:
+        write_json(folder / "template.json", {"template": encoding.template})
+    for name, data in encoding.files.items():
+        write_whole(folder / name, [data])
+    if encoding.files:
+        return
+    letters = spelled(encoding)
     if encoding.name != "gpt2":
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(letters)]
         write_whole(folder / "vocab.tiktoken", lines)
-    # GPT-2's files use a letter for each byte: itself if it is printable, else the next one from 256 on.
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    spelled = {token: "".join(letters[byte] for byte in token) for token in tokens}
-    write_json(folder / "vocab.json", {spelling: rank for rank, spelling in enumerate([*spelled.values(), EOS])})
+    write_json(folder / "vocab.json", {spelling: rank for rank, spelling in enumerate([*letters.values(), EOS])})
     # tiktoken merges any two neighbours that form a token, lowest rank first. So each way to split a token is a merge.
-    cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
-    merges = [f"{spelled[a]} {spelled[b]}\n".encode() for a, b in cuts if a in spelled and b in spelled]
+    cuts = ((token[:i], token[i:]) for token in letters for i in range(1, len(token)))
+    merges = [f"{letters[a]} {letters[b]}\n".encode() for a, b in cuts if a in letters and b in letters]
     write_whole(folder / "merges.txt", merges)
+
+
+def spelled(encoding):
+    """{bytes of a token: its spelling in vocab.json}, in the order of the ranks, without the EOS at the end."""
+    letters = byte_letters()
+    tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token))
+    return {token: "".join(letters[byte] for byte in token) for token in tokens}
