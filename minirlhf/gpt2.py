@@ -32,7 +32,6 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     n_tokens: int = None            # None: all of them
-    eos_token_id: int = None        # None: the last token
 
 
 class KVCache:

@@ -32,7 +32,6 @@ class GPTJConfig:
     rotary_dim: int = 64
     n_tokens: int = 50257
     layer_norm_epsilon: float = 1e-5
-    eos_token_id: int = None        # None: the last token
 
 
 def rotary_frequencies(r, device, theta=10000):

@@ -41,7 +41,6 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     rope_scaling: dict = None
     n_tokens: int = None
-    eos_token_id: int = None
 
     # The names by which the rest of the code knows these.
     n_positions = property(lambda self: self.max_position_embeddings)
@@ -50,18 +49,16 @@ class LlamaConfig:
     n_head = property(lambda self: self.num_attention_heads)
 
 
-def scaled(frequencies, rope_scaling):
+def scaled(frequencies, factor, low_freq_factor, high_freq_factor,
+           original_max_position_embeddings):
     """Llama 3.1's frequencies for texts longer than those it was first trained on (Meta 2024).
 
     A pair that turns often within the original length stays as it was. One that turns seldom is
     slowed down by the factor. In between there is a linear blend.
     """
-    if rope_scaling is None:
-        return frequencies
-    low, high = rope_scaling["low_freq_factor"], rope_scaling["high_freq_factor"]
-    turns = rope_scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)                       # (hs/2,)
-    return kept * frequencies + (1 - kept) * frequencies / rope_scaling["factor"]
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)  # (hs/2,)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 def rotate(x, cos, sin):
@@ -139,7 +136,9 @@ class Llama(nn.Module):
         visible = visible.repeat(1, 1, config.n_head // config.num_key_value_heads, 1)
         frequencies = rotary_frequencies(config.n_embd // config.n_head, ids.device,
                                          config.rope_theta)                 # (hs/2,)
-        angles = rotary_angles(positions[:, None], scaled(frequencies, config.rope_scaling))
+        if config.rope_scaling:
+            frequencies = scaled(frequencies, **config.rope_scaling)
+        angles = rotary_angles(positions[:, None], frequencies)             # 2 x (B, 1, T, hs/2)
         x = self.embed_tokens(ids)                                          # (B, T, C)
         with autocast(self.dtype, ids.device):
             for layer, block in enumerate(self.layers):

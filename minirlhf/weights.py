@@ -143,23 +143,23 @@ def save_pretrained(model, folder, extra_config={}):
 
 
 def config_values(model, scalar):
-    """The contents of config.json, under the names that transformers expects."""
-    config = model.config
-    n_tokens = config.n_tokens or config.vocab_size
-    eos = n_tokens - 1 if config.eos_token_id is None else config.eos_token_id
+    """The contents of config.json, under the names that transformers expects.
+
+    The EOS of a GPT-2 or GPT-J is its last token. If it is not, save_tokenizer writes it.
+    """
+    config, n_tokens = model.config, model.config.n_tokens or model.config.vocab_size
     if isinstance(config, LlamaConfig):
         kind, head, others = config.model_type.capitalize(), "ForCausalLM", LLAMA
+        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+        others = {**vars(config), **LLAMA, "rope_scaling": scaling, "bos_token_id": None, "eos_token_id": None}
     else:
         kind = "GPTJ" if isinstance(config, GPTJConfig) else "GPT2"
         head = "ForCausalLM" if kind == "GPTJ" else "LMHeadModel"
-        others = {**IMPLEMENTED, "tie_word_embeddings": kind == "GPT2", "bos_token_id": eos,
-                  "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}     # no dropout here
-    values = {
-        "model_type": kind.lower(),
-        "architectures": [kind + ("ForSequenceClassification" if scalar else head)],
-        **{name: value for name, value in others.items() if value is not None}, **vars(config),
-        "n_tokens": n_tokens, "eos_token_id": eos,
-    }
+        others = {**vars(config), **IMPLEMENTED, "tie_word_embeddings": kind == "GPT2", "bos_token_id": n_tokens - 1,
+                  "eos_token_id": n_tokens - 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}     # no dropout here
+    values = {"model_type": kind.lower(),
+              "architectures": [kind + ("ForSequenceClassification" if scalar else head)],
+              **others, "n_tokens": n_tokens}
     if scalar:
         values |= {"num_labels": 1,
                    "reward_mean": model.reward_mean, "reward_std": model.reward_std}

@@ -474,8 +474,8 @@ def config_mutant(rng, text):
 def check_model(model, data, weights):
     """The sizes are those that json reads in config.json, or the defaults; the weights are those of the folder."""
     values = json.loads(data)
-    for name, default in dataclasses.asdict(GPT2Config()).items():
-        assert getattr(model.config, name) == values.get(name, default)
+    for name, default in {**dataclasses.asdict(GPT2Config()), "n_tokens": model.config.vocab_size}.items():
+        assert name == "eos_token_id" or getattr(model.config, name) == values.get(name, default)
     if isinstance(model, ScalarHeadModel):
         normalisation = values.get("reward_mean", 0), values.get("reward_std", 1)
         assert (model.reward_mean, model.reward_std) == tuple(map(float, normalisation))

@@ -534,7 +534,7 @@ def test_bytes_flipped_anywhere_in_a_header_never_crash(folder):
 CONFIGS = [
     ("activation_function", "gelu"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True),
     ("reorder_and_upcast_attn", True), ("tie_word_embeddings", False), ("n_inner", 100), ("scale_attn_weights", False),
-    ("add_cross_attention", True), ("model_type", "llama"), ("model_type", ["gpt2"]), ("n_head", 7), ("n_layer", 0),
+    ("add_cross_attention", True), ("model_type", "mistral"), ("model_type", ["gpt2"]), ("n_head", 7), ("n_layer", 0),
     ("n_layer", 10 ** 8), ("n_embd", "40"), ("n_embd", 2.0 ** 5), ("vocab_size", 2 ** 70), ("n_positions", None),
     ("layer_norm_epsilon", float("nan")), ("n_head", True), ("n_layer", 2), ("n_layer", 4),
 ]

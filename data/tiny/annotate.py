@@ -20,7 +20,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
-from minirlhf.data import stop_of
+from minirlhf.data import encode_prompt, stop_of
 from minirlhf.files.tensors import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, respond
@@ -113,7 +113,7 @@ def sample(model_folders: list[str], prompts: list[str], K: int, seed: int) -> l
 def sample_one(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
     """K answers of one model to each prompt."""
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
-    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(K)]
     stop = stop_of("", tokenizer)
     answers = respond(model, ids, limit=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
     texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]

@@ -173,7 +173,7 @@ def read_config(file, config_classes, max_layers, n_tokens=None):
     config = config_classes[kind](**{name: values[name] for name in fields if name in values})
     for name, field in fields.items():
         value = getattr(config, name)
-        require(field.type not in (int, float) or name in ("n_tokens", "eos_token_id")
+        require(field.type not in (int, float) or name == "n_tokens"
                 or type(value) in (int, field.type) and 0 < value < TOO_LARGE,
                 f"{file}: {name} is {shown(value)}, but it must be of type {field.type.__name__}, above 0 and below "
                 f"{TOO_LARGE}")
@@ -186,10 +186,6 @@ def read_config(file, config_classes, max_layers, n_tokens=None):
     config.n_tokens = values.get("n_tokens", min(n_tokens or GPT2_TOKENS * (not is_llama) or TOO_LARGE, config.vocab_size))
     require(type(config.n_tokens) is int and 0 < config.n_tokens <= config.vocab_size,
             f"{file}: n_tokens is {shown(config.n_tokens)}, but it must be from 1 to vocab_size, {config.vocab_size}")
-    named = values.get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
-    valid = ids and all(type(n) is int and 0 <= n < config.n_tokens for n in ids)
-    config.eos_token_id = named if valid else config.n_tokens - 1
     if kind == "gptj":
         require(config.rotary_dim <= head and config.rotary_dim % 2 == 0,
                 f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
@@ -216,7 +212,7 @@ def rope(values, file):
     require(all(type(x) in (int, float) and 0 < x < TOO_LARGE for x in numbers.values()),
             f"{file}: rope_scaling needs {', '.join(LLAMA3_ROPE)} above 0, not {shown(numbers)}")
     return {"rope_theta": found.get("rope_theta", values.get("rope_theta", 10000)),
-            "rope_scaling": {"rope_type": kind, **numbers} if numbers else None}
+            "rope_scaling": numbers or None}
 
 
 def read_normalisation(file):

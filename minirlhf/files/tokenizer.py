@@ -118,7 +118,8 @@ def gpt2_encoding():
 
 def save_tokenizer(encoding, folder):
     """Writes the files that the tokenizer was read from. For our own it writes vocab.tiktoken, except for GPT-2's
-    encoding, and vocab.json and merges.txt for transformers. template.json says how the model is asked.
+    encoding, and vocab.json and merges.txt for transformers. template.json says how the model is asked, and config.json
+    which token is the EOS.
 
     AutoTokenizer.from_pretrained(folder) gives the same ids, but it takes "<|endoftext|>" in a text for the EOS.
     """
@@ -128,7 +129,8 @@ def save_tokenizer(encoding, folder):
     for name, data in encoding.files.items():
         write_whole(folder / name, [data])
     if encoding.files:
-        return
+        config = read_json(folder / "config.json")
+        return write_json(folder / "config.json", config | {"eos_token_id": encoding.eot_token})
     letters = spelled(encoding)
     if encoding.name != "gpt2":
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(letters)]

@@ -21,7 +21,11 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 DIGITS = PATTERN.replace(r" ?\p{N}++", r"\s++(?=\p{N})|\p{N}")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLITS = LLAMA3, LLAMA3.replace("{1,3}", "")        # the second is Qwen2's
+# The steps of a pre_tokenizer, and the expression that splits text in the same way.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+STEPS = [([BYTES], PATTERN), ([{"type": "Digits", "individual_digits": True}, BYTES], DIGITS)] + [
+    ([{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+      {**BYTES, "use_regex": False}], split) for split in (LLAMA3, LLAMA3.replace("{1,3}", ""))]       # the last: Qwen2
 # What these parts of "model" must say, if they say anything.
 PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False}
 # The three pieces of a chat_template in ChatML. The second is in SmolLM2's only, with the text of its system message.
@@ -56,49 +60,40 @@ class Tokenizer(tiktoken.Encoding):
 
 def from_folder(folder, config):
     """The Tokenizer of a model folder with a tokenizer.json. config: its config.json, a dict."""
-    file, found = folder / "tokenizer.json", [folder / name for name in FILES]
-    values = {path.name: read_json(path) for path in found if path.suffix == ".json" and path.exists()}
-    definition, settings = values[file.name], values.get("tokenizer_config.json", {})
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+    values = {name: read_json(folder / name) if name in files else {} for name in FILES if name.endswith(".json")}
+    definition, settings = values["tokenizer.json"], values["tokenizer_config.json"]
     try:
-        pattern, ranks, special = parse(definition)
-        start, eos = first_token(definition.get("post_processor")), eos_of(special, config, values)
-        tokenizer = Tokenizer(file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except UserError as error:
-        raise UserError(f"{file}: {error}, which is not supported: only byte-level BPE as in GPT-2, SmolLM2, Llama 3 and "
-                        "Qwen2 is") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{file}: not byte-level BPE ({type(error).__name__}: {error}). Others, such as sentencepiece, are "
-                        "not supported") from None
-    tokenizer.eos, tokenizer.nfc = eos, bool(definition.get("normalizer"))
-    tokenizer.no_token = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-    tokenizer.files = {path.name: path.read_bytes() for path in found if path.exists()}
-    jinja = tokenizer.files.get("chat_template.jinja", b"").decode(errors="replace") or settings.get("chat_template")
-    tokenizer.template = chat_format(jinja) if isinstance(jinja, str) else None
-    if jinja and not tokenizer.template and not (folder / "template.json").exists():
-        print(f"note: {folder}: its chat_template is none we know, so prompts are used as they are. A file template.json "
-              'beside it, {"template": "... {instruction} ..."}, says how to ask this model', file=sys.stderr)
-    tokenizer.template = tokenizer.template or (start and start + "{instruction}") or None
+        tokenizer = parse(definition)
+        ids = (config | values["generation_config.json"]).get("eos_token_id")
+        named = [text for text, n in tokenizer._special_tokens.items() if n in (ids if isinstance(ids, list) else [ids])]
+        require(named, "an EOS in config.json that is none of added_tokens")
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{folder / 'tokenizer.json'}: {error}: not byte-level BPE as in GPT-2, SmolLM2, Llama 3 and "
+                        "Qwen2, and no other kind, such as sentencepiece, is supported") from None
+    tokenizer.eos = settings.get("eos_token") if settings.get("eos_token") in named else named[0]
+    tokenizer.files, jinja = files, files.get("chat_template.jinja", b"").decode() or settings.get("chat_template") or ""
+    tokenizer.template = chat_format(str(jinja))
+    unknown = (jinja and not tokenizer.template) or "SpecialToken" in str(definition.get("post_processor"))
+    if unknown and not (folder / "template.json").exists():
+        print(f"note: {folder} wants something around each prompt (chat_template, post_processor) that we do not know, so "
+              'prompts are used as they are. A file template.json in it, {"template": "...{instruction}..."}, can say what',
+              file=sys.stderr)
     return tokenizer
 
 
-def byte_letters():
-    """{byte: the letter for it in these files}: itself if it is printable, else the next one from 256 on."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
 def parse(definition):
-    """A tokenizer.json -> (expression, {bytes of a token: id}, {special token: id}), as tiktoken wants them.
-
-    UserError names the part that is not supported.
-    """
+    """A tokenizer.json -> Tokenizer. UserError says which part of it is not supported."""
     model, byte_of = definition["model"], {letter: byte for byte, letter in byte_letters().items()}
     for name, plain in PLAIN.items():
         require((model.get(name) or plain) == plain, f"model.{name} {shown(model.get(name))}")
     require(definition.get("normalizer") in (None, {"type": "NFC"}), f"normalizer {shown(definition.get('normalizer'))}")
+    split = definition["pre_tokenizer"]
+    steps = [{name: value for name, value in step.items() if (name, value) != ("use_regex", True) and name != "trim_offsets"}
+             for step in split.get("pretokenizers", [split])]
+    pattern = next((pattern for known, pattern in STEPS if known == steps), None)
+    require(pattern, f"pre_tokenizer {shown(split)}")
     special = {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
-    pattern = expression(definition.get("pre_tokenizer"))
     ranks = {bytes(byte_of[c] for c in token): n for token, n in model["vocab"].items() if token not in special}
     texts = ("".join(merge).replace(" ", "") for merge in model["merges"])              # "a b" or ["a", "b"]
     merged = [ranks[bytes(byte_of[c] for c in text)] for text in texts]
@@ -107,43 +102,17 @@ def parse(definition):
             "model.merges not in the order of the ids, or a token without one")
     require(sorted({*ranks.values(), *special.values()}) == list(range(len(ranks) + len(special))),
             "model.vocab with ids that are not 0, 1, 2, ..., each of one token")
-    return pattern, ranks, special
+    tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer.nfc = bool(definition.get("normalizer"))
+    tokenizer.no_token = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+    return tokenizer
 
 
-def expression(steps):
-    """The pre_tokenizer of a tokenizer.json -> the regular expression that splits text in the same way."""
-    match steps:
-        case {"type": "ByteLevel", "add_prefix_space": False} if steps.get("use_regex", True):
-            return PATTERN
-        case {"pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                {"type": "ByteLevel", "add_prefix_space": False} as last]} if last.get("use_regex", True):
-            return DIGITS
-        case {"pretokenizers": [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-                                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} if split in SPLITS:
-            return split
-    raise UserError(f"pre_tokenizer {shown(steps)}")
-
-
-def first_token(steps):
-    """The text of the special token that a post_processor puts before every text, as Llama 3's does. "" for none."""
-    match steps:
-        case None | {"type": "ByteLevel"}:
-            return ""
-        case {"processors": [{"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": [
-                {"SpecialToken": {"id": str(token)}}, {"Sequence": {"id": "A"}}]}]}:
-            return token
-    raise UserError(f"post_processor {shown(steps)}")
-
-
-def eos_of(special, config, values):
-    """The text of the EOS. generation_config.json or config.json names its id, or several. tokenizer_config.json says
-    which of them ends an answer."""
-    named = (config | values.get("generation_config.json", {})).get("eos_token_id")
-    named = [text for text, n in special.items() if n in (named if isinstance(named, list) else [named])]
-    own = values.get("tokenizer_config.json", {}).get("eos_token")
-    own = own["content"] if isinstance(own, dict) else own
-    require(named or own in special, "an EOS in config.json that is none of the added_tokens")
-    return own if own in special and own in (named or [own]) else named[0]
+def byte_letters():
+    """{byte: the letter for it in these files}: itself if it is printable, else the next one from 256 on."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def chat_format(jinja):

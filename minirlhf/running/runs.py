@@ -291,10 +291,12 @@ def read_rows(file):
 
 
 def templates(config):
-    """The data set's templates, from the meta.json beside it. Tools use them to show the bare instruction."""
+    """The data set's templates, from the meta.json beside it. Tools use them to show the bare instruction. And the
+    model's own, in which its prompts are asked."""
     meta = Path(getattr(config, "data", "")).parent / "meta.json"
     values = read_json(meta) if meta.exists() else {}
-    return {name: value for name, value in values.items() if name.startswith("template")}
+    own = {"model_template": config.model_template} if vars(config).get("model_template") else {}
+    return own | {name: value for name, value in values.items() if name.startswith("template")}
 
 
 def move_aside(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirlhf.data import Row, demonstration, encode_rows, read_demonstrations, read_jsonl, read_prompts
+from minirlhf.data import Row, demonstration, encode_rows, follow_template, read_demonstrations, read_jsonl, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.functions import TINY_GOLD, load_function
 from minirlhf.reward import ScalarHeadModel
@@ -140,6 +140,8 @@ def full_report(args, device):
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates, votes = find_templates(args.prompts, args.models), duels(args.votes, args.models) if args.votes else {}
     models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
+    for tokenizer in tokenizers.values():
+        follow_template(tokenizer, args.prompts)
     judges = {path: load_judge(path, models, device) for path in (args.judge, args.reward) if path}
 
     # Each model by itself.
