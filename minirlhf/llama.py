@@ -1,4 +1,4 @@
-"""Llama (Touvron 2023), the architecture of SmolLM2, Llama 3 and Qwen2. Read gpt2.py and gptj.py first.
+"""Llama (Touvron 2023), also SmolLM2's and Qwen2's architecture. Read gpt2.py and gptj.py first.
 
 What is different from GPT-2:
   1. RMSNorm: a layer norm that neither subtracts the mean nor adds a bias (Zhang 2019).
@@ -49,16 +49,16 @@ class LlamaConfig:
     n_head = property(lambda self: self.num_attention_heads)
 
 
-def scaled(frequencies, factor, low_freq_factor, high_freq_factor,
-           original_max_position_embeddings):
+def scaled(frequencies, rope_scaling):
     """Llama 3.1's frequencies for texts longer than those it was first trained on (Meta 2024).
 
     A pair that turns often within the original length stays as it was. One that turns seldom is
     slowed down by the factor. In between there is a linear blend.
     """
-    turns = original_max_position_embeddings * frequencies / (2 * math.pi)  # (hs/2,)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
+    low, high = rope_scaling["low_freq_factor"], rope_scaling["high_freq_factor"]
+    turns = rope_scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)                       # (hs/2,)
+    return kept * frequencies + (1 - kept) * frequencies / rope_scaling["factor"]
 
 
 def rotate(x, cos, sin):
@@ -137,7 +137,7 @@ class Llama(nn.Module):
         frequencies = rotary_frequencies(config.n_embd // config.n_head, ids.device,
                                          config.rope_theta)                 # (hs/2,)
         if config.rope_scaling:
-            frequencies = scaled(frequencies, **config.rope_scaling)
+            frequencies = scaled(frequencies, config.rope_scaling)
         angles = rotary_angles(positions[:, None], frequencies)             # 2 x (B, 1, T, hs/2)
         x = self.embed_tokens(ids)                                          # (B, T, C)
         with autocast(self.dtype, ids.device):

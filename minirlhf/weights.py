@@ -145,21 +145,23 @@ def save_pretrained(model, folder, extra_config={}):
 def config_values(model, scalar):
     """The contents of config.json, under the names that transformers expects.
 
-    The EOS of a GPT-2 or GPT-J is its last token. If it is not, save_tokenizer writes it.
+    A GPT's EOS is its last token, unless save_tokenizer, which knows better, writes another.
     """
     config, n_tokens = model.config, model.config.n_tokens or model.config.vocab_size
     if isinstance(config, LlamaConfig):
-        kind, head, others = config.model_type.capitalize(), "ForCausalLM", LLAMA
-        scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-        others = {**vars(config), **LLAMA, "rope_scaling": scaling, "bos_token_id": None, "eos_token_id": None}
+        kind, head = config.model_type.capitalize(), "ForCausalLM"
+        others = LLAMA | {"bos_token_id": None, "eos_token_id": None}
     else:
         kind = "GPTJ" if isinstance(config, GPTJConfig) else "GPT2"
         head = "ForCausalLM" if kind == "GPTJ" else "LMHeadModel"
-        others = {**vars(config), **IMPLEMENTED, "tie_word_embeddings": kind == "GPT2", "bos_token_id": n_tokens - 1,
-                  "eos_token_id": n_tokens - 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}     # no dropout here
+        others = IMPLEMENTED | {
+            "tie_word_embeddings": kind == "GPT2",
+            "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,   # our code has no dropout
+            "bos_token_id": n_tokens - 1, "eos_token_id": n_tokens - 1}
     values = {"model_type": kind.lower(),
               "architectures": [kind + ("ForSequenceClassification" if scalar else head)],
-              **others, "n_tokens": n_tokens}
+              **vars(config), **others, "n_tokens": n_tokens}
+    values = {name: value for name, value in values.items() if value is not None}
     if scalar:
         values |= {"num_labels": 1,
                    "reward_mean": model.reward_mean, "reward_std": model.reward_std}

@@ -183,7 +183,8 @@ def read_config(file, config_classes, max_layers, n_tokens=None):
             f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
     head = config.n_embd // config.n_head
     # n_tokens is our own. In a file from elsewhere the other rows, beyond those of the tokenizer, are padding.
-    config.n_tokens = values.get("n_tokens", min(n_tokens or GPT2_TOKENS * (not is_llama) or TOO_LARGE, config.vocab_size))
+    n_tokens = n_tokens or (config.vocab_size if is_llama else GPT2_TOKENS)
+    config.n_tokens = values.get("n_tokens", min(n_tokens, config.vocab_size))
     require(type(config.n_tokens) is int and 0 < config.n_tokens <= config.vocab_size,
             f"{file}: n_tokens is {shown(config.n_tokens)}, but it must be from 1 to vocab_size, {config.vocab_size}")
     if kind == "gptj":
@@ -212,7 +213,7 @@ def rope(values, file):
     require(all(type(x) in (int, float) and 0 < x < TOO_LARGE for x in numbers.values()),
             f"{file}: rope_scaling needs {', '.join(LLAMA3_ROPE)} above 0, not {shown(numbers)}")
     return {"rope_theta": found.get("rope_theta", values.get("rope_theta", 10000)),
-            "rope_scaling": numbers or None}
+            "rope_scaling": {"rope_type": kind, **numbers} if numbers else None}
 
 
 def read_normalisation(file):

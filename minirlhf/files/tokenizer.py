@@ -123,14 +123,15 @@ def save_tokenizer(encoding, folder):
 
     AutoTokenizer.from_pretrained(folder) gives the same ids, but it takes "<|endoftext|>" in a text for the EOS.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), Path(folder) / "config.json"
+    if config.exists():
+        write_json(config, read_json(config) | {"eos_token_id": encoding.eot_token})
     if encoding.files or encoding.template:
         write_json(folder / "template.json", {"template": encoding.template})
     for name, data in encoding.files.items():
         write_whole(folder / name, [data])
     if encoding.files:
-        config = read_json(folder / "config.json")
-        return write_json(folder / "config.json", config | {"eos_token_id": encoding.eot_token})
+        return
     letters = spelled(encoding)
     if encoding.name != "gpt2":
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(letters)]
