@@ -440,7 +440,7 @@ def check_rows(schema, rows, theirs):
 
 CONFIG_ERRORS = ["not a file of JSON", "a file must be an object", "model_type is", "must be of type int", "must be of type float", "is implemented here",
                  "is not divisible by", "reward_std above 0", "but the weights are only", "by config.json it should be",
-                 "is missing from the weights", "is not part of this model"]
+                 "is missing from the weights", "is not part of this model", "from 1 to vocab_size"]
 SIZES = dict(vocab_size=11, n_positions=7, n_embd=8, n_layer=2, n_head=2)
 
 
