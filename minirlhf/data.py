@@ -124,13 +124,12 @@ def encode_prompt(tokenizer, prompt):
 
 
 def follow_template(tokenizer, path):
-    """Prompts with a template in the meta.json beside them are exact text: the model's is not used."""
+    """Prompts with a template in the meta.json beside them are exact text: the model's is dropped."""
     meta = Path(path).with_name("meta.json")
     exact = meta.exists() and "template" in read_json(meta)
-    if exact and tokenizer.template:
-        print(f"the prompts are exact text: {meta} has their template, the model's is not used")
-    elif tokenizer.template:
-        print(f"each prompt is asked as {tokenizer.template!r}")
+    if tokenizer.template:
+        print(f"the prompts are exact text, because {meta} has a template: the model's is not used"
+              if exact else f"each prompt is asked as {tokenizer.template!r}")
     tokenizer.template = None if exact else tokenizer.template
 
 

