@@ -124,7 +124,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def follow_template(tokenizer, path):
-    """Prompts with a template in the meta.json beside them are exact text: the model's is dropped."""
+    """Drops the model's template if the meta.json beside the prompts has one: they are exact text."""
     meta = Path(path).with_name("meta.json")
     exact = meta.exists() and "template" in read_json(meta)
     if tokenizer.template:
