@@ -1,31 +1,34 @@
 """Stage 2 of RLHF: a reward model from human comparisons.
 
+    python train_rm.py                                  the embedded world, after train_sft.py
+    torchrun --nproc_per_node=2 train_rm.py             two processes (or GPUs) share every batch
+    python train_rm.py --preset gpt2 --data FILE        GPT-2 124M on one GPU
+
 The SFT model gets a scalar head that reads prompt + response at the last token, and learns to give
-the preferred answer the higher number. Without flags this trains on the embedded world.
+the preferred answer the higher number.
 
     N prompts    K answers per prompt    A answers of all prompts together    T time    C n_embd
 """
 
 import dataclasses
-import itertools
 import math
 
-from minirlhf.running import compute, health     # before torch: it sets how threads wait
-
-import torch
-
-from minirlhf.data import HELDOUT, load_examples, read_comparisons, stop_of
+from minirlhf.answers import parse_stop, reference_answers
+from minirlhf.assess import assess_reward_model, gold_function, print_worst, verdict_on_accuracy
+from minirlhf.data import HELDOUT, batch_at, load_examples, read_comparisons
+from minirlhf.files.errors import UserError, require
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.functions import GOLD, call_reward, load_gold
-from minirlhf.generate import respond
+from minirlhf.generate import ORDER, micro_batches, response_positions, right_pad
 from minirlhf.ppo import token_logprobs
-from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
+from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pairs_right
+from minirlhf.reward_functions import GOLD
 from minirlhf.running.config import option, parse, run_main
-from minirlhf.running.errors import UserError, require
+from minirlhf.running.device import start
+from minirlhf.running.processes import all_sum, shard, sum_gradients
 from minirlhf.running.runs import Run, print_table
 from minirlhf.weights import from_pretrained, save_pretrained
 
-SAMPLES = 512       # of the SFT model, whose scores get mean 0 and standard deviation 1
+import torch
 
 
 @dataclasses.dataclass
@@ -72,132 +75,64 @@ PRESETS = {
         temperature=0.7,
         dtype="bfloat16",
     ),
-    "sentiment": dict(      # the style task of Ziegler 2019: best of 4, no SFT, 4,992 labels once
-        model="gpt2",
-        data="out/data/openai_2019/sentiment/comparisons.jsonl",
-        heldout="out/data/openai_2019/sentiment/comparisons_test.jsonl",
-        out="out/rm_sentiment",
-        loss="best",
-        lm_coef=0.0,
-        epochs=1,
-        batch_size=32,
-        micro_batch=8,
-        lr=5e-5,
-        temperature=0.7,
-        stop="13,16",       # the first "." from position 16 on
-        dtype="bfloat16",
-    ),
 }
 
 
 def rank_tensor(examples):
     """(N, K) int64, 0 where a prompt has fewer than K answers."""
-    K = max(len(e.row.ranks) for e in examples)
-    return torch.tensor([list(e.row.ranks) + [0] * (K - len(e.row.ranks)) for e in examples])
+    ranks = [list(example.row.ranks) for example in examples]
+    K = max(map(len, ranks))
+    return torch.tensor([row + [0] * (K - len(row)) for row in ranks])
 
 
-def read_answers(model, examples, device):
+def read_answers(reward_model, examples, device):
     """One forward pass over every answer of every prompt, right-padded.
 
-    Returns raw scores (N, K), 0 where a prompt has fewer answers, and ids (A, T), mask (A, T) and
-    hidden states (A, T, C) of the A answers.
+    Returns raw scores (N, K), 0 where a prompt has fewer answers, and of the A answers the ids and
+    the attention_mask (A, T), and the hidden states (A, T, C).
     """
-    ids, mask = compute.right_pad([e.prompt + r for e in examples for r in e.responses], device)
-    hidden = model.transformer(ids)                                             # (A, T, C)
-    scores = at_last_token(model.score(hidden).squeeze(-1), mask)               # (A,)
+    sequences = [example.prompt + response
+                 for example in examples for response in example.responses]
+    ids, attention_mask = right_pad(sequences, device)                          # (A, T)
+    hidden = reward_model.transformer(ids)                                      # (A, T, C)
+    scores = reward_model.score(hidden).squeeze(-1)                             # (A, T)
+    scores = at_last_token(scores, attention_mask)                              # (A,)
     present = rank_tensor(examples).to(device) > 0                              # (N, K)
     scores = scores.new_zeros(present.shape).masked_scatter(present, scores)    # (N, K)
-    return scores, ids, mask, hidden
+    return scores, ids, attention_mask, hidden
 
 
-def language_loss(model, examples, ids, mask, hidden):
+def language_loss(reward_model, examples, ids, attention_mask, hidden):
     """Negative log-likelihood of the answers, in nats, a mean over each prompt's tokens, summed.
 
     The hidden states must still predict the next token. Without this the model is free to forget
     what SFT taught it about reading, and on a few thousand comparisons it does (minirlhf/DETAILS.md
     has the numbers; Yang 2024, arXiv 2406.10216, finds the same at 2B and 7B).
     """
-    prompt_lengths = [len(e.prompt) for e in examples for _ in e.responses]
-    predicted = compute.response_mask(mask, prompt_lengths)[:, 1:]              # (A, T-1)
-    logits = model.transformer.logits(hidden[:, :-1][predicted])                # (tokens, V)
+    prompt_lengths = [len(example.prompt) for example in examples for _ in example.responses]
+    predicted = response_positions(attention_mask, prompt_lengths)[:, 1:]       # (A, T-1)
+    logits = reward_model.transformer.logits(hidden[:, :-1][predicted])         # (tokens, V)
     logprobs = token_logprobs(logits, ids[:, 1:][predicted])                    # (tokens,)
-    tokens = torch.tensor([sum(map(len, e.responses)) for e in examples], device=ids.device)
+    counts = [sum(map(len, example.responses)) for example in examples]
+    tokens = torch.tensor(counts, device=ids.device)                            # (N,)
     return -(logprobs / tokens.repeat_interleave(tokens)).sum()
 
 
-def reward_model_loss(model, examples, cfg, device):
+def reward_model_loss(reward_model, examples, cfg, device):
     """The loss of each prompt, summed over the prompts; pairs ordered correctly, and all pairs."""
-    scores, ids, mask, hidden = read_answers(model, examples, device)
+    scores, ids, attention_mask, hidden = read_answers(reward_model, examples, device)
     ranks = rank_tensor(examples).to(device)                                    # (N, K)
     loss = LOSSES[cfg.loss](scores, ranks) * len(examples)
     if cfg.lm_coef:
-        loss = loss + cfg.lm_coef * language_loss(model, examples, ids, mask, hidden)
-    right, pairs = pair_accuracy(scores.detach(), ranks)
-    return loss, right.sum(), pairs.sum()
-
-
-# ---- what the log and the report say -------------------------------------------------------------
-
-@torch.no_grad()
-def accuracy(model, examples, ranks, device):
-    """The share of pairs that the scores order as ranks (N, K) do."""
-    right = pairs = 0.0
-    for i in range(0, len(examples), 32):
-        scores = read_answers(model, examples[i:i + 32], device)[0].cpu()
-        r, n = pair_accuracy(scores, ranks[i:i + 32, :scores.shape[1]])
-        right, pairs = right + float(r.sum()), pairs + float(n.sum())
-    return right / max(pairs, 1)
-
-
-def heldout_metrics(model, heldout, gold, device):
-    """Held-out accuracy against the labels, and against gold where it is known."""
-    metrics = {"rm_accuracy_heldout": accuracy(model, heldout, rank_tensor(heldout), device)}
-    if gold:
-        metrics["rm_accuracy_gold"] = accuracy(model, heldout, gold_ranks(gold, heldout), device)
-    return metrics
-
-
-def length_accuracy(examples):
-    """The share of pairs in which the longer answer, in tokens, is preferred. Equal lengths: half.
-
-    A reward model that does no better than this, or 1 minus this, may have learned only length.
-    """
-    ranks = rank_tensor(examples)
-    lengths = torch.zeros(ranks.shape)                                          # (N, K)
-    for row, example in zip(lengths, examples):
-        row[:len(example.responses)] = torch.tensor([len(r) for r in example.responses])
-    right, pairs = pair_accuracy(lengths, ranks)
-    return float(right.sum()) / max(int(pairs.sum()), 1)
-
-
-def gold_ranks(gold, examples):
-    """Ranks (N, K) by the true preference, equal where it is equal."""
-    ranks = rank_tensor(examples)
-    for row, example in zip(ranks, examples):
-        prompts = [example.row.prompt] * len(example.row.responses)
-        values = call_reward(gold, prompts, example.row.responses, "--gold").tolist()
-        row[:len(values)] = torch.tensor([1 + sum(v > value for v in values) for value in values])
-    return ranks
-
-
-@torch.no_grad()
-def print_worst(model, heldout, device, most=5):
-    """The held-out pairs that the model gets most confidently wrong show what it misses."""
-    worst = []
-    for part in compute.in_parts(heldout, 32):
-        for example, scores in zip(part, read_answers(model, part, device)[0].tolist()):
-            worst += [(scores[j] - scores[i], example.row, i, j)
-                      for i, j in itertools.permutations(range(len(example.row.ranks)), 2)
-                      if example.row.ranks[i] < example.row.ranks[j] and scores[j] > scores[i]]
-    print("\nThe held-out pairs that it gets most confidently wrong:")
-    for margin, row, i, j in sorted(worst, key=lambda pair: -pair[0])[:most]:
-        print(f"  {row.prompt!r}\n    preferred {row.responses[i]!r}\n"
-              f"    {margin:.2f} higher {row.responses[j]!r}")
+        loss = loss + cfg.lm_coef * language_loss(reward_model, examples, ids, attention_mask,
+                                                  hidden)
+    right, pairs = pairs_right(scores.detach(), ranks)
+    return loss, right, pairs
 
 
 def comparable(examples):
     """Examples with at least one preference. Those that are all ties teach nothing."""
-    kept = [e for e in examples if len(set(e.row.ranks)) > 1]
+    kept = [example for example in examples if len(set(example.row.ranks)) > 1]
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} of {len(examples)} comparisons: all ties")
     if examples and not kept:
@@ -206,82 +141,88 @@ def comparable(examples):
 
 
 @torch.no_grad()
-def normalise(model, sft, examples, stop, cfg, device):
+def normalise(reward_model, sft, examples, stop, cfg, device):
     """Sets reward_mean and reward_std from samples of the SFT model (Ziegler 2019).
 
     The samples may be as long as the longest answer that was compared, if the positions allow.
     """
-    prompts = [examples[i % len(examples)].prompt for i in range(SAMPLES)]
-    limit = max(len(response) for e in examples for response in e.responses)
-    limit = min(limit, sft.config.n_positions - max(map(len, prompts)))
-    answers = respond(sft, prompts, limit, stop, compute.generator(cfg.seed, compute.NORMALISE),
-                      cfg.temperature, progress="normalise")
+    limit = max(len(response) for example in examples for response in example.responses)
+    limit = min(limit, sft.config.n_positions - max(len(example.prompt) for example in examples))
+    chosen, answers = reference_answers(sft, examples, limit, stop, cfg)
+    sequences = [example.prompt + response for example, (response, _) in zip(chosen, answers)]
     scores = []
-    for part in compute.in_parts([p + ids for p, (ids, _) in zip(prompts, answers)], 128):
-        ids, mask = compute.right_pad(part, device)
-        scores.append(at_last_token(model(ids), mask))
-    scores = torch.cat(scores)                                                  # (SAMPLES,)
-    model.reward_mean, model.reward_std = float(scores.mean()), float(scores.std()) or 1.0
+    for part in micro_batches(sequences, 128):
+        ids, attention_mask = right_pad(part, device)
+        scores.append(at_last_token(reward_model(ids), attention_mask))
+    scores = torch.cat(scores)                                                  # (samples,)
+    reward_model.reward_mean, reward_model.reward_std = float(scores.mean()), float(scores.std())
+    reward_model.reward_std = reward_model.reward_std or 1.0
 
 
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     require(cfg.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {cfg.loss}")
-    device = compute.start(cfg)
+    device = start(cfg)
     tokenizer = load_tokenizer(cfg.model)
-    stop = stop_of(cfg.stop, tokenizer)
-    sft = from_pretrained(cfg.model, cfg.dtype).to(device).requires_grad_(False)
+    stop = parse_stop(cfg.stop, tokenizer)
+    # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores (Huang 2024).
+    sft = from_pretrained(cfg.model, cfg.dtype).to(device).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    model = ScalarHeadModel(from_pretrained(cfg.model, cfg.dtype)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    reward_model = ScalarHeadModel(from_pretrained(cfg.model, cfg.dtype)).to(device).eval()
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=True)
     examples, heldout = load_examples(cfg, read_comparisons, tokenizer,
                                       sft.config.n_positions)
     examples, heldout = comparable(examples), comparable(heldout)
-    gold = load_gold(cfg.gold, cfg.heldout)             # measured on the held-out rows only
+    gold, _ = gold_function(cfg.gold, cfg.heldout)      # measured on the held-out rows only
     batch_size = min(cfg.batch_size, len(examples))
     steps = math.ceil(cfg.epochs * len(examples) / batch_size)
 
     run = Run(cfg, heldout)
-    run.restore(model=model, optimizer=optimizer)
-    n_pairs = sum(len(e.responses) * (len(e.responses) - 1) // 2 for e in examples)
-    print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}, "
-          f"{compute.memory(cfg, examples, device, model, sft)}")
+    run.restore(model=reward_model, optimizer=optimizer)
+    n_pairs = sum(math.comb(len(example.responses), 2) for example in examples)
+    print(f"RM: {len(examples):,} prompts with up to {n_pairs:,} pairs, {steps} steps on {device}")
     for step in run.steps(steps, "rm"):
         # 1. A batch of prompts, each with all its answers: all pairs of a prompt belong to one step
         #    (Ouyang 2022). Similar lengths go together, so that there are few pads.
-        batch = compute.batch_at(examples, batch_size, step, cfg.seed, compute.ORDER)
-        batch.sort(key=lambda e: len(e.prompt) + max(map(len, e.responses)))
+        batch = batch_at(examples, batch_size, step, cfg.seed, ORDER)
+        batch.sort(key=lambda example: len(example.prompt) + max(map(len, example.responses)))
 
         # 2. The loss: the mean over the prompts of the batch, whatever the micro-batch.
         sums = torch.zeros(3, device=device)
-        for part in compute.in_parts(compute.shard(batch), cfg.micro_batch):
-            loss, right, pairs = reward_model_loss(model, part, cfg, device)
+        for part in micro_batches(shard(batch), cfg.micro_batch):
+            loss, right, pairs = reward_model_loss(reward_model, part, cfg, device)
             (loss / len(batch)).backward()
             sums += torch.stack([loss.detach() / len(batch), right, pairs])
+        sum_gradients(reward_model)
 
         # 3. The step, with a learning rate that falls linearly to 0.
-        compute.step(model, optimizer, cfg.lr * (1 - step / steps), f"step {step}")
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
+        torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
 
         # 4. Log, held-out accuracy after each pass, checkpoint.
-        loss, right, pairs = compute.all_sum(sums).tolist()
+        loss, right, pairs = all_sum(sums).tolist()
         metrics = {"loss/train": loss, "accuracy/train": right / pairs}
         pass_ends = (step + 1) * batch_size % len(examples) < batch_size
         if heldout and pass_ends:
-            metrics |= heldout_metrics(model, heldout, gold, device)
+            measured = assess_reward_model(reward_model, heldout, gold)
+            metrics |= {name: figure.value for name, figure in measured.items()}
         run.log(step, metrics, show=("loss/train", "accuracy/train", "rm_accuracy_heldout",
                                      "rm_accuracy_gold"))
-        run.checkpoint(step + 1, model=model, optimizer=optimizer)
+        run.checkpoint(step + 1, model=reward_model, optimizer=optimizer)
 
     # 5. Normalise: one unit of reward is one standard deviation of what the SFT model earns.
-    normalise(model, sft, examples, stop, cfg, device)
-    save_pretrained(model, run.folder)
+    normalise(reward_model, sft, examples, stop, cfg, device)
+    save_pretrained(reward_model, run.folder)
     save_tokenizer(tokenizer, run.folder)
     report = {"seed": cfg.seed, "seconds": run.seconds(),
-              "reward_mean": model.reward_mean, "reward_std": model.reward_std}
+              "reward_mean": reward_model.reward_mean, "reward_std": reward_model.reward_std}
     if heldout:
-        report |= health.accuracy_report(run, heldout, length_accuracy(heldout))
-        print_worst(model, heldout, device)
+        measured = assess_reward_model(reward_model, heldout, gold)
+        report |= verdict_on_accuracy(measured)
+        print_worst(reward_model, heldout)
     run.report(report)
     print_table(f"Reward model done: {run.folder}", list(report.items()))
 

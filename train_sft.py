@@ -1,31 +1,34 @@
 """Stage 1 of RLHF: supervised fine-tuning on demonstrations.
 
+    python train_sft.py                                 a new 0.4M-parameter GPT-2, embedded world
+    torchrun --nproc_per_node=2 train_sft.py            two processes (or GPUs) share every batch
+    python train_sft.py --preset gpt2 --data FILE       GPT-2 124M on one GPU
+
 The model learns to continue a prompt as the demonstrators did: cross-entropy on the response's
-tokens, its EOS included. The prompt is read but not learned. Without flags this trains a new
-0.4M-parameter GPT-2 on the embedded world.
+tokens, its EOS included. The prompt is read but not learned.
 """
 
 import dataclasses
 import math
 from pathlib import Path
 
-from minirlhf.running import compute     # before torch: it sets how threads wait
-
-import torch
-
-from minirlhf.data import HELDOUT, load_examples, read_demonstrations
+from minirlhf.data import HELDOUT, batch_at, load_examples, read_demonstrations
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.generate import response_logprobs
+from minirlhf.generate import ORDER, micro_batches, response_logprobs
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.running.config import option, parse, run_main
+from minirlhf.running.device import start
+from minirlhf.running.processes import all_sum, shard, sum_gradients
 from minirlhf.running.runs import Run, print_table
 from minirlhf.weights import from_pretrained, save_pretrained
+
+import torch
 
 # With the 768 tokens of data/tiny: 0.4M parameters. GPT-2's initial 0.02 is meant for 768 channels;
 # 0.02 * sqrt(768 / n_embd) is 0.057 at 96. With 0.02 the embeddings would be too small: after 500
 # steps the model would not yet copy the requested thing into its story.
 TINY = dict(n_positions=128, n_embd=96, n_layer=3, n_head=4, initializer_range=0.06)
-WARMUP = 50     # steps until the peak learning rate
+WARMUP = 50     # steps over which the learning rate rises
 
 
 @dataclasses.dataclass
@@ -46,7 +49,8 @@ class Config:
     epochs: int = option(7, "passes over the data", least=1)
     batch_size: int = option(64, "demonstrations per step", least=1)
     micro_batch: int = option(16, "demonstrations per forward pass; 0 is the whole batch", least=0)
-    lr: float = option(4e-3, "peak learning rate, falls linearly to 0", least=0)
+    lr: float = option(4e-3, "learning rate: rises for 50 steps, while falling linearly to 0",
+                       least=0)
 
     # Running
     device: str = option("", "cuda, mps or cpu; the first available if empty")
@@ -78,8 +82,12 @@ def load_model(cfg):
 
 
 def sft_loss(model, examples, device):
-    """Summed negative log-likelihood of the responses, in nats, and their number of tokens."""
-    prompts, responses = [e.prompt for e in examples], [e.responses[0] for e in examples]
+    """Summed negative log-likelihood of the responses, in nats, and their number of tokens.
+
+    An Example has prompt ids and K lists of response ids. A demonstration has one, so K = 1.
+    """
+    prompts = [example.prompt for example in examples]
+    responses = [example.responses[0] for example in examples]
     logprobs, mask = response_logprobs(model, prompts, responses, device)       # (B, T-1)
     return -logprobs.sum(), int(mask.sum())
 
@@ -87,20 +95,20 @@ def sft_loss(model, examples, device):
 @torch.no_grad()
 def heldout_loss(model, examples, device, batch_size):
     """Mean loss per response token, in nats."""
-    parts = (sft_loss(model, part, device) for part in compute.in_parts(examples, batch_size))
-    losses, tokens = zip(*parts)
-    return float(sum(losses)) / sum(tokens)
+    model.eval()
+    parts = [sft_loss(model, part, device) for part in micro_batches(examples, batch_size)]
+    return float(sum(loss for loss, _ in parts)) / sum(n_tokens for _, n_tokens in parts)
 
 
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
-    device = compute.start(cfg)
+    device = start(cfg)
     tokenizer, model = load_model(cfg)
     examples, heldout = load_examples(cfg, read_demonstrations, tokenizer,
                                       model.config.n_positions)
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=True)
     batch_size = min(cfg.batch_size, len(examples))
     steps = math.ceil(cfg.epochs * len(examples) / batch_size)
 
@@ -108,27 +116,32 @@ def main(argv=None):
     run.restore(model=model, optimizer=optimizer)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on "
-          f"{device}, {compute.memory(cfg, examples, device, model)}")
+          f"{device}")
     for step in run.steps(steps, "sft"):
         # 1. A batch. Each pass over the data is a fresh permutation. Similar lengths go together,
         #    so that there are few pads.
-        batch = compute.batch_at(examples, batch_size, step, cfg.seed, compute.ORDER)
-        batch.sort(key=lambda e: len(e.prompt) + len(e.responses[0]))
-        n_tokens = sum(len(e.responses[0]) for e in batch)
+        batch = batch_at(examples, batch_size, step, cfg.seed, ORDER)
+        batch.sort(key=lambda example: len(example.prompt) + len(example.responses[0]))
+        n_tokens = sum(len(example.responses[0]) for example in batch)
 
         # 2. The loss: the mean over the response tokens of the batch, whatever the micro-batch.
+        model.train()
         total = torch.zeros((), device=device)
-        for part in compute.in_parts(compute.shard(batch), cfg.micro_batch):
+        for part in micro_batches(shard(batch), cfg.micro_batch):
             loss = sft_loss(model, part, device)[0] / n_tokens
             loss.backward()
             total += loss.detach()
+        sum_gradients(model)
 
-        # 3. The step: a linear warm-up, then linearly down to 0.
+        # 3. The step. The learning rate is the product of a short rise and a fall to 0.
         lr = cfg.lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
-        compute.step(model, optimizer, lr, f"step {step}")
+        optimizer.param_groups[0]["lr"] = lr
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
 
         # 4. Log, held-out loss after each pass, checkpoint.
-        metrics = {"loss/train": float(compute.all_sum(total))}
+        metrics = {"loss/train": float(all_sum(total))}
         pass_ends = (step + 1) * batch_size % len(examples) < batch_size
         if heldout and pass_ends:
             metrics["loss/heldout"] = heldout_loss(model, heldout, device,

@@ -1,25 +1,18 @@
-"""What the prepare.py scripts share: options, download, reading other people's files, splitting, writing a folder.
+"""What the prepare.py scripts share: options, download, splitting, writing a folder.
 
-Nothing is repaired. A row that breaks its format is a UserError with file and line; in a JSON array it is file[3] for
-the row with index 3. A row in the right format that cannot be used is dropped and counted.
+Nothing is repaired. A row that breaks its format is a UserError with file and line. A row in the right format that
+cannot be used is dropped and counted.
 """
 
-import gzip
 import json
 import random
 import tempfile
-import zlib
-from itertools import chain
 from pathlib import Path
 
-from minirlhf.files import jsonl
 from minirlhf.files.download import cache_folder, download, sha256_of
-from minirlhf.files.tensors import strict_json
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, shown
+from minirlhf.files.errors import UserError
 from minirlhf.running.runs import move_aside, write_json
-
-LONGEST = 1_000_000             # characters or token ids in a field, two hundred times what GPT-2 can read
 
 
 def arguments(description, out):
@@ -39,68 +32,6 @@ def fetch(url, name):
         print(f"downloading {url} to {file}")
         download(url, file, hint=f"fetch it by other means and put it at {file}, or name it with --source")
     return file
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-def raw_lines(path):
-    """Yields (where, line in bytes) of a file, which may be compressed with gzip."""
-    number = 0
-    try:
-        with open(path, "rb") as file:
-            compressed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            for number, line in enumerate(gzip.open(file) if compressed else file, start=1):
-                yield f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        place = f"{path}:{number + 1}" if Path(path).is_file() else path
-        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    if number == 0:
-        raise UserError(f"{path}: the file is empty")
-
-
-def read_objects(path):
-    """Yields (where, object) of a file that holds JSON lines, or one JSON array of objects."""
-    lines = raw_lines(path)
-    first = next(lines)
-    if first[1].lstrip().startswith(b"["):
-        yield from array_objects(path, first[1] + b"".join(line for _, line in lines))
-    else:
-        yield from ((where, jsonl.json_object(line, where)) for where, line in chain([first], lines))
-
-
-def array_objects(path, data):
-    try:
-        values = strict_json(data)
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-    except ValueError as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
-    for i, value in enumerate(values):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}[{i}]: a row must be an object, not {shown(value)}")
-        yield f"{path}[{i}]", value
-
-
-def text_field(value, name, where):
-    """A required string of a plausible length."""
-    text = jsonl.text_field(value, name, where)
-    if len(text) > LONGEST:
-        raise UserError(f"{where}: {name} has {len(text):,} characters, more than {LONGEST:,}: no model can read that")
-    return text
-
-
-def keep(rows, counts):
-    """The rows without those that are a string: the reason why this row is dropped. All are counted."""
-    kept = []
-    for row in rows:
-        counts["read"] += 1
-        if isinstance(row, str):
-            counts[f"dropped: {row}"] += 1
-        else:
-            kept.append(row)
-    return kept
 
 
 # ---- splitting and writing -------------------------------------------------------------------------------------------

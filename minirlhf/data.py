@@ -15,14 +15,21 @@ It may also have "finished": [true, ...]. An unfinished response, one that was c
 """
 
 import hashlib
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
+import torch
+
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.files.formats import kind_of_row
-from minirlhf.files.jsonl import (check_one_verdict, finished_field, glue_warning, ranks_field,
-                                  read_jsonl, responses_field, text_field)
-from minirlhf.files.tensors import read_json
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.json_files import read_json
+from minirlhf.files.jsonl import (check_one_verdict, finished_field, glue_warning, glued,
+                                  ranks_field, read_jsonl, responses_field, text_field)
+from minirlhf.files.tokenizer import load_tokenizer
+from minirlhf.generate import generator
+from minirlhf.running.config import Parser
 
 
 TINY = Path(__file__).resolve().parent.parent / "data/tiny"
@@ -124,7 +131,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def follow_template(tokenizer, path):
-    """Drops the model's template if the meta.json beside the prompts has one: they are exact text."""
+    """Drops the model's template if meta.json beside the prompts has one: they are exact text."""
     meta = Path(path).with_name("meta.json")
     exact = meta.exists() and "template" in read_json(meta)
     if tokenizer.template:
@@ -186,6 +193,17 @@ def over_limit(example, limits, reserve):
     return None
 
 
+def batch_at(items, size, step, *numbers):
+    """The batch of this step: `size` items from an endless stream of permutations, one per pass.
+
+    numbers: the seed and the purpose of the draw. A step's batch does not depend on those before.
+    """
+    rows = range(step * size, (step + 1) * size)
+    order = {epoch: torch.randperm(len(items), generator=generator(*numbers, epoch))
+             for epoch in {row // len(items) for row in rows}}
+    return [items[order[row // len(items)][row % len(items)]] for row in rows]
+
+
 # ---- a script's data -----------------------------------------------------------------------------
 
 def load_examples(cfg, read, tokenizer, positions, reserve=0):
@@ -234,19 +252,59 @@ def held_out_prompts(prompts, one_in=10):
     return chosen or {min(prompts, key=digests.get)}
 
 
-def stop_of(text, tokenizer):
-    """--stop -> (token, position): this token ends a response from that position on. "" is EOS."""
-    if not text:
-        return tokenizer.eot_token, 0
-    try:
-        token, position = (int(number) for number in text.split(","))
-    except ValueError:
-        raise UserError(f"--stop {text}: must be TOKEN,POSITION like 13,16 (empty: EOS)") from None
-    require(0 <= token < tokenizer.n_vocab and position >= 0,
-            f"--stop {text}: tokens go from 0 to {tokenizer.n_vocab - 1} here")
-    return token, position
+# ---- python -m minirlhf.data FILE ... --------------------------------------------------------------
+
+PERCENTS = (10, 50, 90, 95, 99)
+
+
+def describe(path, tokenizer):
+    """Prints the size, lengths and oddities of a file, and its first row; returns the set of its prompts."""
+    schema, rows = read_any(path)
+    examples, prompts = encode_rows(rows, tokenizer, positions=10**9), {row.prompt for row in rows}
+    print(f"{path}: {len(rows):,} {schema}, {len(prompts):,} different prompts")
+    print_lengths("prompt", [len(example.prompt) for example in examples])
+    print_lengths("response", [len(ids) for example in examples for ids in example.responses])
+    note(f"{len(rows) - len({row[1:] for row in rows})} rows repeat an earlier one")
+    if schema == "comparisons":
+        ties = sum(len(set(row.ranks)) == 1 for row in rows)
+        same = sum(len(set(row.responses)) < len(row.responses) for row in rows)
+        empty = sum("" in map(str.strip, row.responses) for row in rows)
+        note(f"{ties} rows are all ties, {same} have identical answers, {empty} an empty answer")
+    if schema != "prompts":
+        note(glue_warning(rows) or f"{len(glued(rows))} rows have no space between prompt and response")
+    for name, ids in [("prompt", examples[0].prompt)] + [("response", ids) for ids in examples[0].responses]:
+        print(f"{name:>10} {pieces(ids, tokenizer)}")
+    return prompts
+
+
+def note(sentence):
+    print(f"{'':>10} {sentence}")
+
+
+def print_lengths(name, lengths):
+    if lengths:
+        cuts = zip(PERCENTS, numpy.percentile(lengths, PERCENTS))
+        percentiles = ", ".join(f"{percent} % up to {length:.0f}" for percent, length in cuts)
+        print(f"{name:>10} tokens: {percentiles}, longest {max(lengths)}")
+
+
+def pieces(ids, tokenizer, most=60):
+    """Token ids as text with a bar between them. Bytes that are no whole character are shown as \\x.."""
+    tokens = [tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace") for token in ids[:most]]
+    return repr("|".join(tokens)).replace("\\\\x", "\\x") + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def main():
+    parser = Parser(prog="python -m minirlhf.data", description="Checks and describes JSONL files. "
+                    "Given several, it counts the prompts that each two of them share.")
+    parser.add_argument("file", nargs="+")
+    parser.add_argument("--tokenizer", default="data/tiny", help="a model's name or folder [data/tiny]")
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer)
+    prompts = {file: describe(file, tokenizer) for file in args.file}
+    for first, second in combinations(prompts, 2):
+        print(f"{len(prompts[first] & prompts[second]):>6,} prompts are in both {first} and {second}")
 
 
 if __name__ == "__main__":
-    from minirlhf.tools.describe import main
     run_main(main)

@@ -2,10 +2,10 @@
 
 Letters for shapes:
     B batch    T time (tokens)    C n_embd    nh heads    hs head size (C / nh)    V vocabulary
-    S past + T, the positions that the last T tokens can look back on
+    S past + T: what is in the key-value cache, and the T new tokens
 
-There is no dropout. SFT, reward model and PPO all compare log-probabilities of the same tokens at
-different times, and dropout turns that comparison into noise (see DETAILS.md).
+There is no dropout. PPO compares the log-probabilities that one model gives the same tokens before
+and after an update, and dropout would turn that comparison into noise (DETAILS.md, detail 6).
 """
 
 import math
@@ -37,50 +37,52 @@ class GPT2Config:
 class KVCache:
     """Keys and values of the positions seen so far: a new token costs one position, not all.
 
-    Room for S positions is taken at the first call; `length` of them are filled.
+    Memory for `room` positions is taken at the first call. `length` of them are filled.
     """
 
-    def __init__(self, n_layer, S):
-        self.S, self.length = S, 0
-        self.layers = [None] * n_layer                  # each (keys, values), both (B, nh, S, hs)
+    def __init__(self, n_layer, room):
+        self.room, self.length = room, 0
+        self.layers = [None] * n_layer              # each (keys, values), both (B, nh, room, hs)
 
     def extend(self, layer, k, v):
-        """Appends k, v (B, nh, T, hs) of one layer; returns all so far, (B, nh, past + T, hs)."""
+        """Appends k, v (B, nh, T, hs) of one layer; returns all so far, (B, nh, S, hs)."""
         B, nh, T, hs = k.shape
         if self.layers[layer] is None:
-            self.layers[layer] = k.new_zeros(B, nh, self.S, hs), v.new_zeros(B, nh, self.S, hs)
+            self.layers[layer] = [x.new_zeros(B, nh, self.room, hs) for x in (k, v)]
         keys, values = self.layers[layer]
-        end = self.length + T
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+        S = self.length + T
+        keys[:, :, self.length:S], values[:, :, self.length:S] = k, v
+        return keys[:, :, :S], values[:, :, :S]
 
     def keep(self, rows):
         """Drops all rows but `rows` (a LongTensor): finished responses cost nothing more."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
-def position_ids(mask):
+def position_ids(attention_mask):
     """(B, S) bool -> (B, S) int64: how many real tokens precede each, so pads take no position."""
-    return mask.long().cumsum(dim=1) - mask.long()
+    return attention_mask.long().cumsum(dim=1) - attention_mask.long()
 
 
-def attention_mask(mask, T):
-    """Which of S positions each of the last T may look at: mask (B, S) bool -> (B, 1, T, S) bool.
+def visible_positions(attention_mask, T):
+    """Which of S positions each of the last T tokens sees: (B, S) bool -> (B, 1, T, S) bool.
 
     Real tokens at or before its own position. A pad still sees itself: an attention row that sees
     nothing would be a softmax over nothing, which is NaN.
     """
-    S = mask.shape[1]
-    causal = torch.ones(T, S, dtype=torch.bool, device=mask.device).tril(S - T)
-    return causal & (mask[:, None, None, :] | causal.triu(S - T))       # triu: the diagonal, itself
+    S = attention_mask.shape[1]
+    causal = torch.ones(T, S, dtype=torch.bool, device=attention_mask.device).tril(S - T)
+    return causal & (attention_mask[:, None, None, :] | causal.triu(S - T))     # triu: itself
 
 
 def attention(q, k, v, visible):
     """softmax(q k^T / sqrt(hs)) v: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs).
 
-    visible: the result of attention_mask.
+    visible: the result of visible_positions.
     """
-    if q.shape[2] > 1 and k.shape[2] > 256:     # the fused kernel does not store (T, S) weights
+    # PyTorch's fused kernel stores no (T, S) weights. That saves memory and time for long texts.
+    # For short ones, and for one new token, the three lines below are faster on a CPU.
+    if q.shape[2] > 1 and k.shape[2] > 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])     # (B, nh, T, S)
     weights = weights.masked_fill(~visible, -math.inf).softmax(dim=-1)
@@ -155,15 +157,15 @@ class GPT2(nn.Module):
             # "scale the weights of residual layers by 1/sqrt(N)" (Radford 2019): N = 2 n_layer
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, ids, mask=None, cache=None):
+    def forward(self, ids, attention_mask=None, cache=None):
         """Token ids to hidden states after the final layer norm: (B, T) int64 -> (B, T, C) float32.
 
-        mask (B, past + T) bool, True at real tokens. Without a mask every token counts. That is
-        also right for right-padded batches: attention is causal, so no real token sees a pad to
-        its right, and the caller ignores the hidden states of pads. With a cache, ids are the T
-        tokens after those the cache holds. Raises ValueError beyond n_positions.
+        attention_mask (B, S) bool, True at real tokens. Without it every token counts. That is also
+        right for right-padded batches: attention is causal, so no real token sees a pad to its
+        right, and the caller ignores the hidden states of pads. With a cache, ids are the T tokens
+        after those the cache holds. Raises ValueError beyond n_positions.
         """
-        visible, positions = look_back(self.config, ids, mask, cache)
+        visible, positions = visible_and_positions(self.config, ids, attention_mask, cache)
         x = self.wte(ids) + self.wpe(positions)                 # (B, T, C)
         with autocast(self.dtype, ids.device):
             for layer, block in enumerate(self.h):
@@ -181,15 +183,15 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.wte.weight[:self.config.n_tokens])
 
 
-def look_back(config, ids, mask, cache):
-    """What T new tokens look back on: attention mask (B, 1, T, S), and positions (B, T)."""
-    (B, T), past = ids.shape, cache.length if cache is not None else 0
-    if past + T > config.n_positions:
-        raise ValueError(
-            f"{past + T} tokens do not fit this model's {config.n_positions} positions")
-    if mask is None:
-        mask = torch.ones(B, past + T, dtype=torch.bool, device=ids.device)
-    return attention_mask(mask, T), position_ids(mask)[:, past:]
+def visible_and_positions(config, ids, attention_mask, cache):
+    """For T new tokens: what each of them sees, (B, 1, T, S) bool, and their positions, (B, T)."""
+    B, T = ids.shape
+    S = T if cache is None else cache.length + T
+    if S > config.n_positions:
+        raise ValueError(f"{S} tokens do not fit this model's {config.n_positions} positions")
+    if attention_mask is None:
+        attention_mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
+    return visible_positions(attention_mask, T), position_ids(attention_mask)[:, S - T:]
 
 
 def autocast(dtype, device):

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.gpt2 import attention, autocast, look_back, split_heads
+from minirlhf.gpt2 import attention, autocast, split_heads, visible_and_positions
 
 
 @dataclass
@@ -118,9 +118,9 @@ class GPTJ(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids, mask=None, cache=None):
+    def forward(self, ids, attention_mask=None, cache=None):
         """Arguments, result and errors as in GPT2.forward."""
-        visible, positions = look_back(self.config, ids, mask, cache)
+        visible, positions = visible_and_positions(self.config, ids, attention_mask, cache)
         frequencies = rotary_frequencies(self.config.rotary_dim, ids.device)
         angles = rotary_angles(positions[:, None], frequencies)             # 2 x (B, 1, T, r/2)
         x = self.wte(ids)                                                   # (B, T, C)

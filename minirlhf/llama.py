@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.gpt2 import attention, autocast, look_back, split_heads
+from minirlhf.gpt2 import attention, autocast, split_heads, visible_and_positions
 from minirlhf.gptj import rotary_angles, rotary_frequencies
 
 
@@ -129,10 +129,10 @@ class Llama(nn.Module):
         self.lm_head = (None if config.tie_word_embeddings else
                         nn.Linear(config.n_embd, config.vocab_size, bias=False))
 
-    def forward(self, ids, mask=None, cache=None):
+    def forward(self, ids, attention_mask=None, cache=None):
         """Arguments, result and errors as in GPT2.forward."""
         config = self.config
-        visible, positions = look_back(config, ids, mask, cache)
+        visible, positions = visible_and_positions(config, ids, attention_mask, cache)
         visible = visible.repeat(1, 1, config.n_head // config.num_key_value_heads, 1)
         frequencies = rotary_frequencies(config.n_embd // config.n_head, ids.device,
                                          config.rope_theta)                 # (hs/2,)

@@ -1,8 +1,9 @@
 """The mathematics of PPO for language models: functions of tensors, no model inside.
 
 Shapes: B batch    R response length    V vocabulary
-Every (B, R) tensor is aligned with the response's tokens and comes with a mask (B, R) bool, True at
-sampled tokens, the EOS included. Values where the mask is False never reach a result.
+Every (B, R) tensor is aligned with the response's tokens. A mask (B, R) bool is True at sampled
+tokens, the EOS included. What a tensor holds elsewhere never reaches a sum, a mean, a reward or an
+advantage; the two losses are per token, and the caller leaves the pads out of the sum.
 The numbers are the steps of train_ppo.py. Log-probabilities, KL and entropy are in nats.
 
 Sources: Ziegler 2019 (arXiv 1909.08593) and its code, openai/lm-human-preferences; Stiennon 2020;
@@ -12,7 +13,7 @@ Schulman 2015 (GAE, arXiv 1506.02438) and 2017 (PPO, arXiv 1707.06347); Huang 20
 
 import torch
 
-from minirlhf.running.compute import all_sum
+from minirlhf.running.processes import all_sum
 
 
 # ---- statistics over tokens ----------------------------------------------------------------------
@@ -44,20 +45,15 @@ def masked_variance(x, mask):
 def whiten(x, mask):
     """x shifted and scaled to mean 0 and variance 1 over the True positions, and 0 elsewhere.
 
-    Advantages then have the same scale in every rollout, so --lr need not follow the scores.
-    Population variance and eps 1e-8 (Ziegler 2019).
+    Advantages then have the same scale in every rollout, so --lr need not follow the scores. Taking
+    the mean away also means that a constant baseline changes nothing. Population variance and eps
+    1e-8 (Ziegler 2019).
     """
     scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
     return ((x - masked_mean(x, mask)) * scale).masked_fill(~mask, 0)
 
 
 # ---- 3. Log-probabilities ------------------------------------------------------------------------
-
-def log_softmax(logits, temperature):
-    """Log-probabilities over the vocabulary, in float32 or better whatever the logits are in."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits / temperature, dim=-1)
-
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability of each token: logits (..., V), tokens (...) int64 -> (...), in nats.
@@ -66,12 +62,13 @@ def token_logprobs(logits, tokens, temperature=1.0):
     temperature must be the sampling temperature: PPO's ratio compares the distribution that acted,
     not the one at temperature 1.
     """
-    return log_softmax(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def token_entropy(logits, temperature=1.0):
     """Entropy of the next-token distribution: (..., V) -> (...), in nats."""
-    logprobs = log_softmax(logits, temperature)
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
@@ -88,24 +85,25 @@ def kl_k3(logprobs, ref_logprobs):
     return torch.expm1(log_ratio) - log_ratio
 
 
-def token_rewards(kl, scores, mask, beta):
+def token_rewards(kl, scores, response_mask, beta):
     """-beta * KL at every token, plus the score at the last: kl (B, R), scores (B,) -> (B, R)."""
-    rewards = (-beta * kl).masked_fill(~mask, 0)
-    last = mask.sum(dim=1, keepdim=True) - 1                            # (B, 1)
+    rewards = (-beta * kl).masked_fill(~response_mask, 0)
+    last = response_mask.sum(dim=1, keepdim=True) - 1                   # (B, 1)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
 # ---- 5. Values and advantages --------------------------------------------------------------------
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation: all (B, R) -> advantages, returns (B, R), 0 off the mask.
+def gae(rewards, values, response_mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation: all (B, R) -> advantages, returns (B, R), 0 at pads.
 
-    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}
+    delta_t = reward_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}
     returns = A + V, before whitening. The episode ends with the response, so the value after the
     last token is 0. lam 0 trusts the value model after one token: little noise, but biased. lam 1
     uses the whole return: unbiased, but noisy. Defaults as in Ziegler 2019.
     """
-    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    rewards = rewards.masked_fill(~response_mask, 0)
+    values = values.masked_fill(~response_mask, 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])       # (B,)
     for t in reversed(range(rewards.shape[1])):
@@ -141,12 +139,6 @@ def value_losses(new_values, values, returns, clip):
 
 # ---- 8. Log, and adjust beta ---------------------------------------------------------------------
 
-def distinct_2(ids, mask):
-    """Different pairs of neighbouring tokens / all pairs: low if all are alike. Both (B, R)."""
-    pairs = torch.stack([ids[:, :-1], ids[:, 1:]], dim=-1)[mask[:, 1:]]                 # (N, 2)
-    return len(torch.unique(pairs, dim=0)) / max(len(pairs), 1)
-
-
 def policy_stats(new_logprobs, logprobs, clip):
     """What to log about each token of an update, all (B, R).
 
@@ -158,15 +150,6 @@ def policy_stats(new_logprobs, logprobs, clip):
     return {"policy/approxkl": 0.5 * log_ratio ** 2,
             "policy/clipfrac": ((ratio - 1).abs() > clip).float(),
             "policy/ratio": ratio}
-
-
-def explained_variance(values, returns, mask):
-    """1 - Var(return - V) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
-
-    Constant returns leave nothing to explain: 0.
-    """
-    total = masked_variance(returns, mask)
-    return torch.where(total > 1e-8, 1 - masked_variance(returns - values, mask) / total, 0)
 
 
 def adaptive_beta(beta, kl, target, n, horizon=10_000):

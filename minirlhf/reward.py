@@ -7,7 +7,6 @@ The reward model is read at the last token, the value model at every token.
 
 import math
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -30,25 +29,26 @@ class ScalarHeadModel(nn.Module):
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(C + 1))
         self.reward_mean, self.reward_std = 0.0, 1.0
 
-    def forward(self, ids, mask=None):
-        """ids (B, T) int64, mask (B, T) bool as in GPT2.forward -> (B, T) float32."""
-        return self.score(self.transformer(ids, mask)).squeeze(-1)
+    def forward(self, ids, attention_mask=None):
+        """ids (B, T) int64, attention_mask (B, T) bool as in GPT2.forward -> (B, T) float32."""
+        return self.score(self.transformer(ids, attention_mask)).squeeze(-1)
 
-    def normalised_scores(self, ids, mask):
+    def normalised_scores(self, ids, attention_mask):
         """The normalised score of each sequence, (B,): the scalar at its last real token."""
-        return (at_last_token(self(ids, mask), mask) - self.reward_mean) / self.reward_std
+        raw_scores = at_last_token(self(ids, attention_mask), attention_mask)
+        return (raw_scores - self.reward_mean) / self.reward_std
 
 
-def at_last_token(x, mask):
-    """x (B, T) at the last True column of mask (B, T) -> (B,), wherever the pads are."""
-    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1, keepdim=True)      # (B, 1)
-    return x.gather(1, last).squeeze(1)
+def at_last_token(x, attention_mask):
+    """x (B, T) at the last real token of each row -> (B,), wherever the pads are."""
+    pads_after = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)          # (B, 1)
+    return x.gather(1, x.shape[1] - 1 - pads_after).squeeze(1)
 
 
 # ---- losses on comparisons -----------------------------------------------------------------------
 # scores (N, K) are raw, not normalised. ranks (N, K) int64: 1 is best, ties form no pair, 0 marks
-# padding. Every prompt must prefer something. Each loss is a mean over prompts. For K = 2 all of
-# them are equal.
+# padding. Every prompt must prefer something. Each loss is a mean over prompts, so that a prompt
+# with many answers counts no more than one with few. For K = 2 all of them are equal.
 
 def preferred(ranks):
     """(N, K) -> (N, K, K) bool: [n, i, j] is True where answer i is better than answer j."""
@@ -56,40 +56,27 @@ def preferred(ranks):
 
 
 def pair_loss(scores, ranks):
-    """-log sigmoid(r_i - r_j), averaged over the pairs of a prompt (Ouyang 2022, equation 1)."""
+    """-log sigmoid(score_i - score_j), averaged over the pairs of a prompt (Ouyang 2022, equation 1)."""
     better = preferred(ranks)
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])               # (N, K, K)
     return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))).mean()
 
 
-def choice_losses(scores, ranks):
-    """-log probability that each answer is chosen over all worse ones: (N, K), 0 if none is."""
-    better = preferred(ranks)
-    itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
-    rivals = scores[:, None, :].masked_fill(~(better | itself), -math.inf)         # (N, K, K)
-    return (rivals.logsumexp(dim=2) - scores).masked_fill(~better.any(dim=2), 0)
-
-
 def best_loss(scores, ranks):
-    """Softmax cross-entropy of the best answer, or the mean of several (Ziegler 2019)."""
-    best = ranks == 1
-    losses = choice_losses(scores, ranks).masked_fill(~best, 0)
-    return (losses.sum(dim=1) / best.sum(dim=1)).mean()
+    """-log of the softmax probability of the best answer, or of the best ones (Ziegler 2019)."""
+    everything = scores.masked_fill(ranks == 0, -math.inf).logsumexp(dim=1)        # (N,)
+    best = scores.masked_fill(ranks != 1, -math.inf).logsumexp(dim=1)
+    return (everything - best).mean()
 
 
-def plackett_luce_loss(scores, ranks):
-    """-log likelihood of the ranking: choose the best, then the best of the rest, and so on."""
-    return choice_losses(scores, ranks).sum(dim=1).mean()
-
-
-LOSSES = {"pairs": pair_loss, "best": best_loss, "plackett_luce": plackett_luce_loss}
+LOSSES = {"pairs": pair_loss, "best": best_loss}
 
 
 # ---- accuracy ------------------------------------------------------------------------------------
 
-def pair_accuracy(scores, ranks):
-    """Per prompt: pairs ordered by the scores as by the ranks (equal counts half), all pairs."""
+def pairs_right(scores, ranks):
+    """Pairs that the scores order as the ranks do (equal counts half), and all pairs: two sums."""
     better = preferred(ranks)
     difference = scores[:, :, None] - scores[:, None, :]                          # (N, K, K)
     right = (difference > 0).float() + 0.5 * (difference == 0).float()
-    return right.masked_fill(~better, 0).sum(dim=(1, 2)), better.sum(dim=(1, 2))
+    return right.masked_fill(~better, 0).sum(), better.sum()

@@ -33,9 +33,10 @@ from pathlib import Path
 import torch
 
 from minirlhf.files.download import OFFICIAL, fetch_official, model_folder
+from minirlhf.files.json_files import write_json
 from minirlhf.files.tensors import (IMPLEMENTED, LLAMA, check_finite, check_names_and_shapes,
                                     check_tied_head, read_config, read_normalisation, read_tensors,
-                                    write_json, write_safetensors)
+                                    write_safetensors)
 from minirlhf.files.tokenizer import own_tokens
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.gptj import GPTJ, GPTJConfig

@@ -9,7 +9,7 @@ import torch
 import train_ppo
 from minirlhf import generate as sampling
 from minirlhf.data import Row, encode_rows
-from minirlhf.functions import FunctionReward
+from minirlhf.reward_functions import FunctionReward
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.running import health

@@ -8,7 +8,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.running.config import from_dict, option, parse
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from minirlhf.data import read_any, read_comparisons, read_demonstrations, read_prompts, split
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import convert
 
 ROOT = Path(__file__).parents[1]

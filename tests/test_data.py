@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from minirlhf.data import Row, encode, encode_rows, read_any, read_comparisons, read_demonstrations, read_prompts
-from minirlhf.running.compute import left_pad, response_mask, right_pad
+from minirlhf.generate import left_pad, response_mask, right_pad
 from minirlhf.files.jsonl import glue_warning, glued
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools.describe import describe, pieces
 
 TOKENIZER = load_tokenizer("data/tiny")

@@ -211,7 +211,7 @@ def test_a_wrong_link_command_or_flag_is_noticed(tmp_path, monkeypatch):
 
 
 def test_the_reward_function_of_the_readme_works():
-    from minirlhf.functions import call_reward
+    from minirlhf.reward_functions import call_reward
     block, = [block for language, block in code_blocks(README) if language == "python"]
     names = {}
     exec(block, names)

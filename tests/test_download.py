@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minirlhf.files.download
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.files.download import download, fetch_official
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.weights import from_pretrained, save_pretrained

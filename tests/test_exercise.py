@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import exercise
 from minirlhf.tools.exercise import EXERCISES, ROOT
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import experiment
 from test_documents import ROOT
 

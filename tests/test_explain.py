@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import chat
 from minirlhf.tools.explain import COLUMNS, Explainer
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained

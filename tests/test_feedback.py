@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_rm
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer

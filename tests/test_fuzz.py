@@ -26,7 +26,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.running.config import from_dict, parse
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.data import Row, encode_rows, read_comparisons, read_demonstrations, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel

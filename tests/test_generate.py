@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from minirlhf.generate import decode, generate, respond, response_logits, response_logprobs, sample_token
-from minirlhf.running.compute import left_pad
+from minirlhf.answers import respond
+from minirlhf.generate import decode, generate, left_pad, response_logits, response_logprobs, sample_token
 from mutation import mutant
 from small_world import TOKENIZER, generate_with_logprobs, tiny_gpt2
 

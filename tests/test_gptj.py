@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.generate import generate
 from minirlhf.gpt2 import KVCache
 from minirlhf.gptj import GPTJ, GPTJConfig

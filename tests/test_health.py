@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minirlhf.running.health import WINDOW, accuracy_report, complaints
+from minirlhf.health import WINDOW, accuracy_report, complaints
 from small_world import run_ppo, small_world
 
 N = 25                                                          # iterations of the healthy run

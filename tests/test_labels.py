@@ -15,7 +15,7 @@ import torch
 from minirlhf.data import read_comparisons
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 from minirlhf.weights import save_pretrained
 

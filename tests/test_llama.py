@@ -18,8 +18,8 @@ from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, GPT2Config, KVCache
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running.compute import bfloat16_copy
-from minirlhf.running.errors import UserError
+from minirlhf.running.device import sampling_copy
+from minirlhf.files.errors import UserError
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 
 SHAPE = dict(vocab_size=140, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
@@ -128,7 +128,7 @@ def test_the_cache_holds_key_value_heads_only_and_bfloat16_samples_the_same(pair
     with torch.no_grad():
         ours(ids, mask, cache)
     assert cache.layers[0][0].shape[1] == ours.config.num_key_value_heads < ours.config.n_head
-    half = bfloat16_copy(from_pretrained(folder, "bfloat16"))
+    half = sampling_copy(from_pretrained(folder, "bfloat16"))
     with torch.no_grad():
         hidden = half(ids, mask)[mask]
     assert 0 < (hidden - ours(ids, mask)[mask]).abs().max() < 0.1 * hidden.abs().max()

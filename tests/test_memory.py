@@ -18,6 +18,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf.data import Example, Row
+from minirlhf.generate import micro_batches
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.running import compute
@@ -74,7 +75,7 @@ def sft_steps(cfg, size, prompt, response):
     examples, model = examples_of(cfg.batch_size, prompt, [response], size), model_of(size, cfg.dtype)
     optimizer = adam(model)
     for _ in range(2):
-        for part in compute.in_parts(examples, cfg.micro_batch):
+        for part in micro_batches(examples, cfg.micro_batch):
             train_sft.sft_loss(model, part, CPU)[0].backward()
         compute.step(model, optimizer, 1e-5, "")
     return examples, [model]
@@ -85,7 +86,7 @@ def rm_steps(cfg, size, prompt, response):
     model, sft = model_of(size, cfg.dtype, scalar=True), model_of(size, cfg.dtype).requires_grad_(False)
     optimizer = adam(model)
     for _ in range(2):
-        for part in compute.in_parts(examples, cfg.micro_batch):
+        for part in micro_batches(examples, cfg.micro_batch):
             train_rm.reward_model_loss(model, part, cfg, CPU)[0].backward()
         compute.step(model, optimizer, 1e-5, "")
     return examples, [model, sft]

@@ -11,7 +11,7 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.running import runs
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -76,7 +76,7 @@ def test_one_place_only_executes_a_file():
         if file.parent != ROOT / "tests":
             assert not CODE_FROM_DATA & names, file
             executing |= {file.relative_to(ROOT) for name in names if name.endswith(".exec_module")}
-    assert executing == {Path("minirlhf/functions.py")}
+    assert executing == {Path("minirlhf/reward_functions.py")}
 
 
 # ---- files with code in them -----------------------------------------------------------------------------------------

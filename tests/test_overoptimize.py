@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import overoptimize
 from minirlhf.tools.overoptimize import best_of_n, best_of_n_kl, fit, fitted, highest, ppo_curve, turnover
 from small_world import small_world, write_jsonl

@@ -15,7 +15,7 @@ import pytest
 
 from minirlhf.files.tokenizer import token_texts
 from minirlhf.running import runs
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
 from minirlhf.running.runs import Run, in_use, lock
 from minirlhf.tools import page
 from small_world import TOKENIZER, read_metrics, run_ppo, small_world, write_jsonl

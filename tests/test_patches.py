@@ -240,7 +240,7 @@ def test_best_of_n_keeps_the_finished_answer_with_the_highest_score(tmp_path, mo
     module = patched("best_of_n", "train_sft.py", tmp_path)
     answers = [([i, i], i % 8 != 7) for i in range(16)]             # the highest of each prompt is not finished
     monkeypatch.setattr(module, "respond", lambda model, prompts, *_, **__: answers)
-    monkeypatch.setattr(module, "rewards_of", lambda reward, prompts, ids: [sum(own) for own in ids])
+    monkeypatch.setattr(module, "scores_of", lambda reward, prompts, ids: [sum(own) for own in ids])
     examples = [Example(Row("", ""), [0], []), Example(Row("", ""), [1], [])]
     kept = module.best_of_n(None, None, examples, SimpleNamespace(eot_token=0), SimpleNamespace(max_response=2, seed=1))
     assert [(e.prompt, e.responses) for e in kept] == [([0], [[6, 6]]), ([1], [[14, 14]])]

@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf.running.device import start
 from minirlhf import generate as sampling
 from minirlhf.gpt2 import GPT2
 from minirlhf.running import compute, errors, health
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.weights import from_pretrained
 from small_world import CPU, EOS, TOKENIZER, config, examples, letters_gpt2, ppo_flags, script_flags, small_world
 
@@ -43,17 +44,17 @@ def pretend_gpu(monkeypatch, capability=(9, 0), free=80e9):
     ("cpu", "float32", "highest"), ("cpu", "bfloat16", "highest")])
 def test_float32_products_are_tf32_on_a_gpu_and_nowhere_else(monkeypatch, device, dtype, precision):
     pretend_gpu(monkeypatch)
-    compute.start(config(device=device, dtype=dtype))
+    start(config(device=device, dtype=dtype))
     assert torch.get_float32_matmul_precision() == precision
 
 
 def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch):
     pretend_gpu(monkeypatch, capability=(7, 5))
     with pytest.raises(UserError, match="--dtype bfloat16: Some GPU .*--dtype float32"):
-        compute.start(config(device="cuda", dtype="bfloat16"))
-    assert compute.start(config(device="cuda", dtype="float32")).type == "cuda"
+        start(config(device="cuda", dtype="bfloat16"))
+    assert start(config(device="cuda", dtype="float32")).type == "cuda"
     pretend_gpu(monkeypatch, capability=(8, 0))
-    assert compute.start(config(device="cuda", dtype="bfloat16")).type == "cuda"
+    assert start(config(device="cuda", dtype="bfloat16")).type == "cuda"
 
 
 def test_exact_float32_is_plain_float32_on_a_cpu(world):

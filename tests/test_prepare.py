@@ -15,7 +15,7 @@ import pytest
 import train_sft
 from minirlhf.data import read_comparisons, read_demonstrations, read_prompts
 from minirlhf.files.tokenizer import gpt2_encoding
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.running.runs import Run
 from minirlhf.tools import describe
 from minirlhf.tools.feedback.items import find_templates, instruction_of

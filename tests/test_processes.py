@@ -11,8 +11,10 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf.running.device import start
+from minirlhf.running.processes import all_sum, is_first, shard, sum_gradients
 from minirlhf.running import compute
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.weights import load
 from small_world import ppo_flags, read_metrics, script_flags, small_world
 
@@ -105,15 +107,15 @@ def test_shards_are_a_partition_of_a_batch(monkeypatch):
         lists, tensors = [], []
         for rank in range(3):
             monkeypatch.setattr(compute, "dist", TwoOf(rank, 3))
-            lists.append(compute.shard(list(range(n))))
-            tensors.append(compute.shard(torch.arange(n)).tolist())
+            lists.append(shard(list(range(n))))
+            tensors.append(shard(torch.arange(n)).tolist())
         assert lists == tensors and sorted(sum(lists, [])) == list(range(n))
         assert max(map(len, lists)) - min(map(len, lists)) <= 1
 
 
 def test_a_single_process_has_the_whole_batch():
     rows = list(range(5))
-    assert compute.shard(rows) == rows and compute.is_first() and compute.all_sum(torch.tensor(3.0)) == 3
+    assert shard(rows) == rows and is_first() and all_sum(torch.tensor(3.0)) == 3
 
 
 def test_gradients_are_summed_over_processes_and_a_process_without_rows_adds_zeros(monkeypatch):
@@ -122,13 +124,13 @@ def test_gradients_are_summed_over_processes_and_a_process_without_rows_adds_zer
     monkeypatch.setattr(compute, "all_sum", lambda x: x + 1)
     first, second = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
     second.grad = torch.arange(4.0)
-    compute.sum_gradients([first, second])
+    sum_gradients([first, second])
     assert torch.equal(first.grad, torch.ones(2, 3)) and torch.equal(second.grad, torch.arange(4.0) + 1)
 
 
 @dataclasses.dataclass
 class Asked:
-    """The options that compute.start looks at."""
+    """The options that start looks at."""
     batch_size: int
     minibatches: int
     dtype: str = "float32"
@@ -140,7 +142,7 @@ class Asked:
 def test_each_minibatch_needs_a_row_for_each_process(monkeypatch, processes, batch_size, minibatches, fits):
     monkeypatch.setattr(compute, "dist", TwoOf(0, processes))
     if fits:
-        assert compute.start(Asked(batch_size, minibatches)).type == "cpu"
+        assert start(Asked(batch_size, minibatches)).type == "cpu"
     else:
         with pytest.raises(UserError, match=f"--batch_size {batch_size}.*--minibatches {minibatches}.*{processes} process"):
-            compute.start(Asked(batch_size, minibatches))
+            start(Asked(batch_size, minibatches))

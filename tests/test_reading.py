@@ -1,5 +1,6 @@
 """How much somebody has to read to follow one PPO iteration: which of our functions and files it runs through."""
 
+from minirlhf.data import batch_at
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +53,13 @@ def test_one_iteration_of_ppo_runs_through_few_functions_and_files(tmp_path):
 LOADED = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
-from minirlhf.running import compute
 import train_ppo
 
 def first_batch(*_):
     print("\\n".join(sorted(module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None))))
     sys.exit()
 
-compute.batch_at = first_batch
+batch_at = first_batch
 train_ppo.main(sys.argv[1:])
 """
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import train_rm
 from minirlhf import reward
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.data import Example, Row, read_comparisons
 from minirlhf.reward import LOSSES, ScalarHeadModel, at_last_token, pair_accuracy
 from mutation import mutant

@@ -8,7 +8,7 @@ import torch
 
 import train_rm
 from minirlhf.data import encode_rows, read_comparisons
-from minirlhf.functions import TINY_GOLD, load_function
+from minirlhf.reward_functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel, preferred
 from minirlhf.files.tokenizer import load_tokenizer

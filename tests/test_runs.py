@@ -11,10 +11,12 @@ import time
 import pytest
 import torch
 
+from minirlhf.running.device import pick_device, start
 from minirlhf.running import compute, runs
-from minirlhf.running.compute import batch_at, generator, pick_device
+from minirlhf.data import batch_at
+from minirlhf.generate import generator
 from minirlhf.running.config import option
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.running.runs import Run
 from minirlhf.weights import save_pretrained
 from small_world import tiny_gpt2
@@ -349,7 +351,7 @@ def test_an_unknown_device_and_precision_are_named_with_the_known_ones():
         dtype: str = "float16"
         device: str = "cpu"
     with pytest.raises(UserError, match="--dtype .*float32.*bfloat16.*float16"):
-        compute.start(Precision())
+        start(Precision())
 
 
 @pytest.mark.parametrize("cuda, mps, first", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

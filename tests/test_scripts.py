@@ -14,10 +14,10 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf import data
 from minirlhf.data import Example, Row, encode_rows, read_prompts
-from minirlhf.functions import FunctionReward
+from minirlhf.reward_functions import FunctionReward
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.running import runs
@@ -296,7 +296,7 @@ def assessed(monkeypatch):
     return calls
 
 
-def heldout_of(folder):
+def heldout_lines(folder):
     return [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
 
 
@@ -324,7 +324,7 @@ def test_all_three_scripts_hold_out_the_same_tenth_of_the_prompts(letters, asses
     tenth = {p for p in prompts if int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10 == 0}
     assert 0 < len(tenth) < len(prompts) / 3
     for name in ("sft", "rm", "ppo"):
-        assert {row["prompt"] for row in heldout_of(letters / f"{name}_auto")} == tenth
+        assert {row["prompt"] for row in heldout_lines(letters / f"{name}_auto")} == tenth
         assert seen[name] == prompts - tenth
         config = json.loads((letters / f"{name}_auto/run.json").read_text())["config"]
         assert config["heldout"] == str(letters / f"{name}_auto/heldout.jsonl")
@@ -336,7 +336,7 @@ def test_what_a_run_held_out_can_be_read_back_and_given_to_another(letters, asse
     for name, data in (("sft", "demonstrations"), ("rm", "comparisons")):
         run_script(letters, name, f"{name}_first")
         rows = {row["prompt"]: row for row in map(json.loads, (letters / f"{data}.jsonl").read_text().splitlines())}
-        kept = heldout_of(letters / f"{name}_first")
+        kept = heldout_lines(letters / f"{name}_first")
         assert kept and all({field: row[field] for field in rows[row["prompt"]]} == rows[row["prompt"]] for row in kept)
         run_script(letters, name, f"{name}_second", "--heldout", letters / f"{name}_first/heldout.jsonl")
 
@@ -360,7 +360,7 @@ def test_resume_continues_a_run_that_held_out_its_own_prompts(letters, assessed,
         run_script(letters, name, f"{name}_cut", *steps)
     run_script(letters, name, f"{name}_cut", *steps, "--resume")
     assert same_run(letters / f"{name}_whole", letters / f"{name}_cut")
-    assert heldout_of(letters / f"{name}_whole") == heldout_of(letters / f"{name}_cut")
+    assert heldout_lines(letters / f"{name}_whole") == heldout_lines(letters / f"{name}_cut")
 
 
 @pytest.mark.parametrize("script, name", [(train_sft, "demonstrations"), (train_rm, "comparisons"), (train_ppo, "prompts")])

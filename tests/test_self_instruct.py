@@ -22,7 +22,7 @@ from small_world import LETTERS, TOKENIZER, letters_gpt2, write_jsonl
 from data.alpaca import prepare as alpaca
 from minirlhf.data import read_demonstrations
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.tools import self_instruct
 from minirlhf.tools.self_instruct import (KEPT, RULES, Task, encode_list, parse_list, prompt_of, read_seeds, rouge_l,
                                           words_of)

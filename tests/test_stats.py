@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from minirlhf.tools.evaluate.measure import distinct
-from minirlhf.running.health import wilson
-from minirlhf.tools.evaluate.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates,
-                                           flip_test, label_test, length_controlled, rate, ratio, sign_test, t_limit,
-                                           transformed, wins_of)
+from minirlhf.assess import distinct
+from minirlhf.stats import (calibration, clustered_rate, difference_of_means, difference_of_rates, flip_test,
+                            label_test, length_controlled, rate, ratio, sign_test, t_limit, transformed, wilson,
+                            wins_of)
 
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3.

@@ -11,15 +11,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf.answers import respond
+from minirlhf.generate import generate, response_logits, right_pad
+from minirlhf.running.device import sampling_copy
 from minirlhf import ppo
-from minirlhf.data import Example, Row
-from minirlhf.functions import FunctionReward
-from minirlhf.generate import generate, respond, response_logits
+from minirlhf.data import batch_at, Example, Row
+from minirlhf.reward_functions import FunctionReward
 from minirlhf.ppo import masked_sum, token_logprobs
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.running import compute
-from minirlhf.running.compute import batch_at, right_pad
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 from mutation import mutant
 from small_world import (CPU, EOS, TOKENIZER, Networks, config, examples, generate_with_logprobs, letters_gpt2,
@@ -577,9 +578,9 @@ def test_in_bfloat16_a_rollout_is_sampled_from_a_copy_of_the_policy(monkeypatch)
     check_sampler(monkeypatch, train_ppo.roll_out)
 
 
-@pytest.mark.parametrize("new", ["__import__('copy').deepcopy(policy)", "policy.bfloat16()", "compute.bfloat16_copy(another)"])
+@pytest.mark.parametrize("new", ["__import__('copy').deepcopy(policy)", "policy.bfloat16()", "sampling_copy(another)"])
 def test_sampling_from_anything_else_is_noticed(monkeypatch, new):
-    changed = mutant(train_ppo.roll_out, "compute.bfloat16_copy(policy)", new)
+    changed = mutant(train_ppo.roll_out, "sampling_copy(policy)", new)
     another = letters_gpt2(1)
     another.dtype = "bfloat16"
     monkeypatch.setattr(train_ppo, "another", another, raising=False)

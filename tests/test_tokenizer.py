@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import minirlhf.files.tokenizer
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.files.tokenizer import EOS, encoding_from_ranks, load_tokenizer, save_tokenizer
 
 TINY = Path(__file__).parents[1] / "data/tiny"

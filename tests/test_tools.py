@@ -14,19 +14,18 @@ import pytest
 import torch
 
 import train_ppo
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.data import encode_rows, read_demonstrations, read_jsonl, read_prompts
-from minirlhf.functions import TINY_GOLD, load_function
+from minirlhf.reward_functions import TINY_GOLD, load_function
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools import chat, plot
-from minirlhf.tools.evaluate import __main__ as evaluate
-from minirlhf.tools.evaluate import assess, measure, tables
+from minirlhf.tools.evaluate import __main__ as evaluate, assess, measure, tables
 from minirlhf.tools.evaluate.assess import against_first, partiality, sampling_of
-from minirlhf.tools.evaluate.measure import (Answers, Sampling, answer, distinct, entropies, perplexity, repetition,
-                                             sequence_kl, token_logprobs_of)
-from minirlhf.tools.evaluate.stats import Estimate
+from minirlhf.assess import Answers, Sampling, answer, distinct, perplexity, sequence_kl, logprobs_per_token
+from minirlhf.tools.evaluate.measure import entropies, repetition
+from minirlhf.stats import Estimate
 from minirlhf.tools.overoptimize import run_script
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
 from small_world import write_jsonl
@@ -91,7 +90,7 @@ def test_logprobs_and_perplexity_are_those_of_one_sequence_at_a_time(monkeypatch
     monkeypatch.setattr(measure, "LOGITS", 50_000)                                  # two sequences at a time
     model = small_model(2)
     examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:5], TOKENIZER, 64)
-    rows = token_logprobs_of(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7)
+    rows = logprobs_per_token(model, [e.prompt for e in examples], [e.responses[0] for e in examples], 0.7)
     nats, tokens = 0.0, 0
     for example, found in zip(examples, rows):
         ids, P = torch.tensor([example.prompt + example.responses[0]]), len(example.prompt)
@@ -296,10 +295,10 @@ def test_the_live_networks_say_what_the_long_form_says_of_their_exports(folders,
 
 def test_what_an_earlier_run_held_out_may_be_gone(tmp_path, world, capsys):
     (tmp_path / "run.json").write_text(json.dumps({"config": {"heldout": f"{tmp_path}/gone.jsonl"}}))
-    assert assess.heldout_of(tmp_path) == assess.heldout_of(world) == assess.heldout_of("taste.py:f") == []
+    assert assess.heldout_lines(tmp_path) == assess.heldout_lines(world) == assess.heldout_lines("taste.py:f") == []
     assert "gone.jsonl" in capsys.readouterr().out
     write_jsonl(tmp_path / "gone.jsonl", [{"prompt": "p", "response": " r"}])
-    assert assess.heldout_of(tmp_path) == [(f"{tmp_path}/gone.jsonl:1", {"prompt": "p", "response": " r"})]
+    assert assess.heldout_lines(tmp_path) == [(f"{tmp_path}/gone.jsonl:1", {"prompt": "p", "response": " r"})]
 
 
 def test_the_facts_are_those_that_gold_measures(world):

@@ -12,15 +12,14 @@ import torch
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import generate as sampling
-from minirlhf import gpt2, ppo, reward
+from minirlhf.running.processes import all_sum
+from minirlhf import generate as sampling, gpt2, ppo, reward
 from minirlhf.data import Example, Row, encode_rows
-from minirlhf.functions import TINY_GOLD, load_function
-from minirlhf.generate import generate, response_logits
+from minirlhf.reward_functions import TINY_GOLD, load_function
+from minirlhf.generate import generate, left_pad, response_logits, right_pad
 from minirlhf.reward import ScalarHeadModel, at_last_token
 from minirlhf.running import compute, health, runs
-from minirlhf.running.compute import left_pad, right_pad
-from minirlhf.running.errors import UserError
+from minirlhf.files.errors import UserError
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 from mutation import mutant
 from small_world import (CPU, EOS, TOKENIZER, GivenScores, Networks, config, examples, generate_with_logprobs,
@@ -822,7 +821,7 @@ def test_trap_25_metrics_are_means_over_every_token_of_the_update(monkeypatch):
     ("sums = defaultdict(float)", "sums = {}",                                          # the last minibatch's
      "for r in rollout.parts(rows, cfg.micro_batch):\n            logits", "sums = defaultdict(float)\n"
      "        for r in rollout.parts(rows, cfg.micro_batch):\n            logits"),
-    ("compute.all_sum(rollout.mask.sum())", "rollout.mask.numel()"),                    # pads counted
+    ("all_sum(rollout.mask.sum())", "rollout.mask.numel()"),                    # pads counted
     (" * cfg.epochs", ""),
     ("ppo.masked_sum(x, r.mask)", "x.sum()"),
 ])

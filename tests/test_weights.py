@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, GPT2Config, KVCache

@@ -13,39 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import arguments, fetch, keep, read_objects, split, text_field, write_folder
-from minirlhf.files.jsonl import field
-from minirlhf.running.errors import UserError, run_main
+from data.common import arguments, fetch, split, write_folder
+from minirlhf.files.errors import run_main
+from minirlhf.files.instructions import TEMPLATE, TEMPLATE_WITH_INPUT, demonstration, instances
+from minirlhf.files.jsonl import keep, read_objects
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-# Copied exactly from stanford_alpaca/train.py.
-TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            "\n\n### Instruction:\n{instruction}\n\n### Response:")
-TEMPLATE_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further "
-                       "context. Write a response that appropriately completes the request."
-                       "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-
-
-def instances(value, where):
-    """A row as a list of {"instruction", "input", "output"}: a seed task has several."""
-    if "instances" not in value:
-        return [value]
-    found = value["instances"]
-    if not isinstance(found, list) or not found or not all(isinstance(instance, dict) for instance in found):
-        raise UserError(f"{where}: instances must be a list of objects with input and output")
-    return [{**instance, "instruction": field(value, "instruction", where)} for instance in found]
-
-
-def demonstration(value, where, counts):
-    """One demonstration, or the reason to drop it."""
-    instruction, input, output = (text_field(value, name, where) for name in ("instruction", "input", "output"))
-    counts["read, with an input"] += bool(input)
-    if not instruction.strip():
-        return "no instruction"
-    if not output.strip():
-        return "no output"
-    template = TEMPLATE_WITH_INPUT if input else TEMPLATE
-    return {"prompt": template.format(instruction=instruction, input=input), "response": output}
 
 
 def main(argv=None):

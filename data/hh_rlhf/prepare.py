@@ -18,12 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import arguments, fetch, keep, read_objects, split, text_field, write_folder
+from data.common import arguments, fetch, split, write_folder
 from minirlhf.files.download import HUB
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
+from minirlhf.files.formats import ASSISTANT, HUMAN
+from minirlhf.files.jsonl import keep, read_objects, text_field
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def comparison(value, where):

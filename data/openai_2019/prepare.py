@@ -18,10 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import LONGEST, arguments, fetch, keep, read_objects, split, write_folder
-from minirlhf.files.jsonl import field, index_field
+from data.common import arguments, fetch, split, write_folder
+from minirlhf.files.jsonl import LONGEST, field, index_field, keep, read_objects
 from minirlhf.files.tokenizer import gpt2_encoding
-from minirlhf.running.errors import UserError, run_main
+from minirlhf.files.errors import UserError, run_main
 
 URL = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels/{task}/offline_5k.json"
 PADDING = 50259                 # not in GPT-2's vocabulary, which ends with the EOS, 50256

@@ -20,12 +20,12 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
-from minirlhf.data import encode_prompt, stop_of
-from minirlhf.files.tensors import write_whole
+from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode_prompt
+from minirlhf.files.json_files import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.generate import decode, respond
-from minirlhf.running.compute import generator
-from minirlhf.running.errors import run_main
+from minirlhf.generate import decode, generator
+from minirlhf.files.errors import run_main
 from minirlhf.weights import from_pretrained
 
 MAX_RESPONSE = 48   # tokens; a story has at most 34
@@ -114,7 +114,7 @@ def sample_one(model_folder: str, prompts: list[str], K: int, seed: int) -> list
     """K answers of one model to each prompt."""
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(K)]
-    stop = stop_of("", tokenizer)
+    stop = parse_stop("", tokenizer)
     answers = respond(model, ids, limit=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
     texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]
     return [texts[i:i + K] for i in range(0, len(texts), K)]

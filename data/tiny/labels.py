@@ -28,11 +28,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 from annotate import CONSENSUS, Panel, agreement
-from minirlhf.files.tensors import read_json, write_whole
+from minirlhf.files.json_files import read_json, write_whole
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import require, run_main
+from minirlhf.files.errors import require, run_main
 from minirlhf.running.runs import read_rows
-from minirlhf.tools.evaluate.stats import rate, t_limit
+from minirlhf.stats import rate, t_limit
 from minirlhf.tools.experiment import read_results, summary
 from minirlhf.tools.feedback.stats import agreements, cohen_kappa, longer_preferred, read_votes
 

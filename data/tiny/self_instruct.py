@@ -26,12 +26,12 @@ import bpe
 import train_sft
 from gold import PROMPTS, measure
 from minirlhf.data import read_demonstrations, read_prompts
-from minirlhf.files.tensors import read_json, write_json
+from minirlhf.files.json_files import read_json, write_json
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.gpt2 import GPT2, GPT2Config
-from minirlhf.running.errors import run_main
+from minirlhf.files.errors import run_main
 from minirlhf.tools import self_instruct
-from minirlhf.tools.evaluate.measure import Sampling, answer
+from minirlhf.assess import Sampling, answer
 from minirlhf.tools.self_instruct import HEADER, SHOWN, Task, encode_list
 from minirlhf.weights import from_pretrained, save_pretrained
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.hub
 
-from minirlhf.running.errors import UserError, require
+from minirlhf.files.errors import UserError, require
 
 try:
     import fcntl

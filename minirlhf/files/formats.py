@@ -8,6 +8,7 @@ OURS = (("prompt", "response"), ("prompt", "chosen", "rejected"), ("prompt", "re
         ("prompt", "responses", "best"), ("prompt",))
 OTHERS = (("question", "answer"), ("instruction", "input", "output"), ("instruction", "output"),
           ("instruction", "instances"), ("prompt", "completion"), ("messages",), ("chosen", "rejected"))
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"        # how Anthropic's HH-RLHF begins a turn
 BOM = b"\xef\xbb\xbf"
 STARTS = {b"[": "a JSON array", BOM: "a file with a BOM (byte order mark)", b"\x1f\x8b": "a file compressed with gzip"}
 

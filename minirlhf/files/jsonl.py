@@ -4,12 +4,17 @@ Nothing is repaired or skipped. Every error is a UserError that begins with `whe
 What the fields mean is said in minirlhf/data.py.
 """
 
+import gzip
 import re
+import zlib
+from itertools import chain
+from pathlib import Path
 
 from minirlhf.files.formats import advice, kind_of_file, kind_of_row
-from minirlhf.files.tensors import json_object
-from minirlhf.running.errors import UserError, require, shown
+from minirlhf.files.errors import UserError, require, shown
+from minirlhf.files.json_files import json_object, strict_json
 
+LONGEST = 1_000_000             # characters in a text, two hundred times what GPT-2 can read
 # tiktoken 0.14 crashes on a million white-space characters in a row. (?<!\s) makes each run be looked at only once.
 LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")
 HALF_PAIR = re.compile("[\ud800-\udfff]")       # JSON can hold these halves of a character as "\ud800", UTF-8 cannot
@@ -28,6 +33,60 @@ def read_jsonl(path):
             if number == 1 and (kind := kind_of_file(line)):
                 raise UserError(f"{path}:1: {advice(str(path), kind)}")
             yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+
+
+# ---- other people's files: JSONL or one JSON array, perhaps compressed --------------------------------------------------
+
+def raw_lines(path):
+    """Yields (where, line in bytes) of a file, which may be compressed with gzip."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            for number, line in enumerate(gzip.open(file) if compressed else file, start=1):
+                yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as error:
+        place = f"{path}:{number + 1}" if Path(path).is_file() else path
+        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+    if number == 0:
+        raise UserError(f"{path}: the file is empty")
+
+
+def read_objects(path):
+    """Yields (where, object) of a file that holds JSON lines, or one JSON array of objects."""
+    lines = raw_lines(path)
+    first = next(lines)
+    if first[1].lstrip().startswith(b"["):
+        yield from array_objects(path, first[1] + b"".join(line for _, line in lines))
+    else:
+        yield from ((where, json_object(line, where)) for where, line in chain([first], lines))
+
+
+def array_objects(path, data):
+    try:
+        values = strict_json(data)
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    except ValueError as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+    for i, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}[{i}]: a row must be an object, not {shown(value)}")
+        yield f"{path}[{i}]", value
+
+
+def keep(rows, counts):
+    """The rows without those that are a string: the reason why this row is dropped. All are counted."""
+    kept = []
+    for row in rows:
+        counts["read"] += 1
+        if isinstance(row, str):
+            counts[f"dropped: {row}"] += 1
+        else:
+            kept.append(row)
+    return kept
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------
@@ -50,6 +109,8 @@ def text(value, name, where):
     if not isinstance(value, str):
         hint = how_to_convert(where, "lists of messages" if is_dialogue(value) else None)
         raise UserError(f"{where}: {name} must be a string, not {shown(value)}{hint}")
+    require(len(value) <= LONGEST,
+            f"{where}: {name} has {len(value):,} characters, more than {LONGEST:,}: no model can read that")
     require(not LONG_SPACE.search(value),
             f"{where}: {name} has 100,000 white-space characters in a row, too many for the tokenizer")
     require(not HALF_PAIR.search(value),

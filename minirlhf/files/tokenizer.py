@@ -9,7 +9,6 @@ nobody can insert an EOS, encoding.eot_token, through a prompt.
 
 import base64
 import codecs
-import json
 import os
 import sys
 import unicodedata
@@ -19,8 +18,8 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from minirlhf.files.download import OFFICIAL, cache_folder, download, fetch_official, model_folder, sha256_of
-from minirlhf.files.tensors import read_json, write_json, write_whole
-from minirlhf.running.errors import UserError, require, shown
+from minirlhf.files.json_files import read_json, write_json, write_whole
+from minirlhf.files.errors import UserError, require, shown
 
 EOS = "<|endoftext|>"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

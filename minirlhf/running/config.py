@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 
-from minirlhf.running.errors import UserError, require, run_main, shown     # run_main: for the scripts
+from minirlhf.files.errors import UserError, require, run_main, shown     # run_main: for the scripts
 
 
 # What other projects call some options.

@@ -7,17 +7,11 @@
 2. Memory. A fresh tensor costs a page fault for each 4 KB that is written first, which can take ten times as long as
    the writing. Huge pages of 2 MB avoid that. PyTorch asks for them if THP_MEM_ALLOC_ENABLE is set before its first
    tensor.
-3. Waiting. A thread that waits for the others spins, which is quickest as long as every thread has a core of its own.
-   When another program needs one of the cores, most of the time goes into spinning: with 2 threads and 1 core busy SFT
-   takes 6 times as long. OpenMP's default is 300,000 turns, and it reads the number only when torch is first imported.
 """
 
 import functools
 import os
 from pathlib import Path
-
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F

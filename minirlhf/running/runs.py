@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.files.download import fcntl, sha256_of
-from minirlhf.files.tensors import read_json, whole_file, write_json, write_whole
-from minirlhf.running.compute import is_first
-from minirlhf.running.errors import UserError, require
+from minirlhf.files.json_files import read_json, whole_file, write_json, write_whole
+from minirlhf.running.processes import is_first
+from minirlhf.files.errors import UserError, require
 
 HELD = {}           # {folder: the file descriptor that keeps it locked}
 LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
@@ -316,7 +316,7 @@ def prompts_for(folder, kind):
 
     For the embedded world, and for a model that no run of ours made, the embedded world's.
     """
-    config = read_run(folder) if (Path(folder) / "run.json").is_file() else {}
+    config = read_options(folder)
     tiny = Path(config.get("data", "data/tiny/")).parent == Path("data/tiny")
     own = next((config[name] for name in (kind, "data") if Path(config.get(name) or "?").is_file()), "")
     embedded = {"data": "data/tiny/prompts.jsonl", "heldout": "data/tiny/prompts_test.jsonl"}
@@ -324,11 +324,22 @@ def prompts_for(folder, kind):
 
 
 def read_run(folder):
-    """The configuration of the run in this folder, as a dict. UserError if it has none."""
+    """The options of the run in this folder, as a dict. UserError if it has none."""
     file = Path(folder) / "run.json"
     config = read_json(file).get("config") if file.is_file() else None
     require(isinstance(config, dict), f"{folder}: no run.json of a training script in it")
     return config
+
+
+def read_options(folder):
+    """The same, {} if there is no run.json: a model may come from anywhere."""
+    return read_run(folder) if (Path(folder) / "run.json").is_file() else {}
+
+
+def read_report(folder):
+    """The report.json of a run's folder, {} if there is none."""
+    file = Path(folder) / "report.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def print_table(title, rows):

@@ -15,12 +15,13 @@ from itertools import zip_longest
 
 import torch
 
-from minirlhf.data import encode_prompt, read_prompts, stop_of
+from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode_prompt, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.generate import decode, respond
-from minirlhf.running.compute import pick_device
+from minirlhf.generate import decode
+from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import prompts_for
 from minirlhf.tools.explain import Explainer
 from minirlhf.weights import from_pretrained
@@ -32,7 +33,7 @@ def reply(model, tokenizer, prompt, args, seed):
     room = model.config.n_positions - len(ids)
     require(room >= 1, f"the prompt has {len(ids)} tokens; this model has {model.config.n_positions} positions in all")
     rng, most = torch.Generator().manual_seed(seed), min(args.max_response, room)
-    (tokens, finished), = respond(model, [ids], most, stop_of("", tokenizer), rng, args.temperature)
+    (tokens, finished), = respond(model, [ids], most, parse_stop("", tokenizer), rng, args.temperature)
     return decode(tokenizer, tokens) + ("" if finished else " [...]")
 
 

@@ -15,15 +15,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data.alpaca import prepare as alpaca
-from data.common import array_objects, keep, raw_lines, text_field
-from data.hh_rlhf.prepare import ASSISTANT, HUMAN
 from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
-from minirlhf.files.formats import BOM, OTHERS, OURS, formats_of, header_of
-from minirlhf.files.jsonl import is_dialogue
-from minirlhf.files.tensors import json_object, read_json, write_json, write_whole
+from minirlhf.files import instructions
+from minirlhf.files.errors import UserError, require, run_main
+from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, formats_of, header_of
+from minirlhf.files.json_files import json_object, read_json, write_json, write_whole
+from minirlhf.files.jsonl import array_objects, is_dialogue, keep, raw_lines, text_field
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
 RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
@@ -78,9 +76,9 @@ def check_format(names, where):
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
 def convert(fields, value, where, counts):
-    """One row -> a row of ours. alpaca.demonstration returns a string where a row is dropped, we raise Dropped."""
+    """One row -> a row of ours. instructions.demonstration returns a string where a row is dropped, we raise Dropped."""
     if "instruction" in fields:
-        return alpaca.demonstration({"input": "", **value}, where, Counter())
+        return instructions.demonstration({"input": "", **value}, where, Counter())
     kept = (*fields, "finished") if fields in OURS[1:4] else fields
     row = {RENAMED.get(name, name): value[name] for name in kept if name in value}
     if any(map(is_dialogue, row.values())):
@@ -143,7 +141,7 @@ def convert_all(rows, fields, counts):
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
-        for part in alpaca.instances(value, where) if "instances" in fields else [value]:
+        for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
                 yield convert(fields, part, where, counts)
             except Dropped as reason:
@@ -153,7 +151,7 @@ def convert_all(rows, fields, counts):
 def templates_of(fields, counts):
     """What meta.json says, so that the tools can find the instruction in a prompt."""
     if "instruction" in fields:
-        return {"template": alpaca.TEMPLATE, "template_with_input": alpaca.TEMPLATE_WITH_INPUT}
+        return {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
     return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if counts[DIALOGUES] else {}
 
 

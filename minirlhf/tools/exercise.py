@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from minirlhf.files.tensors import write_whole
+from minirlhf.files.json_files import write_whole
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import move_aside
 
 ROOT = Path(__file__).resolve().parents[2]

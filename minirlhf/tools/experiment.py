@@ -32,11 +32,11 @@ from minirlhf.data import read_demonstrations, read_prompts
 from minirlhf.files.jsonl import read_jsonl
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.tools import page
-from minirlhf.tools.evaluate.assess import assess
-from minirlhf.tools.evaluate.measure import Sampling, config_of, gold_function, report_of
-from minirlhf.tools.evaluate.stats import t_limit, t_probability
+from minirlhf.assess import assess, gold_function, Sampling
+from minirlhf.running.runs import read_options, read_report
+from minirlhf.stats import t_limit, t_probability
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,11 +150,11 @@ def run_script(tree, script, flags, log):
 
 def shared_models(seed, out, loud):
     """The SFT model and the reward model of a seed, trained once with the code as it is -> their folders."""
-    if all(config_of(f"out/{kind}").get("seed") == seed and report_of(f"out/{kind}") for kind in ("sft", "rm")):
+    if all(read_options(f"out/{kind}").get("seed") == seed and read_report(f"out/{kind}") for kind in ("sft", "rm")):
         return Path("out/sft").resolve(), Path("out/rm").resolve()
     sft, rm = (out / "models" / str(seed) / kind for kind in ("sft", "rm"))
     for folder, script, flags in ((sft, "train_sft.py", []), (rm, "train_rm.py", ["--model", sft])):
-        if not report_of(folder):
+        if not read_report(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             run_script(ROOT, script, [*flags, "--seed", seed, "--out", folder],
                        None if loud else folder.parent / "log.txt")
@@ -184,7 +184,7 @@ def run_job(job):
         link.unlink(missing_ok=True)                            # a script after this one builds on what it made
         link.symlink_to(last)
     seconds = round(time.time() - begun)
-    report = report_of(last) if "ppo" in report_of(last) else measure(last, sft, rm, seed)
+    report = read_report(last) if "ppo" in read_report(last) else measure(last, sft, rm, seed)
     figures = report["ppo"] | {"win_rate": report["win_rate"], "kl": report["kl"]}
     shutil.rmtree(tree)
     return job.row | {"seconds": seconds} | {name: round(figures[name], 4) for name in FIGURES}

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import torch
 
 from minirlhf import ppo
-from minirlhf.data import encode, encode_prompt, encode_rows, read_prompts, stop_of
+from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode, encode_prompt, encode_rows, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.functions import FunctionReward
-from minirlhf.generate import decode, respond, response_logits
+from minirlhf.reward_functions import FunctionReward
+from minirlhf.generate import decode, response_logits
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running.errors import require
+from minirlhf.files.errors import require
 from minirlhf.running.runs import newest_state, read_run
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
@@ -60,7 +61,7 @@ class Explainer:
         require(len(ids) + self.cfg.max_response <= positions,
                 f"the prompt has {len(ids)} tokens, the response may have {self.cfg.max_response}, and "
                 f"this model has {positions} positions in all")
-        stop, rng = stop_of(self.cfg.stop, self.tokenizer), torch.Generator().manual_seed(seed)
+        stop, rng = parse_stop(self.cfg.stop, self.tokenizer), torch.Generator().manual_seed(seed)
         (response, finished), = respond(self.policy, [ids], self.cfg.max_response, stop, rng, self.cfg.temperature)
         return ids, response, finished
 

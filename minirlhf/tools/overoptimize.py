@@ -17,12 +17,12 @@ import numpy as np
 
 from minirlhf.data import read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.running.compute import pick_device
+from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
-from minirlhf.running.runs import move_aside, read_rows, write_json
-from minirlhf.tools.evaluate.measure import Sampling, answer, gold_function, report_of, rewards_of
-from minirlhf.tools.evaluate.stats import ratio
+from minirlhf.files.errors import require, run_main
+from minirlhf.running.runs import move_aside, read_report, read_rows, write_json
+from minirlhf.assess import Sampling, answer, gold_function, scores_of
+from minirlhf.stats import ratio
 from minirlhf.tools.plot import draw_overoptimization, subplots
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
@@ -103,7 +103,7 @@ def sample_sft(args, prompts, samples, device):
 def best_of_n_curve(folder, pool, gold, samples, device):
     """Points of best-of-n under one reward model, n = 1, 2, 4, ...: d, and gold and proxy (N, points) per prompt."""
     reward = scalar_from_pretrained(str(folder)).to(device)
-    proxy = rewards_of(reward, pool.prompt_ids, pool.ids).reshape(-1, samples)                      # (N, S)
+    proxy = scores_of(reward, pool.prompt_ids, pool.ids).reshape(-1, samples)                      # (N, S)
     proxy[~np.array(pool.finished).reshape(proxy.shape)] = MISSING_EOS
     proxy -= proxy.mean()                                                                       # above the SFT model
     ns = [2 ** k for k in range(int(math.log2(samples)) + 1)]
@@ -148,7 +148,7 @@ def experiment(args, lines, gold, device):
         rm, ppo = train(args, count, lines[:count])
         rl, bon = ppo_curve(ppo, start, deviation), best_of_n_curve(rm, pool, golds, args.samples, device)
         means = {name: [ratio(column)[:3] for column in bon[name].T] for name in ("gold", "proxy")}
-        found[count] = {"rm_accuracy_gold": report_of(rm)["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
+        found[count] = {"rm_accuracy_gold": read_report(rm)["rm_accuracy_gold"], "laws": laws(bon, rl), "rl": rl,
                         "bon": bon | means}
     return {"sft_gold": start, "sft_gold_deviation": deviation, "prompts": len(golds), "samples": args.samples,
             "iterations": args.iterations, "seed": args.seed, "labels": found}

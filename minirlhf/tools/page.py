@@ -15,13 +15,12 @@ import time
 from itertools import cycle
 from pathlib import Path
 
-from minirlhf.files.tensors import write_whole
+from minirlhf.files.json_files import write_whole
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
-from minirlhf.running.health import complaints
-from minirlhf.running.runs import in_use, read_rows, read_run
-from minirlhf.tools.evaluate.measure import report_of
-from minirlhf.tools.evaluate.stats import Estimate
+from minirlhf.files.errors import UserError, require, run_main
+from minirlhf.health import complaints
+from minirlhf.running.runs import in_use, read_report, read_rows, read_run
+from minirlhf.stats import Estimate
 from minirlhf.tools.evaluate.tables import FIGURES, Table
 from minirlhf.tools.plot import COLOURS, PANELS, TRAINING
 
@@ -37,7 +36,7 @@ def read_folder(folder):
     """What a run has written so far, as a dict. UserError if the folder is not a run's or a line is damaged."""
     path, config = Path(folder), read_run(folder)
     samples = path / "samples.jsonl"                            # of PPO only
-    return {"name": str(folder), "config": config, "report": report_of(path), "state": state_of(path),
+    return {"name": str(folder), "config": config, "report": read_report(path), "state": state_of(path),
             "rows": whole_rows(path / "metrics.jsonl", is_metrics),
             "samples": whole_rows(samples, is_sample) if samples.exists() else []}
 

@@ -14,9 +14,9 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-from minirlhf.files.tensors import write_whole
+from minirlhf.files.json_files import write_whole
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import read_rows, read_run
 
 PANELS = [  # metric, title, unit, healthy range (that of the table in minirlhf/DETAILS.md)

@@ -29,14 +29,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.alpaca import prepare as alpaca
-from data.common import read_objects, text_field
-from minirlhf.files.tensors import json_object, write_json, write_whole
+from minirlhf.files import instructions
+from minirlhf.files.jsonl import read_objects, text_field
+from minirlhf.files.json_files import json_object, write_json, write_whole
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.generate import decode, respond
-from minirlhf.running.compute import generator, pick_device
+from minirlhf.answers import respond
+from minirlhf.generate import decode, generator
+from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main, shown
+from minirlhf.files.errors import UserError, require, run_main, shown
 from minirlhf.running.runs import lock, move_aside
 from minirlhf.tools.feedback.votes import Journal, to_line
 from minirlhf.weights import from_pretrained
@@ -58,7 +59,7 @@ def read_seeds(path):
     seeds, names = [], {"prompt": "instruction", "response": "output"}
     for where, value in read_objects(path):
         renamed = {names.get(name, name): part for name, part in value.items()}
-        for part in alpaca.instances({"input": "", **renamed}, where):
+        for part in instructions.instances({"input": "", **renamed}, where):
             task = Task(*(text_field(part, name, where).strip() for name in Task._fields))
             require(task.instruction and task.output, f"{where}: a seed task needs an instruction and an output")
             require("###" not in "".join(task),
@@ -309,7 +310,7 @@ def demonstration(task, bare):
     """A kept task as a row of ours: in Stanford's template, or without one where the seeds have none."""
     if bare:
         return {"prompt": f"{task['instruction']}\n{task['input']}".strip(), "response": " " + task["output"]}
-    return alpaca.demonstration(task, "new task", Counter())
+    return instructions.demonstration(task, "new task", Counter())
 
 
 def main(argv=None):
@@ -330,7 +331,7 @@ def main(argv=None):
     require(counts[KEPT], f"{folder}: nothing was kept. {folder / 'blocks.jsonl'} has what the model wrote")
     kept = [demonstration(block, bare) for block in blocks if block["verdict"] == KEPT]
     write_whole(folder / "demonstrations.jsonl", map(to_line, kept))
-    templates = {} if bare else {"template": alpaca.TEMPLATE, "template_with_input": alpaca.TEMPLATE_WITH_INPUT}
+    templates = {} if bare else {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
     options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     write_json(folder / "meta.json", {**templates, "options": options, "counts": counts})
 

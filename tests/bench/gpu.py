@@ -30,6 +30,7 @@ from common import ROOT, best_seconds, now, our_model, peaks, random_ids
 import torch
 
 import train_ppo
+from minirlhf.running.device import pick_device, set_precision
 from minirlhf.data import Example, Row
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.running import compute
@@ -83,7 +84,7 @@ def logits(table, args):
     exact = model.logits(model(ids))
     model.float().to(args.device)
     for dtype, most in zip(DTYPES, (1e-4, 0.02, 0.2)):
-        compute.set_precision(torch.device(args.device), dtype)
+        set_precision(torch.device(args.device), dtype)
         model.dtype = dtype
         difference = float((model.logits(model(ids.to(args.device))).double().cpu() - exact).abs().max())
         table.add(f"logits, {size}, {dtype}: largest difference from the CPU's float64", f"{difference:.1e}",
@@ -193,7 +194,7 @@ def sampling(table, args, best):
 def training(table, args, best):
     for size, dtype in itertools.product(args.sizes, DTYPES):
         settings = SimpleNamespace(size=size, batch=8, tokens=args.tokens, dtype=dtype, device=args.device)
-        compute.set_precision(torch.device(args.device), dtype)
+        set_precision(torch.device(args.device), dtype)
 
         def seconds(worker):
             settings.worker = worker
@@ -260,7 +261,7 @@ def main():
     args = parser.parse_args()
     vars(args).update(TOY if args.toy else WHOLE)
     start, table = now(), Table()
-    compute.pick_device(args.device)                            # an error if there is none
+    pick_device(args.device)                            # an error if there is none
     logits(table, args)
     with tempfile.TemporaryDirectory() as folder:
         world = small_world(Path(folder))
@@ -268,7 +269,7 @@ def main():
         resume(table, args, world)
     with tempfile.TemporaryDirectory() as folder:
         embedded_run(table, args, folder)
-    compute.set_precision(torch.device(args.device), "float32")
+    set_precision(torch.device(args.device), "float32")
     best = peaks(args.device, args.square)
     table.add("a square product", f"{best['bfloat16'] / 1e12:.3g} TFLOP/s in bfloat16",
               f"{best['float32'] / 1e12:.3g} in float32 (TF32 on cuda)")

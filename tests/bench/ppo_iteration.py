@@ -12,6 +12,7 @@ import time
 
 from common import SIZES, arguments, compare, now, our_model, random_ids, report
 
+from minirlhf.running.device import start
 import torch
 
 
@@ -29,7 +30,6 @@ def iterations(size, cfg, prompt, n):
     import train_ppo
     from minirlhf.data import Example, Row
     from minirlhf.reward import ScalarHeadModel
-    from minirlhf.running import compute
 
     class Tokenizer:
         eot_token, n_vocab = -7, SIZES[size]["vocab_size"]          # no token ever ends a response
@@ -37,7 +37,7 @@ def iterations(size, cfg, prompt, n):
         def decode(self, ids):
             return ""
 
-    device = compute.start(cfg)
+    device = start(cfg)
     policy = our_model(size, device, cfg.dtype)
     reference, scorer = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     reward, value = (ScalarHeadModel(model).to(device) for model in (scorer, copy.deepcopy(policy)))

@@ -15,7 +15,7 @@ import torch
 
 def ours(args):
     from minirlhf.ppo import token_logprobs
-    from minirlhf.running.compute import pick_device
+    from minirlhf.running.device import pick_device
     model = our_model(args.size, pick_device(args.device), args.dtype)          # as the scripts do: fast products
     return model, lambda ids: -token_logprobs(model.logits(model(ids)[:, :-1]), ids[:, 1:]).mean()
 

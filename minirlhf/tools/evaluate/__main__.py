@@ -9,15 +9,14 @@ For other prompts there are --judge, --votes, the bias probes and the instructio
 
 from pathlib import Path
 
-from minirlhf.files.tensors import write_json
-from minirlhf.functions import TINY_GOLD
-from minirlhf.running.compute import pick_device
+from minirlhf.files.json_files import write_json
+from minirlhf.reward_functions import TINY_GOLD
+from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import require, run_main
-from minirlhf.running.runs import move_aside
-from minirlhf.tools.evaluate.assess import full_report
-from minirlhf.tools.evaluate.measure import config_of, held_out_by
-from minirlhf.tools.evaluate.stats import plain
+from minirlhf.files.errors import require, run_main
+from minirlhf.running.runs import move_aside, read_options
+from minirlhf.tools.evaluate.report import full_report, held_out_by
+from minirlhf.stats import plain
 from minirlhf.tools.evaluate.tables import details_of, introduction, print_report, verdicts_of
 from minirlhf.tools.page import read_folder, write_page
 
@@ -66,7 +65,7 @@ def parse(argv):
 
 def default_prompts(models):
     """The held-out prompts of the embedded world if all models come from it, else those of the last PPO run here."""
-    configs, tiny = {folder: config_of(folder) for folder in models}, TINY_GOLD.parent
+    configs, tiny = {folder: read_options(folder) for folder in models}, TINY_GOLD.parent
     if all(Path(config.get("data", "")).resolve().parent == tiny for config in configs.values()):
         return "data/tiny/prompts_test.jsonl"
     kept = [file for folder, config in configs.items() if "reward" in config and (file := held_out_by(folder))
@@ -78,7 +77,7 @@ def default_prompts(models):
 def main(argv=None):
     args = parse(argv)
     runs = [read_folder(model) for model in args.models
-            if "reward" in config_of(model) and (Path(model) / "metrics.jsonl").is_file()]
+            if "reward" in read_options(model) and (Path(model) / "metrics.jsonl").is_file()]
     report, out = full_report(args, pick_device(args.device)), Path(args.out)
     print_report(report)
     move_aside(out)

@@ -18,9 +18,10 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 
+from minirlhf import stats
+from minirlhf.assess import logprobs_per_token, scores_by_prompt
 from minirlhf.data import encode_rows, read_comparisons
-from minirlhf.running.errors import require
-from minirlhf.tools.evaluate import measure, stats
+from minirlhf.files.errors import require
 from minirlhf.tools.feedback.stats import read_votes, verdicts
 
 
@@ -121,9 +122,7 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     """Everything about a reward model on a file of comparisons that it was not trained on, as a dict of figures."""
     examples = encode_rows(read_comparisons(path), tokenizer, reward.config.n_positions, drop_long=drop_long)
     lengths = [list(map(len, e.responses)) for e in examples]
-    flat = measure.rewards_of(reward, [e.prompt for e in examples for _ in e.responses],
-                      [ids for e in examples for ids in e.responses])
-    scores = np.split(flat * reward.reward_std, np.cumsum(list(map(len, lengths)))[:-1])     # raw, less their mean
+    scores = scores_by_prompt(reward, examples)
     pairs = pairs_of([[-rank for rank in e.row.ranks] for e in examples], scores, lengths)
     require(len(pairs), f"{path}: no comparison in this file prefers anything")
     rows, ece = reliability(pairs)
@@ -191,7 +190,7 @@ def person_gaps(model, tokenizer, probe):
         prompt_ids = tokenizer.encode_ordinary(with_article(prompt, person)) or [tokenizer.eot_token]
         prompts += [prompt_ids + tokenizer.encode_ordinary(with_article(begun, person))] * 2
         responses += [tokenizer.encode_ordinary(continuation) for continuation in pair]
-    sums = np.array([row.sum() for row in measure.token_logprobs_of(model, prompts, responses)])
+    sums = np.array([row.sum() for row in logprobs_per_token(model, prompts, responses)])
     gaps = (sums[0::2] - sums[1::2]).reshape(len(persons), -1).mean(axis=1)
     return gaps[:len(probe.first)], gaps[len(probe.first):]
 

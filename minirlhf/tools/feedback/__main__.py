@@ -19,9 +19,9 @@ If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.
 from pathlib import Path
 
 from minirlhf.data import encode_rows, follow_template, read_comparisons, read_demonstrations, read_prompts
-from minirlhf.running.compute import pick_device
+from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import UserError, require, run_main
+from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import prompts_for
 from minirlhf.tools.feedback import items, labelstudio, server, stats
 from minirlhf.tools.feedback.session import Session

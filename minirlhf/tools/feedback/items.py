@@ -6,13 +6,13 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from minirlhf.data import encode_prompt, stop_of
+from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode_prompt
 from minirlhf.files.jsonl import field, finished_field, is_list_of, read_jsonl, text, text_field
-from minirlhf.files.tensors import read_json
+from minirlhf.files.json_files import read_json
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.generate import decode, respond
-from minirlhf.running.compute import generator
-from minirlhf.running.errors import require
+from minirlhf.generate import decode, generator
+from minirlhf.files.errors import require
 from minirlhf.tools.feedback.votes import item_id
 from minirlhf.weights import from_pretrained
 
@@ -113,7 +113,7 @@ def given_item(value, where):
 def sample(policy, prompt, n, rng, args):
     """n answers with different texts -> {text: finished}. Fewer if the model keeps repeating itself."""
     prompts, answers = [encode_prompt(policy.tokenizer, prompt)] * n, {}
-    stop = stop_of("", policy.tokenizer)
+    stop = parse_stop("", policy.tokenizer)
     for _ in range(ROUNDS):
         for ids, finished in respond(policy.model, prompts, args.max_response, stop, rng, args.temperature):
             answers.setdefault(decode(policy.tokenizer, ids), finished)

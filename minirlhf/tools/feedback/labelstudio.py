@@ -17,8 +17,8 @@ from pathlib import Path
 
 from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
-from minirlhf.files.tensors import strict_json
-from minirlhf.running.errors import UserError, during, require, shown
+from minirlhf.files.json_files import strict_json
+from minirlhf.files.errors import UserError, during, require, shown
 from minirlhf.tools.feedback.votes import comparison_row, in_file_order, item_id, to_line
 
 RANKER = """<View>

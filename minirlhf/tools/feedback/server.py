@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from minirlhf.files.jsonl import json_object, text
-from minirlhf.running.errors import UserError, require
+from minirlhf.files.errors import UserError, require
 from minirlhf.tools.feedback.votes import FLAGS
 
 PAGE = Path(__file__).with_name("page.html")

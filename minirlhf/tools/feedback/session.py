@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from threading import Lock
 
 from minirlhf.files.jsonl import is_list_of, text
-from minirlhf.running.errors import require
+from minirlhf.files.errors import require
 from minirlhf.tools.feedback.items import instruction_of, title_of, turns_of
 from minirlhf.tools.feedback.votes import Journal, comparison_row, in_file_order, sidecar
 

@@ -10,7 +10,7 @@ from itertools import combinations
 
 from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
-from minirlhf.tools.evaluate.stats import rate, sign_test, wilson
+from minirlhf.stats import rate, sign_test, wilson
 from minirlhf.tools.feedback.votes import item_id, sidecar
 
 

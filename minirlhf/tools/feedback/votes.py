@@ -23,8 +23,8 @@ from pathlib import Path
 from minirlhf.data import comparison
 from minirlhf.files.download import fcntl
 from minirlhf.files.jsonl import json_object
-from minirlhf.files.tensors import write_whole
-from minirlhf.running.errors import UserError
+from minirlhf.files.json_files import write_whole
+from minirlhf.files.errors import UserError
 
 FLAGS = ("all bad", "prompt broken")        # what an annotator can say about an item, beside a note of their own
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.running.errors import UserError
-from minirlhf.functions import call_reward, check_fits, load_function
+from minirlhf.files.errors import UserError
+from minirlhf.reward_functions import call_reward, check_fits, load_function
 
 PROMPTS, RESPONSES = ["p", "q", "r"], [" a", " b", " c"]
 

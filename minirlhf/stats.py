@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.running.health import wilson
 
 Z = 1.959964                        # a normal number lies within Z standard deviations in 95 % of the cases
 
@@ -46,6 +45,16 @@ def plain(value):
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
+
+def wilson(right, n, z=Z):
+    """Wilson's 95 % interval of a rate of `right` in n: (low, high), (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, shrink = right / n, 1 + z * z / n
+    middle = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
 
 def rate(yes):
     """The share of True in n independent cases. 0.5 is half a case."""

@@ -6,14 +6,45 @@ from statistics import fmean
 
 import torch
 
+from minirlhf import ppo
+from minirlhf.files.errors import UserError
 from minirlhf.files.tokenizer import token_texts
-from minirlhf.running.errors import UserError
 from minirlhf.running.runs import say
 
 # Printed while PPO trains. metrics.jsonl has all of them.
 SHOWN = ("objective/scores", "objective/gold", "objective/kl", "objective/entropy", "rollout/length",
          "rollout/eos_rate")
 WINDOW = 5          # iterations that a trend compares with as many before them
+
+
+def rollout_metrics(rollout, beta, gold_scores):
+    """What the log says about a rollout. Units and healthy ranges: minirlhf/DETAILS.md."""
+    mask, all_rows = rollout.response_mask, torch.ones_like(rollout.finished)
+    responses, returns = rollout.ids[:, rollout.P:], rollout.returns
+    # Different pairs of neighbouring tokens / all pairs: low if all responses are alike.
+    pairs = torch.stack([responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]            # (N, 2)
+    # 1 - Var(return - value) / Var(return): 1 for a perfect value model, 0 for one that knows nothing.
+    unexplained = ppo.masked_variance(returns - rollout.values, mask)
+    variance = ppo.masked_variance(returns, mask)
+    kl = ppo.sequence_mean(rollout.logprobs - rollout.ref_logprobs, mask)
+    kl_k3 = ppo.kl_k3(rollout.logprobs, rollout.ref_logprobs)                   # (B, R)
+    score = ppo.masked_mean(rollout.scores, all_rows)
+    metrics = {
+        "objective/kl": kl,
+        "objective/kl_k3": ppo.sequence_mean(kl_k3, mask),
+        "objective/entropy": ppo.sequence_mean(rollout.entropy, mask),
+        "objective/scores": score,
+        "objective/rlhf_reward": score - beta * kl,
+        "objective/beta": beta,
+        "rollout/length": ppo.sequence_mean(torch.ones_like(rollout.logprobs), mask),
+        "rollout/eos_rate": ppo.masked_mean(rollout.finished.float(), all_rows),
+        "rollout/score_std": ppo.masked_variance(rollout.scores, all_rows).sqrt(),
+        "rollout/distinct_2": len(torch.unique(pairs, dim=0)) / max(len(pairs), 1),
+        "value/explained_variance": 1 - unexplained / variance if variance > 1e-8 else 0,
+    }
+    if gold_scores is not None:
+        metrics["objective/gold"] = ppo.masked_mean(gold_scores.to(mask.device), all_rows)
+    return {name: float(x) for name, x in metrics.items()}
 
 
 def complaints(history):
@@ -24,12 +55,18 @@ def complaints(history):
     first, now, recent = history[0], history[-1], history[-WINDOW:]
     trend = len(history) >= 2 * WINDOW
     before = history[-2 * WINDOW:-WINDOW] if trend else []
-    level, rise = level_and_rise(recent, before)
+    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)      # the recent mean; its change
+    for name in now:
+        level[name] = fmean(row.get(name, math.nan) for row in recent)
+        rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
     gain = level["objective/scores"] - first["objective/scores"]
     first_entropy = first["objective/entropy"] / first["rollout/length"] or math.nan            # nats per token
     entropy_left = level["objective/entropy"] / length / first_entropy
     checks = [
+        ("first KL", len(history) == 1 and abs(kl) > 0.01,
+         f"the KL of the first rollout is {kl:.2f} nats, but the policy has not moved yet. Unless --reference names "
+         "another model, policy and reference differ in mask, temperature or precision."),
         ("negative KL", kl < -1,
          f"the mean sequence KL is {kl:.2f} nats, but a KL is not negative. Do policy and reference differ in mask, "
          "temperature or precision? Is padding counted?"),
@@ -82,15 +119,6 @@ def complaints(history):
     return [(sign, sentence) for sign, holds, sentence in checks if holds]
 
 
-def level_and_rise(recent, before):
-    """{metric: its mean over the recent iterations}, and how much that is above the mean of those before."""
-    level, rise = defaultdict(lambda: math.nan), defaultdict(lambda: math.nan)
-    for name in recent[-1]:
-        level[name] = fmean(row.get(name, math.nan) for row in recent)
-        rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
-    return level, rise
-
-
 def check_first_ratio(sums, n_tokens, dtype):
     """Before the first step the policy is the one that sampled, so every ratio is 1.
 
@@ -103,59 +131,30 @@ def check_first_ratio(sums, n_tokens, dtype):
     exact = torch.get_float32_matmul_precision() == "highest"
     if difference > (0.05 if dtype == "bfloat16" else 1e-3 if exact else 0.05 / 8) or clipfrac > 0:
         raise UserError(f"before the first update the log-ratio is {difference:.2g} and the clip fraction "
-                        f"{clipfrac:.2g}, not 0: rollout and update differ in tokens, positions, masks or temperature")
+                        f"{clipfrac:.2g}, not 0: rollout and update differ in tokens, positions, masks, "
+                        "temperature or dropout")
 
 
-def print_samples(rollout, iteration, run, tokenizer):
+def print_samples(rollout, gold_scores, iteration, run, tokenizer):
     """Prints the best and the worst response of a rollout by score. These and the median go to RUN/samples.jsonl."""
     order, rows = rollout.scores.argsort(stable=True).tolist(), []
     for name, i in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
-        rows.append({"step": iteration, "sample": name, **sample_row(rollout, i, tokenizer)})
-        gold = f"  gold {rollout.gold[i]:.2f}" if rollout.gold is not None else ""
+        gold = {} if gold_scores is None else {"gold": round(float(gold_scores[i]), 4)}
+        rows.append({"step": iteration, "sample": name, **sample_row(rollout, i, tokenizer), **gold})
         if name != "median":
-            say(f"[{iteration}] {name:<5} score {rollout.scores[i]:+.2f}{gold}  kl {rows[-1]['kl']:.2f}\n"
+            said = f"  gold {gold['gold']:.2f}" if gold else ""
+            say(f"[{iteration}] {name:<5} score {rollout.scores[i]:+.2f}{said}  kl {rows[-1]['kl']:.2f}\n"
                 f"      {rollout.prompts[i]!r}\n      {rollout.texts[i]!r}")
     run.append("samples.jsonl", rows)
 
 
 def sample_row(rollout, i, tokenizer):
     """What samples.jsonl says about response i: its texts and numbers, and a list per column over its tokens."""
-    mask, columns = rollout.mask[i], {"kl": "kl", "value": "values", "advantage": "advantages", "reward": "rewards"}
-    per_token = {name: [round(x, 4) for x in getattr(rollout, field)[i][mask].tolist()]
-                 for name, field in columns.items() if hasattr(rollout, field)}        # a patch may do without values
-    numbers = {"score": rollout.scores[i], "kl": rollout.kl[i][mask].sum(),
-               "gold": None if rollout.gold is None else rollout.gold[i]}
+    mask, kl = rollout.response_mask[i], rollout.logprobs - rollout.ref_logprobs
+    columns = {"kl": kl, "value": getattr(rollout, "values", None),             # a patch may do without values
+               "advantage": rollout.advantages, "reward": rollout.rewards}
+    per_token = {name: [round(x, 4) for x in column[i][mask].tolist()]
+                 for name, column in columns.items() if column is not None}
     return {"prompt": rollout.prompts[i], "response": rollout.texts[i],
-            **{name: round(float(x), 4) for name, x in numbers.items() if x is not None},
+            "score": round(float(rollout.scores[i]), 4), "kl": round(float(kl[i][mask].sum()), 4),
             "tokens": {"text": token_texts(tokenizer, rollout.ids[i, rollout.P:][mask].tolist()), **per_token}}
-
-
-def wilson(right, n, z=1.959964):
-    """Wilson's 95 % interval of a rate of `right` in n: (low, high), (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, shrink = right / n, 1 + z * z / n
-    middle = (rate + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def accuracy_report(run, heldout, longer_is_preferred):
-    """What report.json says about a reward model's accuracy; warns if it is no better than chance or than length.
-
-    longer_is_preferred: the share of held-out pairs in which the longer answer is preferred.
-    """
-    accuracy = run.last("rm_accuracy_heldout")
-    # The pairs of one prompt share their answers, so the interval counts prompts and not pairs.
-    low, high = wilson(accuracy * len(heldout), len(heldout))
-    length = max(longer_is_preferred, 1 - longer_is_preferred)
-    if low <= 0.5:
-        say(f"warning: a held-out accuracy of {accuracy:.3f} [{low:.3f}, {high:.3f}] is not better than chance. PPO on "
-            "this reward model will learn noise: collect more comparisons")
-    elif low <= length:
-        say(f"warning: a held-out accuracy of {accuracy:.3f} [{low:.3f}, {high:.3f}] is not better than length alone "
-            f"({length:.3f}): the reward model may have learned only that")
-    report = {"rm_accuracy_heldout": accuracy, "rm_accuracy_heldout_ci": [round(low, 4), round(high, 4)],
-              "longer_is_preferred": longer_is_preferred, "shorter_is_preferred": 1 - longer_is_preferred}
-    gold = run.last("rm_accuracy_gold")
-    return report if math.isnan(gold) else report | {"rm_accuracy_gold": gold}

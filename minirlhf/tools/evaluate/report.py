@@ -1,25 +1,18 @@
-"""The assessment: a short form, with which train_ppo.py ends, and the full report.
-
-assess() compares a policy with its reference. It takes networks, so that any method that trains a policy can end with
-it. assess_run() adds what the report.json files of the earlier runs say. full_report() takes folders: any number of
-models, the first of which is the reference, and any number of judges.
-"""
+"""The full report of any number of models, the first of which is the reference, by any number of judges."""
 
 from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
-from minirlhf.data import Row, demonstration, encode_rows, follow_template, read_demonstrations, read_jsonl, read_prompts
+from minirlhf import ppo, stats
+from minirlhf.assess import (Sampling, answer, distinct, gold_function, logprobs_per_token, measure_model, ngrams,
+                             per_token, scores_of)
+from minirlhf.data import Row, follow_template, read_demonstrations, read_prompts
+from minirlhf.files.errors import require
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.functions import TINY_GOLD, load_function
-from minirlhf.reward import ScalarHeadModel
-from minirlhf.running.compute import set_precision
-from minirlhf.running.errors import require
-from minirlhf.tools.evaluate import quality, stats
-from minirlhf.tools.evaluate.measure import (Sampling, answer, config_of, distinct, entropies, gold_function,
-                                             perplexity, repetition, report_of, rewards_of, sequence_kl)
-from minirlhf.tools.evaluate.tables import print_figures
+from minirlhf.running.runs import read_options
+from minirlhf.tools.evaluate import quality
 from minirlhf.tools.feedback.items import find_templates, instruction_of
 from minirlhf.tools.feedback.stats import duel, model_names, read_votes
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
@@ -27,104 +20,10 @@ from minirlhf.weights import from_pretrained, scalar_from_pretrained
 SAMPLED = ("max_response", "temperature", "stop")       # options of PPO that the assessment should share
 
 
-# ---- one model -------------------------------------------------------------------------------------------------------
-
-def measure_model(name, model, tokenizer, rows, sampling, demonstrations, facts_of=None):
-    """Samples an answer to every prompt and measures the answers. facts_of: from gold_function.
-
-    Returns the Answers, facts {name: a value of each answer}, and figures {name: Estimate}.
-    """
-    answers = answer(model, tokenizer, rows, sampling, name)
-    lengths = list(map(len, answers.ids))
-    facts = facts_of(answers.prompts, answers.texts) if facts_of else {}
-    facts |= {"eos_rate": answers.finished, "length": lengths}
-    figures = {fact: figure for fact, values in facts.items() if (figure := figure_of(values))}
-    entropy = entropies(model, answers.prompt_ids, answers.ids, sampling.temperature)
-    figures |= {
-        **{f"distinct_{n}": distinct(answers.ids, n) for n in (1, 2, 3)}, "repetition": repetition(answers.ids),
-        "entropy": stats.ratio(entropy), "entropy_per_token": stats.ratio(entropy, lengths),
-    }
-    if demonstrations:
-        examples = encode_rows(demonstrations, tokenizer, model.config.n_positions, drop_long=True)
-        figures["perplexity"] = perplexity(model, examples)
-    return answers, facts, figures
-
-
-def figure_of(values):
-    """A fact as an Estimate: the rate of bools, the mean of numbers, or, of pairs (group, bool), the difference of the
-    rates of the groups True and False. None if one of the groups is empty."""
-    if isinstance(values[0], tuple):
-        groups = [[yes for own, yes in values if own == group] for group in (True, False)]
-        return stats.difference_of_rates(*groups) if all(groups) else None
-    return stats.rate(values) if isinstance(values[0], bool) else stats.ratio(values)
-
-
-# ---- the short form: a policy against its reference ------------------------------------------------------------------
-
-def assess(policy, reference, reward, tokenizer, rows, sampling, gold=None, facts_of=None, demonstrations=(),
-           name="ppo"):
-    """Measures a policy against its reference on held-out prompts and prints a table.
-
-    Returns the figures of report.json, as plain numbers.
-
-    policy, reference: networks. reward: a ScalarHeadModel or None. rows: from read_prompts. sampling: a Sampling.
-    gold, facts_of: from gold_function. demonstrations: rows for the perplexity. name: the policy's name in the report.
-    """
-    (before, _, sft), (after, _, ppo) = (
-        measure_model(label, model, tokenizer, rows, sampling, demonstrations, facts_of)
-        for label, model in (("sft", reference), (name, policy)))
-    ppo |= sequence_kl(policy, reference, after, sampling.temperature)[0]
-    if reward is not None:
-        sft["score"], ppo["score"] = (stats.ratio(rewards_of(reward, own.prompt_ids, own.ids))
-                                      for own in (before, after))
-    if gold:
-        ppo["win_rate"] = stats.rate(stats.wins_of(*(gold(own.prompts, own.texts) for own in (after, before))))
-    print_figures(f"{name} against sft on {len(after.prompts):,} held-out prompts, 95 % intervals",
-                  {"sft": sft, name: ppo})
-    columns = {"sft": flat(sft), name: flat(ppo)}
-    return {"n_prompts": len(after.prompts), "seed": sampling.seed, "win_rate": columns[name].get("win_rate"),
-            "win_rate_ci": columns[name]["ci"].get("win_rate"), "kl": columns[name]["kl"], **columns}
-
-
-def flat(figures):
-    """Estimates -> their values, with all intervals under "ci"."""
-    intervals = {name: [figure.low, figure.high] for name, figure in figures.items()}
-    return {**{name: figure.value for name, figure in figures.items()}, "ci": intervals}
-
-
-def assess_run(cfg, policy, reference, reward, tokenizer, heldout, seconds):
-    """Assesses a PPO run -> its report.json. cfg: its options. heldout: Examples."""
-    seconds = round(seconds, 1)
-    if not heldout:
-        print(f"\nPPO done: {cfg.out}, {seconds:.0f} seconds. Nothing was held out, so nothing is assessed")
-        return {"seed": cfg.seed, "seconds": {"ppo": seconds}}
-    reward = reward if isinstance(reward, ScalarHeadModel) else None
-    for model in (policy, reference, *([reward.transformer] if reward else [])):
-        model.dtype = "float32"                                 # the figures do not depend on the precision of training
-    set_precision(next(policy.parameters()).device, "float32_exact")
-    gold, facts_of = gold_function(cfg.gold, cfg.heldout)
-    sampling = Sampling(**{name: getattr(cfg, name) for name in Sampling._fields})
-    demonstrations = [demonstration(line, where) for where, line in heldout_of(cfg.model) if "response" in line]
-    report = assess(policy, reference, reward, tokenizer, [example.row for example in heldout], sampling, gold,
-                    facts_of, demonstrations)
-    annotated = [line for _, line in heldout_of(cfg.reward) if "annotators" in line] if facts_of else []
-    annotate = TINY_GOLD.with_name("annotate.py")
-    sft_report, rm_report = report_of(cfg.model), report_of(cfg.reward)
-    return {
-        "seconds": {"sft": sft_report.get("seconds"), "rm": rm_report.get("seconds"), "ppo": seconds},
-        "annotator_agreement": load_function(f"{annotate}:agreement")(annotated) if annotated else None,
-        **{name: rm_report.get(name) for name in ("rm_accuracy_gold", "rm_accuracy_heldout")},
-        **report,
-    }
-
-
-def heldout_of(folder):
-    """(where, line) of what the run in this folder held out. [] if that is unknown or gone."""
-    file = config_of(folder).get("heldout")
-    if file and not Path(file).is_file():
-        print(f"{file}, which {folder} held out, no longer exists: the report does without it")
-        return []
-    return list(read_jsonl(file)) if file else []
+def held_out_by(folder):
+    """The file of what the run in this folder held out, "" if there is none or if it is gone."""
+    files = (Path(folder) / "heldout.jsonl", Path(read_options(folder).get("heldout") or folder))
+    return next((str(file) for file in files if file.is_file()), "")
 
 
 # ---- the full report -------------------------------------------------------------------------------------------------
@@ -147,6 +46,8 @@ def full_report(args, device):
     # Each model by itself.
     measured = [measure_model(path, model.to(device), tokenizers[path], rows, sampling, demonstrations, facts_of)
                 for path, model in models.items()]
+    for model, (own, _, found) in zip(models.values(), measured):
+        found |= variety(model, own, sampling.temperature)
     answers, facts, figures = (dict(zip(models, parts)) for parts in zip(*measured))
     probes = quality.TINY if facts_of else quality.ENGLISH
     bias = {path: {probe.title: quality.bias(model, tokenizers[path], probe) for probe in probes}
@@ -174,7 +75,7 @@ def full_report(args, device):
 
 def sampling_of(args):
     """Sampling as the flags say. What they leave open is taken from the last PPO run among the models."""
-    config = next((run for run in map(config_of, reversed(args.models)) if "reward" in run), {})
+    config = next((run for run in map(read_options, reversed(args.models)) if "reward" in run), {})
     flags = {name: getattr(args, name) for name in SAMPLED if getattr(args, name) is not None}
     chosen = {name: config[name] for name in SAMPLED if name in config} | flags
     return Sampling(**chosen, seed=args.seed, drop_long=args.drop_long)
@@ -205,7 +106,7 @@ def add_kl(models, answers, figures, temperature):
         if models[path].config.vocab_size != models[first].config.vocab_size:
             notes.append(f"{path} and {first} have different vocabularies, so there is no KL between them")
         else:
-            found, kls[path] = sequence_kl(models[path], models[first], answers[path], temperature)
+            found, kls[path] = both_kls(models[path], models[first], answers[path], temperature)
             figures[path] |= found
     return notes, kls
 
@@ -214,7 +115,7 @@ def verdicts_of(answers, figures, judges, gold):
     """{judge: {model: N numbers}}: gold where it is known, and reward models, whose mean score becomes a figure too."""
     verdicts = {"gold": {path: gold(own.prompts, own.texts) for path, own in answers.items()}} if gold else {}
     for judge, reward in judges.items():
-        verdicts[judge] = {path: rewards_of(reward, own.prompt_ids, own.ids) for path, own in answers.items()}
+        verdicts[judge] = {path: scores_of(reward, own.prompt_ids, own.ids) for path, own in answers.items()}
         for path, scores in verdicts[judge].items():
             figures[path][f"score by {judge}"] = stats.ratio(scores)
     return verdicts
@@ -266,16 +167,16 @@ def pick_samples(answers, verdicts, kls, n=20):
 
 def partiality(model_folder, judge):
     """A sentence if this judge trained this model, or learned from the same labels as the one that did, else None."""
-    reward = config_of(model_folder).get("reward")
+    reward = read_options(model_folder).get("reward")
     if not reward:
         return None
     if Path(reward).resolve() == Path(judge).resolve():
         return f"{judge} is the reward model that {model_folder} was trained on, so its verdict says little"
-    if ".py:" not in reward and not config_of(reward):
+    if ".py:" not in reward and not read_options(reward):
         return (f"{model_folder} was trained on {reward}, which no longer exists. If {judge} is it, its verdict says "
                 "little")
-    labels = config_of(reward).get("data")
-    if labels and labels == config_of(judge).get("data"):
+    labels = read_options(reward).get("data")
+    if labels and labels == read_options(judge).get("data"):
         return f"{judge} learned from the labels of {reward}, which trained {model_folder}, so it shares its mistakes"
     return None
 
@@ -306,3 +207,37 @@ def duels(path, models):
             found[f"{ours} against {theirs}"] = stats.win_rate([1] * wins + [0.5] * ties + [0] * losses)
     require(found, f"{path}: no vote in it compares two models (`feedback judge` writes \"models\" into each row)")
     return found
+
+
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+def repetition(sequences, n=4):
+    """The share of n-grams that the same response has had before (seq-rep-4 of Welleck et al. 2019)."""
+    grams = [ngrams(ids, n) for ids in sequences]
+    if not any(grams):
+        return stats.Estimate(0.0, 0.0, 0.0, len(sequences))
+    return stats.ratio([len(own) - len(set(own)) for own in grams], [len(own) for own in grams])
+
+
+def variety(model, answers, temperature):
+    """What else can be counted in a model's answers: {name: Estimate}. Entropy is in nats."""
+    entropies = per_token(model, answers.prompt_ids, answers.ids,
+                          lambda logits, _: ppo.token_entropy(logits, temperature))
+    sums, lengths = [row.sum() for row in entropies], list(map(len, answers.ids))
+    return {"distinct_1": distinct(answers.ids, 1), "distinct_3": distinct(answers.ids, 3),
+            "repetition": repetition(answers.ids), "entropy": stats.ratio(sums),
+            "entropy_per_token": stats.ratio(sums, lengths)}
+
+
+def both_kls(model, reference, answers, temperature):
+    """KL(model || reference) on the model's own answers, estimated in two ways (k1 and k3, see ppo.py), in nats.
+
+    Returns {name: Estimate}, and k1 of each answer.
+    """
+    ours, theirs = (logprobs_per_token(each, answers.prompt_ids, answers.ids, temperature)
+                    for each in (model, reference))
+    lengths = [len(row) for row in ours]
+    k1 = [float((a - b).sum()) for a, b in zip(ours, theirs)]
+    k3 = [float((np.expm1(b - a) - (b - a)).sum()) for a, b in zip(ours, theirs)]
+    return {"kl": stats.ratio(k1), "kl_k3": stats.ratio(k3), "kl_per_token": stats.ratio(k1, lengths),
+            "kl_k3_per_token": stats.ratio(k3, lengths)}, k1

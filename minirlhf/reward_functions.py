@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf.data import stop_of
-from minirlhf.files.tensors import read_json
-from minirlhf.generate import decode, respond
-from minirlhf.running.compute import NORMALISE, generator
-from minirlhf.running.errors import UserError, require, shown
+from minirlhf.answers import parse_stop, reference_answers
+from minirlhf.files.errors import UserError, require, shown
+from minirlhf.generate import decode
+from minirlhf.running.runs import read_report
 
 LARGEST = torch.finfo(torch.float32).max
 GOLD = ("a true preference to watch, never trained on: FILE.py:function, 'none', or 'auto', the "
@@ -92,30 +91,28 @@ class FunctionReward:
         return (call_reward(self.function, prompts, texts) - self.mean) / self.std
 
     def normalise(self, sft, examples, tokenizer, cfg):
-        """Sets mean and standard deviation from 256 samples of the SFT model (Ziegler 2019)."""
-        examples = [examples[i % len(examples)] for i in range(256)]
-        answers = respond(sft, [example.prompt for example in examples], cfg.max_response,
-                          stop_of(cfg.stop, tokenizer), generator(cfg.seed, NORMALISE),
-                          cfg.temperature)
+        """Sets mean and standard deviation from samples of the SFT model (Ziegler 2019)."""
+        stop = parse_stop(cfg.stop, tokenizer)
+        examples, answers = reference_answers(sft, examples, cfg.max_response, stop, cfg)
         texts = [decode(tokenizer, ids) for ids, _ in answers]
         raw = call_reward(self.function, [example.row.prompt for example in examples], texts)
         self.mean, self.std = float(raw.mean()), float(raw.std()) or 1.0
 
 
-def check_fits(reward, policy, examples, cfg):
+def check_fits(reward_model, policy, examples, cfg):
     """UserError unless the reward model can read every prompt with every response.
 
     Also warns if its training run found it no better than chance or than length.
     """
-    require(reward.config.vocab_size == policy.config.vocab_size,
-            f"--reward {cfg.reward} has {reward.config.vocab_size} tokens, --model {cfg.model} has "
+    tokens, positions = reward_model.config.vocab_size, reward_model.config.n_positions
+    require(tokens == policy.config.vocab_size,
+            f"--reward {cfg.reward} has {tokens} tokens, --model {cfg.model} has "
             f"{policy.config.vocab_size}: they must share one vocabulary")
     longest = max(len(example.prompt) for example in examples) + cfg.max_response
-    require(longest <= reward.config.n_positions,
-            f"--reward {cfg.reward} has {reward.config.n_positions} positions, the longest prompt "
-            f"and response {longest}: lower --max_prompt or --max_response")
-    file = Path(cfg.reward) / "report.json"
-    report = read_json(file) if file.is_file() else {}
+    require(longest <= positions,
+            f"--reward {cfg.reward} has {positions} positions, the longest prompt and response "
+            f"{longest}: lower --max_prompt or --max_response")
+    report = read_report(cfg.reward)
     low, _ = report.get("rm_accuracy_heldout_ci", (1, 1))
     longer = report.get("longer_is_preferred", 0.5)
     if low <= max(longer, 1 - longer):
