@@ -24,6 +24,7 @@ import torch
 
 from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.files.formats import kind_of_row
+from minirlhf.files.json_files import read_json
 from minirlhf.files.jsonl import (check_one_verdict, finished_field, glue_warning, glued,
                                   ranks_field, read_jsonl, responses_field, text_field)
 from minirlhf.files.tokenizer import load_tokenizer, token_texts
@@ -116,6 +117,29 @@ def read_any(path):
 
 # ---- token ids -----------------------------------------------------------------------------------
 
+def encode_prompt(tokenizer, prompt):
+    """A prompt's ids, in the template of a chat model if it has one.
+
+    Special tokens are those of the template only. What a person typed stays ordinary text, so
+    nobody can end a turn with it.
+    """
+    if tokenizer.template is None:
+        return tokenizer.encode_ordinary(prompt)
+    before, after = (tokenizer.encode(text, allowed_special="all")
+                     for text in tokenizer.template.split("{instruction}"))
+    return before + tokenizer.encode_ordinary(prompt) + after
+
+
+def follow_template(tokenizer, path):
+    """Drops the model's template if meta.json beside the prompts has one: they are exact text."""
+    meta = Path(path).with_name("meta.json")
+    exact = meta.exists() and "template" in read_json(meta)
+    if tokenizer.template:
+        print(f"the prompts are exact text, because {meta} has a template: the model's is not used"
+              if exact else f"each prompt is asked as {tokenizer.template!r}")
+    tokenizer.template = None if exact else tokenizer.template
+
+
 def encode(tokenizer, prompt, response, finished=True):
     """Prompt ids and response ids. A finished response ends in exactly one EOS.
 
@@ -124,7 +148,7 @@ def encode(tokenizer, prompt, response, finished=True):
     text as seven tokens of text, so no text can contain an EOS.
     """
     eos = [tokenizer.eot_token] if finished else []
-    return tokenizer.encode_ordinary(prompt), tokenizer.encode_ordinary(response) + eos
+    return encode_prompt(tokenizer, prompt), tokenizer.encode_ordinary(response) + eos
 
 
 def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserve=0,
@@ -140,7 +164,7 @@ def encode_rows(rows, tokenizer, positions, max_prompt=0, max_response=0, reserv
     limits = max_prompt or positions, max_response or positions, positions
     examples, too_long = [], []
     for row in rows:
-        prompt = tokenizer.encode_ordinary(row.prompt)
+        prompt = encode_prompt(tokenizer, row.prompt)
         responses = [encode(tokenizer, row.prompt, *each)[1]
                      for each in zip(row.responses, row.finished)]
         example = Example(row, prompt, responses)
@@ -185,7 +209,9 @@ def batch_at(items, size, step, *numbers):
 def load_examples(cfg, read, tokenizer, positions, reserve=0):
     """The rows of --data to train on, and those held out, as Examples. Resolves cfg.heldout."""
     rows, heldout = split(cfg, read(cfg.data), read)
-    if warning := glue_warning(rows):
+    follow_template(tokenizer, cfg.data)
+    cfg.model_template = tokenizer.template             # for run.json
+    if tokenizer.template is None and (warning := glue_warning(rows)):
         print(f"warning: {warning}")
     limits = dict(positions=positions, max_prompt=cfg.max_prompt, max_response=cfg.max_response,
                   reserve=reserve, drop_long=cfg.drop_long)

@@ -19,7 +19,11 @@ import torch.nn.functional as F
 
 @dataclass
 class GPT2Config:
-    """Field names are those of the official config.json; the defaults are GPT-2 124M."""
+    """Field names are those of the official config.json; the defaults are GPT-2 124M.
+
+    n_tokens: how many of the vocab_size rows are tokens. Others, such as those that round a
+    vocabulary up to a multiple of 64, must never be sampled nor enter the sum of a softmax.
+    """
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
@@ -27,6 +31,7 @@ class GPT2Config:
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    n_tokens: int = None            # None: all of them
 
 
 class KVCache:
@@ -170,12 +175,12 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits (..., V), float32. The head is the token embedding.
+        """Hidden states (..., C) to logits (..., n_tokens), float32. The head is the embedding.
 
         Float32 also when the blocks run in bfloat16: the logits of official GPT-2 lie near -100,
         where bfloat16 moves in steps of 0.5.
         """
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.wte.weight[:self.config.n_tokens])
 
 
 def visible_and_positions(config, ids, attention_mask, cache):

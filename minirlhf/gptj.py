@@ -22,8 +22,7 @@ from minirlhf.gpt2 import attention, autocast, split_heads, visible_and_position
 class GPTJConfig:
     """The defaults are GPT-J 6B. Field names are the official config.json's, except n_tokens.
 
-    n_tokens: how many of the vocab_size rows are tokens. GPT-J has GPT-2's 50,257 tokens and was
-    padded to 50,400 rows. The other rows must never be sampled nor enter the sum of a softmax.
+    It has GPT-2's 50,257 tokens and was padded to 50,400 rows.
     """
     vocab_size: int = 50400
     n_positions: int = 2048
@@ -35,9 +34,13 @@ class GPTJConfig:
     layer_norm_epsilon: float = 1e-5
 
 
-def rotary_angles(positions, r):
-    """positions (..., T) int64 -> cos and sin (..., T, r/2): pair i turns by pos / 10000^(2i/r)."""
-    frequencies = 1 / 10000 ** (torch.arange(0, r, 2, device=positions.device) / r)     # (r/2,)
+def rotary_frequencies(r, device, theta=10000):
+    """The angles by which the r/2 pairs turn with each position: theta^(-2i/r), in radians."""
+    return 1 / theta ** (torch.arange(0, r, 2, device=device) / r)                      # (r/2,)
+
+
+def rotary_angles(positions, frequencies):
+    """positions (..., T) int64, frequencies (r/2,) -> cos and sin of all angles (..., T, r/2)."""
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -118,7 +121,8 @@ class GPTJ(nn.Module):
     def forward(self, ids, attention_mask=None, cache=None):
         """Arguments, result and errors as in GPT2.forward."""
         visible, positions = visible_and_positions(self.config, ids, attention_mask, cache)
-        angles = rotary_angles(positions[:, None], self.config.rotary_dim)  # 2 x (B, 1, T, r/2)
+        frequencies = rotary_frequencies(self.config.rotary_dim, ids.device)
+        angles = rotary_angles(positions[:, None], frequencies)             # 2 x (B, 1, T, r/2)
         x = self.wte(ids)                                                   # (B, T, C)
         with autocast(self.dtype, ids.device):
             for layer, block in enumerate(self.h):

@@ -21,6 +21,7 @@ Four things differ from our modules, or between files:
     3. Most files put "transformer." before each name. The file of the official "gpt2" does not.
     4. The head is tied: logits = hidden @ wte.weight.T. Some files have a copy, lm_head.weight.
 A reward model has score.weight, (1, C), and no other head. GPT-J has no Conv1D and an untied head.
+Llama and Qwen2 have no Conv1D, "model." before each name, and a head that may be tied.
 
 A model with a few wrong weights still writes text, only worse. So a model is returned only if
 config.json asks for nothing that our code does not implement, and if every tensor found its place.
@@ -33,22 +34,26 @@ import torch
 
 from minirlhf.files.download import OFFICIAL, fetch_official, model_folder
 from minirlhf.files.json_files import write_json
-from minirlhf.files.tensors import (IMPLEMENTED, check_finite, check_names_and_shapes,
+from minirlhf.files.tensors import (IMPLEMENTED, LLAMA, check_finite, check_names_and_shapes,
                                     check_tied_head, read_config, read_normalisation, read_tensors,
                                     write_safetensors)
+from minirlhf.files.tokenizer import own_tokens
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.gptj import GPTJ, GPTJConfig
+from minirlhf.llama import Llama, LlamaConfig
 from minirlhf.reward import ScalarHeadModel
 
-CONFIGS = {"gpt2": GPT2Config, "gptj": GPTJConfig}              # by the "model_type" in config.json
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+CONFIGS = {"gpt2": GPT2Config, "gptj": GPTJConfig,              # by the "model_type" in config.json
+           "llama": LlamaConfig, "qwen2": LlamaConfig}
+MODELS = {GPT2Config: GPT2, GPTJConfig: GPTJ, LlamaConfig: Llama}
+NO_PARAMETER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def official_name(name):
-    """The name as in the table above, or None for a causal mask."""
-    name = name.removeprefix("transformer.")
-    return None if CAUSAL_MASK.fullmatch(name) else name
+    """The name as in the table above, or None for a causal mask or rotary frequencies."""
+    name = name.removeprefix("transformer.").removeprefix("model.")
+    return None if NO_PARAMETER.fullmatch(name) else name
 
 
 def transpose_conv1d(name, tensor):
@@ -59,7 +64,7 @@ def transpose_conv1d(name, tensor):
 # ---- loading -------------------------------------------------------------------------------------
 
 def from_pretrained(name_or_folder, dtype="float32"):
-    """An official name or a model folder -> GPT2 or GPTJ on the CPU.
+    """An official name or a model folder -> GPT2, GPTJ or Llama on the CPU.
 
     An official model is downloaded once, to $MINIRLHF_CACHE or ~/.cache/minirlhf. "gpt2" always
     means the official model; write "./gpt2" for a folder of yours. With dtype "bfloat16" the
@@ -79,15 +84,16 @@ def scalar_from_pretrained(folder, dtype="float32"):
 
 
 def load(folder, scalar, dtype="float32"):
-    """A model folder -> GPT2 or GPTJ, or with scalar=True a ScalarHeadModel around it."""
+    """A model folder -> GPT2, GPTJ or Llama, or with scalar=True a ScalarHeadModel around it."""
     tensors = read_tensors(folder, official_name)               # {official name: (tensor, file)}
-    config = read_config(folder / "config.json", CONFIGS, max_layers=len(tensors))
+    config = read_config(folder / "config.json", CONFIGS, max_layers=len(tensors),
+                         n_tokens=own_tokens(folder))
     with torch.device("meta"):                                  # shapes only, no memory yet
-        transformer = GPT2(config) if isinstance(config, GPT2Config) else GPTJ(config)
+        transformer = MODELS[type(config)](config)
         model = ScalarHeadModel(transformer) if scalar else transformer
     if scalar:                                                  # scores do not depend on a head
         tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head.")}
-        transformer.lm_head = None                              # GPT-J's
+        transformer.lm_head = None
     transformer.dtype = dtype
     copy_tensors(tensors, model, folder)
     return model
@@ -98,8 +104,9 @@ def copy_tensors(tensors, model, folder):
     parameters = model.state_dict()
     shapes = {official_name(name): transpose_conv1d(name, parameter).shape
               for name, parameter in parameters.items()}
-    if isinstance(model, GPT2) and "lm_head.weight" in tensors:
-        shapes["lm_head.weight"] = shapes["wte.weight"]         # the tied head, checked below
+    embedding = "wte.weight" if "wte.weight" in shapes else "embed_tokens.weight"
+    if "lm_head.weight" in tensors:
+        shapes["lm_head.weight"] = shapes[embedding]            # if it is tied, it is checked below
     check_names_and_shapes(folder, tensors, shapes)
     for name in parameters:
         tensor, file = tensors[official_name(name)]
@@ -108,14 +115,14 @@ def copy_tensors(tensors, model, folder):
         check_finite(parameters[name], f"{file}: tensor {official_name(name)} has NaN or infinity "
                                        "in it. Use an earlier export")
     model.load_state_dict(parameters, assign=True)
-    if isinstance(model, GPT2):
-        check_tied_head(tensors, model.wte.weight)
+    if "lm_head.weight" not in parameters:
+        check_tied_head(tensors, *(p for name, p in parameters.items() if name.endswith(embedding)))
 
 
 # ---- saving --------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, extra_config={}):
-    """A GPT2, GPTJ or ScalarHeadModel -> config.json and model.safetensors.
+    """A GPT2, GPTJ, Llama or ScalarHeadModel -> config.json and model.safetensors.
 
     transformers loads the folder as well. extra_config is added to config.json. If a weight is NaN
     or infinite, nothing is written. There is no pad token, because GPT-2 has none. transformers
@@ -127,7 +134,8 @@ def save_pretrained(model, folder, extra_config={}):
         check_finite(parameter, f"{folder}: the last step left NaN or infinity in {name}; "
                                 "nothing is exported. A lower --lr may help")
         name = official_name(name)
-        prefix = "" if name.startswith(("lm_head.", "score.")) else "transformer."
+        prefix = "model." if isinstance(model.config, LlamaConfig) else "transformer."
+        prefix = "" if name.startswith(("lm_head.", "score.")) else prefix
         if not (scalar and name.startswith("lm_head.")):        # scores do not depend on a head
             tensors[prefix + name] = transpose_conv1d(name, parameter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,18 +144,25 @@ def save_pretrained(model, folder, extra_config={}):
 
 
 def config_values(model, scalar):
-    """The contents of config.json, under the names that transformers expects."""
-    config = model.config
-    kind = "gptj" if isinstance(config, GPTJConfig) else "gpt2"
-    head = "ForCausalLM" if kind == "gptj" else "LMHeadModel"
-    n_tokens = getattr(config, "n_tokens", min(config.vocab_size, GPT2Config.vocab_size))
-    values = {
-        "model_type": kind,
-        "architectures": [kind.upper() + ("ForSequenceClassification" if scalar else head)],
-        **vars(config), **IMPLEMENTED, "tie_word_embeddings": kind == "gpt2",
-        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,       # our code has no dropout
-        "bos_token_id": n_tokens - 1, "eos_token_id": n_tokens - 1,     # EOS is the last token
-    }
+    """The contents of config.json, under the names that transformers expects.
+
+    A GPT's EOS is its last token, unless save_tokenizer, which knows better, writes another.
+    """
+    config, n_tokens = model.config, model.config.n_tokens or model.config.vocab_size
+    if isinstance(config, LlamaConfig):
+        kind, head = config.model_type.capitalize(), "ForCausalLM"
+        others = LLAMA | {"bos_token_id": None, "eos_token_id": None}
+    else:
+        kind = "GPTJ" if isinstance(config, GPTJConfig) else "GPT2"
+        head = "ForCausalLM" if kind == "GPTJ" else "LMHeadModel"
+        others = IMPLEMENTED | {
+            "tie_word_embeddings": kind == "GPT2",
+            "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,   # our code has no dropout
+            "bos_token_id": n_tokens - 1, "eos_token_id": n_tokens - 1}
+    values = {"model_type": kind.lower(),
+              "architectures": [kind + ("ForSequenceClassification" if scalar else head)],
+              **vars(config), **others, "n_tokens": n_tokens}
+    values = {name: value for name, value in values.items() if value is not None}
     if scalar:
         values |= {"num_labels": 1,
                    "reward_mean": model.reward_mean, "reward_std": model.reward_std}

@@ -404,7 +404,7 @@ def check_rows(schema, rows, theirs):
 
 CONFIG_ERRORS = ["not a file of JSON", "a file must be an object", "model_type is", "must be of type int", "must be of type float", "is implemented here",
                  "is not divisible by", "reward_std above 0", "but the weights are only", "by config.json it should be",
-                 "is missing from the weights", "is not part of this model"]
+                 "is missing from the weights", "is not part of this model", "from 1 to vocab_size"]
 SIZES = dict(vocab_size=11, n_positions=7, n_embd=8, n_layer=2, n_head=2)
 
 
@@ -438,8 +438,8 @@ def config_mutant(rng, text):
 def check_model(model, data, weights):
     """The sizes are those that json reads in config.json, or the defaults; the weights are those of the folder."""
     values = json.loads(data)
-    for name, default in dataclasses.asdict(GPT2Config()).items():
-        assert getattr(model.config, name) == values.get(name, default)
+    for name, default in {**dataclasses.asdict(GPT2Config()), "n_tokens": model.config.vocab_size}.items():
+        assert name == "eos_token_id" or getattr(model.config, name) == values.get(name, default)
     if isinstance(model, ScalarHeadModel):
         normalisation = values.get("reward_mean", 0), values.get("reward_std", 1)
         assert (model.reward_mean, model.reward_std) == tuple(map(float, normalisation))

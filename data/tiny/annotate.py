@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from gold import gold
 from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode_prompt
 from minirlhf.files.json_files import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, generator
@@ -112,7 +113,7 @@ def sample(model_folders: list[str], prompts: list[str], K: int, seed: int) -> l
 def sample_one(model_folder: str, prompts: list[str], K: int, seed: int) -> list[list[tuple[str, bool]]]:
     """K answers of one model to each prompt."""
     tokenizer, model = load_tokenizer(model_folder), from_pretrained(model_folder)
-    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts for _ in range(K)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(K)]
     stop = parse_stop("", tokenizer)
     answers = respond(model, ids, limit=MAX_RESPONSE, stop=stop, rng=generator(seed), progress="answers")
     texts = [(decode(tokenizer, tokens), finished) for tokens, finished in answers]

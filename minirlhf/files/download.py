@@ -23,7 +23,13 @@ OFFICIAL = {    # name: folder on the hub and its branch, file of the weights. G
     "gpt2-large": ("openai-community/gpt2-large/resolve/main", "model.safetensors"),
     "gpt2-xl": ("openai-community/gpt2-xl/resolve/main", "model.safetensors"),
     "gpt-j-6b": ("EleutherAI/gpt-j-6b/resolve/float16", "pytorch_model.bin"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M/resolve/main", "model.safetensors"),
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct/resolve/main", "model.safetensors"),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M/resolve/main", "model.safetensors"),
+    "smollm2-360m-instruct": ("HuggingFaceTB/SmolLM2-360M-Instruct/resolve/main", "model.safetensors"),
 }
+# The tokenizer of the others. GPT-2's and GPT-J's is in OpenAI's own two files.
+TOKENIZER_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def cache_folder():
@@ -48,7 +54,7 @@ def fetch_official(name):
         print(f"note: {name} is the official model; your folder is ./{name}", file=sys.stderr)
     where, weights = OFFICIAL[name]
     folder = cache_folder() / name
-    for file in ("config.json", weights):
+    for file in ("config.json", *(() if name.startswith("gpt") else TOKENIZER_FILES), weights):
         if not (folder / file).exists():
             download(f"{HUB}/{where}/{file}", folder / file)
     return folder

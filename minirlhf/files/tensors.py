@@ -9,6 +9,7 @@ A file may come from anyone. So every offset and size is checked against the len
 nothing in a file is ever executed. A file with anything wrong in it is refused as a whole.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -27,6 +28,10 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 # What config.json can ask for, each with the only value that our code implements. It is also the default.
 IMPLEMENTED = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
                "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False}
+LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+         "rope_interleaved": False, "head_dim": None, "layer_types": None}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+GPT2_TOKENS = 50257
 TOO_LARGE = 2 ** 29         # with sizes below this no matrix of a model has 2 ** 63 bytes, which PyTorch cannot count
 
 
@@ -115,38 +120,64 @@ def read_pickle(file):
 
 # ---- checking: config.json asks only for what our code implements, and the tensors fit it ----------------------------
 
-def read_config(file, config_classes, max_layers):
+def read_config(file, config_classes, max_layers, n_tokens=None):
     """config.json -> an instance of the class in config_classes, {"gpt2": class, ...}, that its "model_type" names.
 
-    max_layers is the number of tensors: without it, an absurd n_layer could keep the caller busy for hours.
+    max_layers is the number of tensors: without it, an absurd n_layer could keep the caller busy for hours. n_tokens:
+    of the tokenizer in the folder, None if there is none.
     """
     values = read_json(file)
     kind = values.get("model_type")
     require(kind in list(config_classes),
             f"{file}: model_type is {shown(kind)}, but it must be {' or '.join(config_classes)}")
-    fields = config_classes[kind].__dataclass_fields__
+    is_llama, fields = kind in ("llama", "qwen2"), config_classes[kind].__dataclass_fields__
+    values |= rope(values, file) if is_llama else {}
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    require(not missing, f"{file}: {', '.join(missing)} is missing")
     config = config_classes[kind](**{name: values[name] for name in fields if name in values})
     for name, field in fields.items():
         value = getattr(config, name)
-        require(type(value) in (int, field.type) and 0 < value < TOO_LARGE,
+        require(field.type not in (int, float) or name == "n_tokens"
+                or type(value) in (int, field.type) and 0 < value < TOO_LARGE,
                 f"{file}: {name} is {shown(value)}, but it must be of type {field.type.__name__}, above 0 and below "
                 f"{TOO_LARGE}")
     require(config.n_layer <= max_layers,
             f"{file}: n_layer is {config.n_layer}, but the weights are only {max_layers} tensors")
     require(config.n_embd % config.n_head == 0,
             f"{file}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+    head = config.n_embd // config.n_head
+    # n_tokens is our own. In a file from elsewhere the other rows, beyond those of the tokenizer, are padding.
+    n_tokens = n_tokens or (config.vocab_size if is_llama else GPT2_TOKENS)
+    config.n_tokens = values.get("n_tokens", min(n_tokens, config.vocab_size))
+    require(type(config.n_tokens) is int and 0 < config.n_tokens <= config.vocab_size,
+            f"{file}: n_tokens is {shown(config.n_tokens)}, but it must be from 1 to vocab_size, {config.vocab_size}")
     if kind == "gptj":
-        # n_tokens is our own: in a file from elsewhere a GPT-J has GPT-2's tokens, and its other rows are padding.
-        config.n_tokens = values.get("n_tokens", min(config.n_tokens, config.vocab_size))
-        require(config.n_tokens <= config.vocab_size,
-                f"{file}: n_tokens is {config.n_tokens}, but vocab_size is only {config.vocab_size}")
-        require(config.rotary_dim <= config.n_embd // config.n_head and config.rotary_dim % 2 == 0,
+        require(config.rotary_dim <= head and config.rotary_dim % 2 == 0,
                 f"{file}: rotary_dim is {config.rotary_dim}, but it must be even and not larger than a head")
-    for name, ours in {**IMPLEMENTED, "tie_word_embeddings": kind == "gpt2"}.items():
-        allowed = [ours, 4 * config.n_embd] if name == "n_inner" else [ours]
+    if is_llama:
+        require(config.n_head % config.num_key_value_heads == 0 and head % 2 == 0,
+                f"{file}: num_attention_heads {config.n_head} is not divisible by num_key_value_heads "
+                f"{config.num_key_value_heads}, or a head has an odd size")
+    allowed = {"n_inner": 4 * config.n_embd, "head_dim": head, "layer_types": ["full_attention"] * config.n_layer,
+               "tie_word_embeddings": is_llama or kind == "gpt2"}
+    for name, ours in {**(LLAMA if is_llama else IMPLEMENTED), "tie_word_embeddings": kind == "gpt2"}.items():
         value = values.get(name, ours)
-        require(value in allowed, f"{file}: {name} is {shown(value)}, but only {ours!r} is implemented here")
+        require(value in [ours, allowed.get(name, ours)],
+                f"{file}: {name} is {shown(value)}, but only {ours!r} is implemented here")
     return config
+
+
+def rope(values, file):
+    """config.json of a Llama -> its rope_theta and rope_scaling. transformers 5 has both in rope_parameters."""
+    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = isinstance(found, dict) and found.get("rope_type", found.get("type", "default"))
+    require(kind in ("default", "llama3") and found.keys() <= {"rope_type", "type", "rope_theta", *LLAMA3_ROPE},
+            f"{file}: rope_scaling is {shown(found)}, but only Llama 3's, of the type llama3, is implemented here")
+    numbers = {name: found.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else {}
+    require(all(type(x) in (int, float) and 0 < x < TOO_LARGE for x in numbers.values()),
+            f"{file}: rope_scaling needs {', '.join(LLAMA3_ROPE)} above 0, not {shown(numbers)}")
+    return {"rope_theta": found.get("rope_theta", values.get("rope_theta", 10000)),
+            "rope_scaling": {"rope_type": kind, **numbers} if numbers else None}
 
 
 def read_normalisation(file):
@@ -186,7 +217,7 @@ def check_tied_head(tensors, embedding):
     """A file may hold the tied head under a name of its own. It must equal the token embedding."""
     head, file = tensors.get("lm_head.weight", (embedding, None))
     require(torch.equal(head.float(), embedding),
-            f"{file}: lm_head.weight differs from wte.weight, but an untied head is not implemented here")
+            f"{file}: lm_head.weight differs from the token embedding, but an untied head is not implemented here")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

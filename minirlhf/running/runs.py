@@ -261,9 +261,10 @@ def read_rows(file):
 
 
 def templates(config):
-    """The data set's templates, from the meta.json beside it. Tools use them to show the bare instruction."""
+    """The data set's templates, from the meta.json beside it, and the model's own. Tools show the bare instruction."""
     values = read_if_there(Path(getattr(config, "data", "")).parent, "meta.json")
-    return {name: value for name, value in values.items() if name.startswith("template")}
+    own = {"model_template": config.model_template} if vars(config).get("model_template") else {}
+    return own | {name: value for name, value in values.items() if name.startswith("template")}
 
 
 def move_aside(folder):

@@ -16,7 +16,7 @@ from itertools import zip_longest
 import torch
 
 from minirlhf.answers import parse_stop, respond
-from minirlhf.data import read_prompts
+from minirlhf.data import encode_prompt, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode
 from minirlhf.running.device import pick_device
@@ -29,7 +29,7 @@ from minirlhf.weights import from_pretrained
 
 def reply(model, tokenizer, prompt, args, seed):
     """One sampled response as text. An unfinished one ends in [...]."""
-    ids = tokenizer.encode_ordinary(prompt)
+    ids = encode_prompt(tokenizer, prompt)
     room = model.config.n_positions - len(ids)
     require(room >= 1, f"the prompt has {len(ids)} tokens; this model has {model.config.n_positions} positions in all")
     rng, most = torch.Generator().manual_seed(seed), min(args.max_response, room)

@@ -10,7 +10,7 @@ import torch
 
 from minirlhf import ppo
 from minirlhf.answers import parse_stop, respond
-from minirlhf.data import encode, encode_rows, read_prompts
+from minirlhf.data import encode, encode_prompt, encode_rows, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.reward_functions import FunctionReward
 from minirlhf.generate import at_response, decode, response_logits
@@ -57,7 +57,7 @@ class Explainer:
 
     def sample(self, prompt, seed):
         """Prompt ids and the ids of one sampled response, and whether it ended."""
-        ids, positions = self.tokenizer.encode_ordinary(prompt), self.policy.config.n_positions
+        ids, positions = encode_prompt(self.tokenizer, prompt), self.policy.config.n_positions
         require(len(ids) + self.cfg.max_response <= positions,
                 f"the prompt has {len(ids)} tokens, the response may have {self.cfg.max_response}, and "
                 f"this model has {positions} positions in all")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minirlhf import stats
 from minirlhf.assess import Sampling, gold_function, measure_model, scores_of, sequence_kl
-from minirlhf.data import read_demonstrations, read_prompts
+from minirlhf.data import follow_template, read_demonstrations, read_prompts
 from minirlhf.files.errors import require
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.runs import read_options
@@ -35,6 +35,8 @@ def full_report(args, device):
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates = find_templates(args.prompts, args.models)
     models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
+    for tokenizer in tokenizers.values():
+        follow_template(tokenizer, args.prompts)
     judges = {path: load_judge(path, models, device) for path in (args.judge, args.reward) if path}
 
     # Each model by itself.

@@ -17,7 +17,7 @@ If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.
 
 from pathlib import Path
 
-from minirlhf.data import encode_rows, read_comparisons, read_demonstrations, read_prompts
+from minirlhf.data import encode_rows, follow_template, read_comparisons, read_demonstrations, read_prompts
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
 from minirlhf.files.errors import UserError, require, run_main
@@ -37,6 +37,7 @@ def collect(mode, folders, K, args):
             "--temperature 0 samples the same answer every time; there would be nothing to compare")
     rows = read_prompts(args.prompts)
     for policy in policies:                                             # a prompt must fit into every model
+        follow_template(policy.tokenizer, args.prompts)
         examples = encode_rows(rows, policy.tokenizer, policy.model.config.n_positions,
                                reserve=args.max_response, drop_long=args.drop_long)
         rows = [example.row for example in examples]

@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from minirlhf.answers import parse_stop, respond
+from minirlhf.data import encode_prompt
 from minirlhf.files.jsonl import field, finished_field, is_list_of, read_jsonl, text, text_field
 from minirlhf.files.json_files import read_json
 from minirlhf.files.tokenizer import load_tokenizer
@@ -108,7 +109,7 @@ def given_item(value, where):
 
 def sample(policy, prompt, n, rng, args):
     """n answers with different texts -> {text: finished}. Fewer if the model keeps repeating itself."""
-    prompts, answers = [policy.tokenizer.encode_ordinary(prompt)] * n, {}
+    prompts, answers = [encode_prompt(policy.tokenizer, prompt)] * n, {}
     stop = parse_stop("", policy.tokenizer)
     for _ in range(ROUNDS):
         for ids, finished in respond(policy.model, prompts, args.max_response, stop, rng, args.temperature):
