@@ -54,11 +54,11 @@ def split(rows, heldout, seed, key=prompt_of):
 def write_folder(out, splits, meta, sources, counts):
     """Writes {name: (training rows, test rows)} as name.jsonl and name_test.jsonl, and meta.json beside them.
 
-    The prompts of the first name become prompts.jsonl and prompts_test.jsonl. All files appear at once, and an existing
+    Unless there are prompts among them, those of the first name become prompts.jsonl and prompts_test.jsonl. All files appear at once, and an existing
     folder is moved aside.
     """
-    splits["prompts"] = [[{"prompt": prompt} for prompt in dict.fromkeys(map(prompt_of, rows))]
-                         for rows in next(iter(splits.values()))]
+    splits.setdefault("prompts", [[{"prompt": prompt} for prompt in dict.fromkeys(map(prompt_of, rows))]
+                                  for rows in next(iter(splits.values()))])
     files = {f"{name}{part}.jsonl": rows for name, both in splits.items() for part, rows in zip(("", "_test"), both)}
     for name, rows in files.items():
         if not rows:
