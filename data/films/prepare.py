@@ -62,7 +62,7 @@ def table(path, name):
     """The lines of a file of the archive, split at their tabs."""
     with tarfile.open(path) as archived:
         content = archived.extractfile(f"hutto_ICWSM_2014/{name}").read()
-    return [line.split("\t") for line in content.decode().splitlines()]
+    return [line.split("\t") for line in content.decode(errors="replace").splitlines()]   # one emoticon is latin-1
 
 
 def tidy(text):
