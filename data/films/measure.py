@@ -35,12 +35,12 @@ from minirlhf.weights import from_pretrained
 BOUND = 0.05                            # of the compound, beyond which a text is positive or negative
 FILM_WORDS = frozenset(
     "acted acting actor actors actress actresses adaptation animated animation audience audiences biopic blockbuster "
-    "cast casting cgi characters cinema cinematic cinematography comedies comedy dialogue directed directing direction "
-    "director directorial directors documentaries documentary drama dramas ensemble epic filmed filmmaker filmmakers "
-    "filmmaking films film flick flicks footage franchise genre hollywood horror melodrama movie moviegoers moviemaking "
-    "movies performance performances plot plots premise protagonist remake romance satire scene scenes screen "
-    "screenplay screenwriter script scripted sequel sequels slasher soundtrack starring storyline storytelling suspense "
-    "thriller thrillers viewer viewers villain".split())
+    "cast casting cgi characters cinema cinematic cinematography comedies comedy dialogue directed directing "
+    "direction director directorial directors documentaries documentary drama dramas ensemble epic filmed filmmaker "
+    "filmmakers filmmaking films film flick flicks footage franchise genre hollywood horror melodrama movie "
+    "moviegoers moviemaking movies performance performances plot plots premise protagonist remake romance satire "
+    "scene scenes screen screenplay screenwriter script scripted sequel sequels slasher soundtrack starring storyline "
+    "storytelling suspense thriller thrillers viewer viewers villain".split())
 
 
 def about_films(text):

@@ -1,25 +1,26 @@
 """Sentences of film reviews, each rated by 15 to 29 people -> demonstrations, comparisons and prompts.
 
-    python data/films/prepare.py [--source FILE] [--raters N] [--seed 1] [--heldout 0.15] [--out out/data/films]
+    python data/films/prepare.py [--source FILE] [--raters N] [--within] [--seed 1] [--out out/data/films]
 
 Without --source this downloads hutto_ICWSM_2014.tar.gz (2.3 MB, MIT): 10,605 sentences with every single rating, from
 -4 to 4 (Hutto and Gilbert 2014). The sentences come from reviews that Pang and Lee collected (2005).
 
 The archive does not name the raters, but sentences were rated in blocks of 30, and within a block the same place in
-the lists of ratings is the same person. So a rater is a block and a place, and only sentences of one block can be
-compared by one person. The blocks are dealt out to four sets, so no two files share a block, a sentence or a rater:
+the lists of ratings is the same person. So a rater is a block and a place. The blocks are dealt out to four sets, and
+no two files share a block, a sentence or a rater:
 
     demonstrations       "Movie review:" and the first 4 to 7 words of a sentence; the rest is the response
-    comparisons          whole sentences after "Movie review:", four to a ranking, all of one block
+    comparisons          whole sentences after "Movie review:", four to a ranking
     comparisons_judge    the same from other blocks: for a second reward model, which judges and never trains
     prompts              as those of the demonstrations, for PPO
 
-Each has a _test file. Ranks come from the mean of N raters of the block, drawn by seed (default: all of them).
-Responses less than half a point below the best of a rank share that rank. Two fields are extra: "gold", the mean of
-all raters for each response, and "ratings", what each of the N gave them.
+Each has a _test file. Ranks come from the mean of N raters of a sentence's block, drawn by seed (default: all of them).
+Responses less than half a point below the best of a rank share that rank. Three fields are extra: "gold", the mean of
+all raters for each response, "ratings", what each of the N gave it, and "blocks", the block of each response.
 
-The file has its positive reviews first and its negative ones last. Nearly every block is of one kind, so a ranking is
-mostly of good sentences, or of bad ones: how good, how bad.
+--within makes every ranking of sentences of one block, so that the same people rated all four. The archive has its
+positive reviews first and its negative ones last, so nearly every block is of one kind, and such a ranking is mostly
+of four praises or four complaints: the sign of a sentence is hardly ever compared (data/README.md has the cost).
 """
 
 import html
@@ -41,10 +42,10 @@ from minirlhf.running.errors import require, run_main
 URL = ("https://raw.githubusercontent.com/cjhutto/vaderSentiment/master/additional_resources/"
        "hutto_ICWSM_2014.tar.gz")
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
-BLOCK, K, TIE = 30, 4, 0.5              # sentences in a block, responses in a ranking, points
+BLOCK, K, TIE = 30, 4, 0.5 - 1e-9       # sentences in a block, responses in a ranking, points (and rounding)
 PROMPT = "Movie review:"
 FEWEST_WORDS = 8                        # of a sentence that is cut into prompt and response
-CHANGED = ("UTF-8, not latin-1; &amp; is &, '' is \", ` is ', three or more spaces are \" - \" (a dash was lost there), "
+CHANGED = ("UTF-8, not latin-1; &amp; is &, '' is \", ` is ', three or more spaces are \" - \" (a dash was lost), "
            "other runs of spaces are one. Hyphens were lost too, and stay lost: \"low key\"")
 
 
@@ -90,8 +91,8 @@ def read_sentences(path, name="movieReviewSnippets"):
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
-def block_of(row):
-    return row.block if isinstance(row, Sentence) else row["block"]
+def block_of(sentence):
+    return sentence.block
 
 
 def demonstration(sentence, rng):
@@ -117,29 +118,43 @@ def ranks_of(scores):
     return [sum(top >= score for top in tops) for score in scores]
 
 
-def ranking(group, places):
-    """A comparison of some sentences of one block by the raters at these places, or the reason to drop it."""
-    ranks = ranks_of([statistics.fmean(sentence.ratings[place] for place in places) for sentence in group])
+def ranking(group, raters):
+    """A comparison of some sentences by the raters {block: places}, or the reason to drop it."""
+    ratings = [{f"block {sentence.block}, rater {1 + place}": sentence.ratings[place]
+                for place in raters[sentence.block]} for sentence in group]
+    ranks = ranks_of([statistics.fmean(own.values()) for own in ratings])
     if max(ranks) == 1:
         return "no comparison: all responses are tied"
     return {"prompt": PROMPT, "responses": [" " + sentence.text for sentence in group], "ranks": ranks,
-            "gold": [round(sentence.mean, 4) for sentence in group], "block": group[0].block,
-            "ratings": {f"block {group[0].block}, rater {1 + place}": [sentence.ratings[place] for sentence in group]
-                        for place in places}}
+            "gold": [round(sentence.mean, 4) for sentence in group], "blocks": [sentence.block for sentence in group],
+            "ratings": ratings}
 
 
-def comparisons(sentences, raters, seed, counts):
-    """Rankings of K sentences: each block is shuffled, and N of its raters are drawn, by seed and block."""
-    rows = []
-    for block in dict.fromkeys(map(block_of, sentences)):
-        rng, own = random.Random(f"{seed} {block}"), [sentence for sentence in sentences if sentence.block == block]
-        people = len(own[0].ratings)
-        require(raters is None or 1 <= raters <= people, f"--raters must be from 1 to {people}, not {raters}: that is "
-                                                         f"how many people rated block {block}")
-        places = sorted(rng.sample(range(people), raters or people))
-        rng.shuffle(own)
-        rows += [ranking(own[i:i + K], places) for i in range(0, len(own) - K + 1, K)]
-    return keep(rows, counts)
+def draw_raters(sentences, n, seed):
+    """{block: the places of n raters}, of all of them if n is None. The same seed gives a block the same raters."""
+    people = {sentence.block: len(sentence.ratings) for sentence in sentences}
+    for block, most in people.items():
+        require(n is None or 1 <= n <= most,
+                f"--raters must be from 1 to {most}, not {n}: that is how many people rated block {block}")
+    return {block: sorted(random.Random(f"{seed} {block}").sample(range(most), n or most))
+            for block, most in people.items()}
+
+
+def groups_of(sentences, k, within, rng):
+    """Sentences in random order, k at a time; within: all of one block. What is left over is in no group."""
+    shuffled = rng.sample(sentences, len(sentences))
+    pools = [shuffled]
+    if within:
+        blocks = sorted(set(map(block_of, shuffled)))
+        pools = [[sentence for sentence in shuffled if sentence.block == block] for block in blocks]
+    groups = [pool[i:i + k] for pool in pools for i in range(0, len(pool) - k + 1, k)]
+    return rng.sample(groups, len(groups))
+
+
+def comparisons(sentences, args, counts):
+    raters = draw_raters(sentences, args.raters, args.seed)
+    groups = groups_of(sentences, K, args.within, random.Random(args.seed))
+    return keep((ranking(group, raters) for group in groups), counts)
 
 
 # ---- the sets --------------------------------------------------------------------------------------------------------
@@ -168,23 +183,25 @@ def without_tested(train, test, tested, counts):
 
 
 def main(argv=None):
-    parser = arguments(__doc__.splitlines()[0], "out/data/films")
+    parser = arguments(__doc__.splitlines()[0], "out/data/films", heldout=0.15)
     parser.add_argument("--raters", type=int, metavar="N", help="how many people's ratings make the ranks [all]")
-    parser.set_defaults(heldout=0.15)
+    parser.add_argument("--within", action="store_true", help="every ranking of sentences that the same people rated")
     args, counts = parser.parse_args(argv), Counter(read=0)
     source = archive(args.source)
-    sentences = without_repeats(read_sentences(source), counts)
+    everything = read_sentences(source)
+    sentences = without_repeats(everything, counts)
     shown, ranked, judged, asked = four_sets(sentences, args.heldout, args.seed)
     shown, asked = ([demonstrations(part, args.seed, counts) for part in pair] for pair in (shown, asked))
-    ranked, judged = ([comparisons(part, args.raters, args.seed, counts) for part in pair] for pair in (ranked, judged))
+    ranked, judged = ([comparisons(part, args, counts) for part in pair] for pair in (ranked, judged))
     tested = {row["prompt"] for rows in (shown[1], asked[1]) for row in rows}
     splits = {"demonstrations": without_tested(*shown, tested, counts), "comparisons": ranked,
               "comparisons_judge": judged, "prompts": without_tested(*asked, tested, counts)}
     splits["prompts"] = [[{name: row[name] for name in ("prompt", "block")} for row in rows]
                          for rows in splits["prompts"]]
+    counts["read"] = len(everything)
     meta = {"template": PROMPT + " {instruction}", "licence": "MIT, Hutto and Gilbert 2014; sentences of reviews that "
             "Pang and Lee collected (2005)", "changed": CHANGED, "raters": args.raters or "all",
-            "heldout": args.heldout, "seed": args.seed}
+            "within": args.within, "heldout": args.heldout, "seed": args.seed}
     write_folder(args.out, splits, meta, [source], counts)
 
 
