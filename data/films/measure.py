@@ -67,6 +67,7 @@ def plain_examples(tokenizer):
 def measure(name, rows, human, sampling, device):
     """{figure: Estimate} of a model folder."""
     model, tokenizer = from_pretrained(name).to(device).eval(), load_tokenizer(name)
+    tokenizer.template = None                   # the prompts are exact text, also for a chat model
     figures = measure_model(name, model, tokenizer, rows, sampling, human, film_facts)[2]
     return figures | {"perplexity_plain": perplexity(model, plain_examples(tokenizer))}
 

@@ -258,8 +258,9 @@ def markdown(table, rows):
     own = [row for row in rows if row["condition"] in used]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [line_of(table, rows, label) for label in table.rows]
-    seeds, minutes = len({row["seed"] for row in own}), sum(row["seconds"] for row in own) / 60
-    below = f"{seeds} seeds, {len(own)} runs, {minutes:.0f} minutes of one processor.{table.note}"
+    seeds, seconds = len({row["seed"] for row in own}), sum(row["seconds"] for row in own)
+    spent = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    below = f"{seeds} seeds, {len(own)} runs, {spent} of one processor.{table.note}"
     return "\n".join([*lines, "", below])
 
 
