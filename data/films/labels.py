@@ -266,7 +266,7 @@ def load_world(args):
     if not args.states.exists():
         args.states.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.tensor(frozen_states(args.model, [sentence.text for sentence in sentences])), args.states)
-    return World(sentences, standardised(torch.load(args.states).double().numpy()))
+    return World(sentences, standardised(torch.load(args.states, weights_only=True).double().numpy()))
 
 
 def run(args):
@@ -310,7 +310,7 @@ def tables():
             "worst": table("raters of 300 rankings", bad, "more than anyone"),
             "read": table("1,600 sentences, in", {f"{1600 // k} of {k}": (f"{k}, sentences", "2, sentences")
                                                   for k in (2, 4, 8)}, "more than pairs"),
-            "pairs": table("1,400 pairs, in", {f"{1400 // (k * (k - 1) // 2)} of {k}": (f"{k}, pairs", "2, pairs")
+            "pairs": table("1,400 pairs, in", {f"{1400 // (k * (k - 1) // 2):,} of {k}": (f"{k}, pairs", "2, pairs")
                                                for k in (2, 4, 8)}, "more than pairs"),
             "sides": table("rankings of four, from", sides, "more than one block", "anywhere")}
 
