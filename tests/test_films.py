@@ -15,11 +15,11 @@ import torch
 
 from data.films import labels, lexicon, measure, prepare
 from minirlhf.data import read_comparisons, read_demonstrations, read_prompts
+from minirlhf.files.errors import run_main
 from minirlhf.files.tokenizer import save_tokenizer
-from minirlhf.running.errors import run_main
 from minirlhf.tools.feedback.stats import cohen_kappa
 from minirlhf.weights import save_pretrained
-from tests.small_world import TOKENIZER, tiny_gpt2
+from small_world import TOKENIZER, tiny_gpt2
 
 REAL = Path(os.environ.get("MINIRLHF_REAL_DATA") or "nowhere") / "hutto_ICWSM_2014.tar.gz"
 real_data = pytest.mark.skipif(not REAL.is_file(), reason="$MINIRLHF_REAL_DATA has no hutto_ICWSM_2014.tar.gz")

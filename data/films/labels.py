@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 from data.films.prepare import PROMPT, archive, groups_of, ranks_of, read_sentences
 from data.tiny.labels import GUIDE, Table, estimate, filled, markdown
 from data.tiny.labels import ROWS as TINY_ROWS
-from minirlhf.files.tensors import write_whole
+from minirlhf.files.errors import run_main
+from minirlhf.files.json_files import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.running.compute import response_mask, right_pad
+from minirlhf.generate import right_pad
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import run_main
-from minirlhf.tools.evaluate.stats import Estimate, plain, ratio
+from minirlhf.stats import Estimate, plain, ratio
 from minirlhf.tools.experiment import read_results
 from minirlhf.weights import from_pretrained
 
@@ -98,8 +98,9 @@ def frozen_states(name, texts):
     states = torch.zeros(len(texts), model.config.n_embd, dtype=torch.float64)
     for rows in torch.tensor(order).split(32):
         ids, mask = right_pad([prompt + responses[i] for i in rows])                            # (B, T)
-        weights = response_mask(mask, [len(prompt)] * len(rows)).double()[..., None]            # (B, T, 1)
-        states[rows] = (model(ids, mask).double() * weights).sum(1) / weights.sum(1)
+        hidden = model(ids, mask).double()                                                      # (B, T, C)
+        mask[:, :len(prompt)] = False
+        states[rows] = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return states.numpy()
 
 

@@ -8,7 +8,7 @@ Every model continues the held-out prompts. Of the answers this prints, with 95 
     about_films           the share with a word of FILM_WORDS. A policy that left the films for restaurants lacks them
     perplexity            of held-out sentences that people wrote
     perplexity_plain      of everyday sentences that are about no film: data/films/plain.txt
-    and length, eos_rate (ended by itself), distinct and repeated n-grams, entropy
+    and length in tokens, eos_rate (ended by itself), distinct_2 (different pairs of tokens)
 
 Lengths, temperature and stop are those of the last PPO run among the models.
 """
@@ -20,15 +20,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.films.lexicon import compound, ratings
+from minirlhf.assess import measure_model, perplexity
 from minirlhf.data import Example, Row, read_demonstrations, read_prompts
-from minirlhf.files.tensors import write_json
+from minirlhf.files.errors import run_main
+from minirlhf.files.json_files import write_json
 from minirlhf.files.tokenizer import load_tokenizer
-from minirlhf.running.compute import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.running.errors import run_main
-from minirlhf.tools.evaluate.assess import measure_model, sampling_of
-from minirlhf.tools.evaluate.measure import perplexity
-from minirlhf.tools.evaluate.stats import plain
+from minirlhf.running.device import pick_device
+from minirlhf.stats import plain
+from minirlhf.tools.evaluate.report import sampling_of
 from minirlhf.tools.evaluate.tables import print_figures
 from minirlhf.weights import from_pretrained
 

@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import arguments, fetch, keep, split, write_folder
+from data.common import arguments, fetch, split, write_folder
 from minirlhf.files.download import sha256_of
-from minirlhf.running.errors import require, run_main
+from minirlhf.files.errors import require, run_main
+from minirlhf.files.jsonl import keep
 
 URL = ("https://raw.githubusercontent.com/cjhutto/vaderSentiment/master/additional_resources/"
        "hutto_ICWSM_2014.tar.gz")

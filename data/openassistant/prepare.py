@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import arguments, keep, read_objects, split, text_field, write_folder
-from minirlhf.files.jsonl import field
-from minirlhf.running.errors import require, run_main, shown
+from data.common import arguments, split, write_folder
+from minirlhf.files.errors import require, run_main, shown
+from minirlhf.files.jsonl import field, keep, read_objects, text_field
 
 SPEAKER = {"prompter": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 
