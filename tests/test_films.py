@@ -64,6 +64,7 @@ def test_no_two_files_share_a_block_and_demonstrations_are_whole_sentences(sourc
         assert re.fullmatch(r'Movie review: Sentence \d+ of the "film" - naïve & w\d long enough\.',
                             row["prompt"] + row["response"])
         assert 4 <= len(row["prompt"].split()) - 2 <= 7
+    assert prepare.sha256_of(prepare.archive()) == prepare.SHA256                   # kept, so no network is needed
     assert read_prompts("made/prompts.jsonl") and read_demonstrations("made/demonstrations.jsonl")
     assert len(read_comparisons("made/comparisons_judge.jsonl")[0].ranks) == 4
 

@@ -27,6 +27,7 @@ import html
 import json
 import random
 import re
+import shutil
 import statistics
 import sys
 import tarfile
@@ -36,12 +37,13 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.common import arguments, fetch, split, write_folder
-from minirlhf.files.download import sha256_of
+from minirlhf.files.download import cache_folder, sha256_of
 from minirlhf.files.errors import require, run_main
 from minirlhf.files.jsonl import keep
 
 URL = ("https://raw.githubusercontent.com/cjhutto/vaderSentiment/master/additional_resources/"
        "hutto_ICWSM_2014.tar.gz")
+NAME = "films/hutto_ICWSM_2014.tar.gz"                    # in the cache
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
 BLOCK, K, TIE = 30, 4, 0.5 - 1e-9       # sentences in a block, responses in a ranking, points (and rounding)
 PROMPT = "Movie review:"
@@ -53,10 +55,16 @@ CHANGED = ("UTF-8, not latin-1; &amp; is &, '' is \", ` is ', three or more spac
 # ---- the archive -----------------------------------------------------------------------------------------------------
 
 def archive(source=None):
-    """The path of the archive: a file that the user has, or that of the cache, downloaded on first use."""
-    path = source or fetch(URL, "films/hutto_ICWSM_2014.tar.gz")
+    """The path of the archive: a file that the user has, or that of the cache, downloaded on first use.
+
+    A file that the user has is copied to the cache, where lexicon.py looks for its words.
+    """
+    path, cached = source or fetch(URL, NAME), cache_folder() / "data" / NAME
     require(sha256_of(path) == SHA256, f"{path}: this is not the archive of Hutto and Gilbert (2014), whose sha256 is "
                                        f"{SHA256}. Remove it, and run this again to download it")
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, cached)
     return path
 
 
