@@ -209,7 +209,8 @@ def test_film_words_are_those_of_films():
 
 @pytest.mark.slow
 @real_data
-def test_the_lexicon_agrees_with_vader():
+def test_the_lexicon_agrees_with_vader(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIRLHF_CACHE", str(tmp_path))
     vader = pytest.importorskip("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     texts, rated = [sentence.text for sentence in prepare.read_sentences(REAL)], lexicon.ratings(REAL)
     ours = np.array([lexicon.compound(text, rated) for text in texts])
