@@ -15,12 +15,13 @@ from minirlhf.files.errors import UserError
 from minirlhf.running.runs import move_aside, write_json
 
 
-def arguments(description, out):
+def arguments(description, out, heldout=0.05):
     """The options that every prepare.py has. A script may add its own."""
     parser = Parser(description=description)
     parser.add_argument("--source", type=Path, metavar="FILE", help="a file that you have, instead of the download")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"[{out}]")
-    parser.add_argument("--heldout", type=float, default=0.05, help="share of the prompts for the test files [0.05]")
+    parser.add_argument("--heldout", type=float, default=heldout,
+                        help=f"share of the prompts for the test files [{heldout}]")
     parser.add_argument("--seed", type=int, default=1, help="decides which prompts are held out [1]")
     return parser
 
@@ -54,11 +55,11 @@ def split(rows, heldout, seed, key=prompt_of):
 def write_folder(out, splits, meta, sources, counts):
     """Writes {name: (training rows, test rows)} as name.jsonl and name_test.jsonl, and meta.json beside them.
 
-    The prompts of the first name become prompts.jsonl and prompts_test.jsonl. All files appear at once, and an existing
-    folder is moved aside.
+    Unless there are prompts among them, those of the first name become prompts.jsonl and prompts_test.jsonl. All files
+    appear at once, and an existing folder is moved aside.
     """
-    splits["prompts"] = [[{"prompt": prompt} for prompt in dict.fromkeys(map(prompt_of, rows))]
-                         for rows in next(iter(splits.values()))]
+    splits.setdefault("prompts", [[{"prompt": prompt} for prompt in dict.fromkeys(map(prompt_of, rows))]
+                                  for rows in next(iter(splits.values()))])
     files = {f"{name}{part}.jsonl": rows for name, both in splits.items() for part, rows in zip(("", "_test"), both)}
     for name, rows in files.items():
         if not rows:

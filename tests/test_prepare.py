@@ -32,7 +32,7 @@ def script(name):
     return module
 
 
-alpaca, hh_rlhf, openai_2019 = map(script, ("alpaca", "hh_rlhf", "openai_2019"))
+alpaca, hh_rlhf, openai_2019, openassistant = map(script, ("alpaca", "hh_rlhf", "openai_2019", "openassistant"))
 encoding = functools.cache(gpt2_encoding)
 
 
@@ -347,3 +347,30 @@ def test_the_real_hh_rows():
     assert joined <= originals                                          # every character is there
     assert not set.intersection(*in_two(folder, "comparisons"))
 
+
+# ---- OpenAssistant ---------------------------------------------------------------------------------------------------
+
+def message(role, text, *replies, rank=None):
+    return {"role": role, "text": text, "replies": list(replies), "rank": rank, "synthetic": False}
+
+
+def test_ranked_replies_of_trees_become_comparisons():
+    follow = message("prompter", "Why?", message("assistant", "B", rank=1), message("assistant", "A", rank=0))
+    replies = [message("assistant", "Worse", rank=2), message("assistant", "Best", follow, rank=0),
+               message("assistant", "Unranked"), message("assistant", "Middle", rank=1)]
+    trees = [{"message_tree_id": f"tree {i}", "prompt": message("prompter", f"Question {i}", *replies)}
+             for i in range(4)]
+    made, counts = prepare(openassistant, "--source", save("trees.jsonl", trees), "--heldout", 0.25)
+    first, second = read_comparisons(made / "comparisons_test.jsonl")               # of one tree
+    assert first.prompt.startswith("\n\nHuman: Question") and first.prompt.endswith("\n\nAssistant:")
+    assert (first.responses, first.ranks) == ((" Worse", " Best", " Middle"), (3, 1, 2))
+    assert second.prompt == first.prompt + " Best\n\nHuman: Why?\n\nAssistant:" and second.ranks == (2, 1)
+    assert counts["read"] == 8 and len(read_comparisons(made / "comparisons.jsonl")) == 6
+    assert {row.responses[0] for row in read_demonstrations(made / "demonstrations.jsonl")} == {" Best", " A"}
+
+
+@real_data
+def test_real_trees():
+    made, _ = prepare(openassistant, "--source", REAL / "oasst_en_100_tree.jsonl")
+    sizes = [len(row.ranks) for row in both(read_comparisons, made, "comparisons")]
+    assert (len(sizes), min(sizes), max(sizes)) == (212, 2, 9) and sum(n * (n - 1) // 2 for n in sizes) == 754

@@ -177,6 +177,7 @@ class Table(NamedTuple):
     rows: dict                          # {label: (condition, the condition that it is compared with)}
     columns: tuple                      # (heading, name of the measured value)
     compared: dict                      # {heading of a column with differences: name of the measured value}
+    note: str = ""                      # a sentence below the table
 
 
 def tables():
@@ -249,17 +250,19 @@ def markdown(table, rows):
     own = [row for row in rows if row["condition"] in used]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [line_of(table, rows, label) for label in table.rows]
-    seeds, minutes = len({row["seed"] for row in own}), sum(row["seconds"] for row in own) / 60
-    return "\n".join([*lines, "", f"{seeds} seeds, {len(own)} runs, {minutes:.0f} minutes of one processor."])
+    seeds, seconds = len({row["seed"] for row in own}), sum(row["seconds"] for row in own)
+    spent = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+    below = f"{seeds} seeds, {len(own)} runs, {spent} of one processor.{table.note}"
+    return "\n".join([*lines, "", below])
 
 
-def filled(text, rows):
+def filled(text, rows, every=None, mark="table"):
     """The guide with every table between its markers, <!-- table NAME --> and <!-- end -->, made from these rows."""
-    every = tables()
-    found = re.findall(r"<!-- table (\w+) -->", text)
+    every = every or tables()
+    found = re.findall(rf"<!-- {mark} (\w+) -->", text)
     require(sorted(found) == sorted(every), f"{GUIDE}: has the tables {', '.join(found)}, not {', '.join(every)}")
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
-                  lambda mark: f"{mark[1]}{markdown(every[mark[2]], rows)}\n{mark[3]}", text, flags=re.DOTALL)
+    return re.sub(rf"(<!-- {mark} (\w+) -->\n).*?(<!-- end -->)",
+                  lambda place: f"{place[1]}{markdown(every[place[2]], rows)}\n{place[3]}", text, flags=re.DOTALL)
 
 
 def draw(rows, out):
