@@ -19,7 +19,6 @@ from typing import NamedTuple
 from minirlhf import health, ppo
 from minirlhf.answers import parse_stop, settle_limits, take_over
 from minirlhf.assess import assess_run
-from minirlhf.answers import parse_stop
 from minirlhf.data import HELDOUT, batch_at, load_examples, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import (MINIBATCH, ORDER, SAMPLE, at_response, decode, generate, generator,
