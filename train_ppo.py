@@ -17,8 +17,8 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from minirlhf import health, ppo
+from minirlhf.answers import parse_stop, settle_limits, take_over
 from minirlhf.assess import assess_run
-from minirlhf.answers import parse_stop
 from minirlhf.data import HELDOUT, batch_at, load_examples, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import (MINIBATCH, ORDER, SAMPLE, at_response, decode, generate, generator,
@@ -49,13 +49,13 @@ class Config:
     # Rollouts
     iterations: int = option(80, "rollouts, each followed by an update", least=1)
     batch_size: int = option(96, "prompts per rollout", least=1)
-    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
-    max_response: int = option(48, "most tokens of a response", least=1)
+    max_prompt: int = option(0, "most tokens of a prompt; 0: as the SFT run", least=0)
+    max_response: int = option(0, "most tokens of a response; 0: as the SFT run", least=0)
     drop_long: bool = option(False, "drop and count prompts that do not fit, instead of stopping")
     temperature: float = option(
-        1.0, "of sampling and of all log-probabilities (Ziegler 2019: 0.7)", least=0.01)
+        0.0, "of sampling and of all log-probabilities; 0: as the SFT run", least=0)
     stop: str = option(
-        "", "TOKEN,POSITION: token id that ends a response from that position on; empty is EOS")
+        "auto", "what ends a response, like '.,8'; empty: EOS; auto: as the SFT run")
 
     # Rewards
     missing_eos: float = option(-3.0, "score of an unfinished response (Ziegler 2019: -1)")
@@ -79,6 +79,7 @@ class Config:
     dtype: str = option("float32", "float32 (TF32 on cuda), float32_exact, or bfloat16")
     resume: bool = option(False, "continue the run in --out")
     allow_changes: bool = option(False, "let --resume continue although other options differ")
+    insist: bool = option(False, "start, and go on, although a check says that it is no use")
 
 
 PRESETS = {
@@ -228,6 +229,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     device = start(cfg)
+    take_over(cfg)
     tokenizer = load_tokenizer(cfg.model)
     parse_stop(cfg.stop, tokenizer)                     # a wrong --stop is an error now, not later
 
@@ -239,6 +241,7 @@ def main(argv=None):
         cfg.reference or cfg.model, cfg.dtype).to(device).eval().requires_grad_(False)
     examples, heldout = load_examples(cfg, read_prompts, tokenizer,
                                       policy.config.n_positions, reserve=cfg.max_response)
+    settle_limits(cfg, examples + heldout, policy.config.n_positions)
     if ".py:" in cfg.reward:
         reward_model = FunctionReward(cfg.reward)
         reward_model.normalise(reference, examples, tokenizer, cfg)
@@ -270,6 +273,8 @@ def main(argv=None):
                                beta, iteration)
         gold_scores = call_reward(gold, rollout.prompts, rollout.texts, "--gold") if gold else None
         metrics = health.rollout_metrics(rollout, beta, gold_scores)
+        if iteration == 0 and not cfg.insist:
+            health.check_start(metrics, cfg.max_response)
 
         # 7. Update the policy and the value model. The learning rates fall linearly to 0.
         left = 1 - iteration / cfg.iterations
@@ -280,6 +285,9 @@ def main(argv=None):
 
         # 8. Log, print the best and the worst sample, update beta, save a checkpoint.
         run.log(iteration, metrics, health.SHOWN, health.complaints)
+        if not cfg.insist:
+            health.check_collapse(run)
+            health.keep_good(run, policy, tokenizer)
         if iteration % 20 == 0 or iteration == cfg.iterations - 1:
             health.print_samples(rollout, gold_scores, iteration, run, tokenizer)
         if cfg.target_kl:

@@ -13,8 +13,9 @@ the preferred answer the higher number.
 import dataclasses
 import math
 
-from minirlhf.answers import parse_stop, reference_answers
-from minirlhf.assess import assess_reward_model, gold_function, print_worst, verdict_on_accuracy
+from minirlhf import health
+from minirlhf.answers import parse_stop, reference_answers, settle_limits, take_over
+from minirlhf.assess import assess_reward_model, gold_function, print_worst
 from minirlhf.data import HELDOUT, batch_at, load_examples, read_comparisons
 from minirlhf.files.errors import UserError, require
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
@@ -42,8 +43,8 @@ class Config:
     seed: int = option(1, "seed of the head, the data order and the samples", least=0)
 
     # What fits
-    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
-    max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
+    max_prompt: int = option(0, "most tokens of a prompt; 0: as the SFT run", least=0)
+    max_response: int = option(0, "most tokens of a response; 0: as the SFT run", least=0)
     drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
 
     # Updates
@@ -55,8 +56,8 @@ class Config:
     lr: float = option(2e-3, "learning rate, falls linearly to 0", least=0)
 
     # Normalisation: how PPO will sample
-    temperature: float = option(1.0, "sampling temperature", least=0)
-    stop: str = option("", "TOKEN,POSITION: this token ends samples from there on; empty is EOS")
+    temperature: float = option(0.0, "sampling temperature; 0: as the SFT run", least=0)
+    stop: str = option("auto", "what ends a sample, like '.,8'; empty: EOS; auto: as the SFT run")
 
     # Running
     device: str = option("", "cuda, mps or cpu; the first available if empty")
@@ -163,6 +164,7 @@ def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     require(cfg.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {cfg.loss}")
     device = start(cfg)
+    take_over(cfg)
     tokenizer = load_tokenizer(cfg.model)
     stop = parse_stop(cfg.stop, tokenizer)
     # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores (Huang 2024).
@@ -174,6 +176,7 @@ def main(argv=None):
     examples, heldout = load_examples(cfg, read_comparisons, tokenizer,
                                       sft.config.n_positions)
     examples, heldout = comparable(examples), comparable(heldout)
+    settle_limits(cfg, examples + heldout, sft.config.n_positions)
     gold, _ = gold_function(cfg.gold, cfg.heldout)      # measured on the held-out rows only
     batch_size = min(cfg.batch_size, len(examples))
     steps = math.ceil(cfg.epochs * len(examples) / batch_size)
@@ -221,10 +224,14 @@ def main(argv=None):
               "reward_mean": reward_model.reward_mean, "reward_std": reward_model.reward_std}
     if heldout:
         measured = assess_reward_model(reward_model, heldout, gold)
-        report |= verdict_on_accuracy(measured)
+        accuracy = measured["rm_accuracy_heldout"]
+        report |= {name: figure.value for name, figure in measured.items()}
+        report["rm_accuracy_heldout_ci"] = [round(accuracy.low, 4), round(accuracy.high, 4)]
         print_worst(reward_model, heldout)
     run.report(report)
     print_table(f"Reward model done: {run.folder}", list(report.items()))
+    if heldout:
+        print(health.judge_reward_model(report)[1])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+from minirlhf import health
+from minirlhf.answers import parse_stop, settle_limits, show_answers
 from minirlhf.data import HELDOUT, batch_at, load_examples, read_demonstrations
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.generate import ORDER, micro_batches, response_logprobs
@@ -28,7 +30,8 @@ import torch
 # 0.02 * sqrt(768 / n_embd) is 0.057 at 96. With 0.02 the embeddings would be too small: after 500
 # steps the model would not yet copy the requested thing into its story.
 TINY = dict(n_positions=128, n_embd=96, n_layer=3, n_head=4, initializer_range=0.06)
-WARMUP = 50     # steps over which the learning rate rises
+LONGEST_NEW = 1024      # most positions of a new model
+WARMUP = 50             # steps over which the learning rate rises
 
 
 @dataclasses.dataclass
@@ -41,9 +44,13 @@ class Config:
     seed: int = option(1, "seed of initialisation and data order", least=0)
 
     # What fits
-    max_prompt: int = option(0, "most tokens of a prompt; 0 is the model's limit", least=0)
-    max_response: int = option(0, "most tokens of a response; 0 is the model's limit", least=0)
+    max_prompt: int = option(0, "most tokens of a prompt; 0: as the data needs", least=0)
+    max_response: int = option(0, "most tokens of a response; 0: as the data needs", least=0)
     drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
+
+    # How answers are sampled, here at the end and in all later stages
+    temperature: float = option(1.0, "sampling temperature (Ziegler 2019: 0.7)", least=0.01)
+    stop: str = option("", "what ends a response: '.,8' is a full stop from token 8 on; empty: EOS")
 
     # Updates
     epochs: int = option(7, "passes over the data", least=1)
@@ -70,15 +77,14 @@ PRESETS = {
 }
 
 
-def load_model(cfg):
-    """The tokenizer and the model to start from; 'tiny' is new, its weights drawn from the seed."""
-    if cfg.model != "tiny":
-        return load_tokenizer(cfg.model), from_pretrained(cfg.model, cfg.dtype)
-    tokenizer = load_tokenizer(Path(__file__).parent / "data/tiny")
+def new_model(cfg, vocab_size):
+    """A new small GPT-2, its weights drawn from the seed, with as many positions as the data needs.
+    """
     torch.manual_seed(cfg.seed)
-    model = GPT2(GPT2Config(vocab_size=tokenizer.n_vocab, **TINY))
+    n_positions = max(TINY["n_positions"], cfg.max_prompt + cfg.max_response)
+    model = GPT2(GPT2Config(vocab_size, **TINY | {"n_positions": n_positions}))
     model.dtype = cfg.dtype
-    return tokenizer, model
+    return model
 
 
 def sft_loss(model, examples, device):
@@ -103,10 +109,14 @@ def heldout_loss(model, examples, device, batch_size):
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     device = start(cfg)
-    tokenizer, model = load_model(cfg)
-    examples, heldout = load_examples(cfg, read_demonstrations, tokenizer,
-                                      model.config.n_positions)
-    model.to(device)
+    is_new = cfg.model == "tiny"
+    tokenizer = load_tokenizer(Path(__file__).parent / "data/tiny" if is_new else cfg.model)
+    parse_stop(cfg.stop, tokenizer)                     # a wrong --stop is an error now, not later
+    model = None if is_new else from_pretrained(cfg.model, cfg.dtype)
+    positions = LONGEST_NEW if is_new else model.config.n_positions
+    examples, heldout = load_examples(cfg, read_demonstrations, tokenizer, positions)
+    settle_limits(cfg, examples + heldout, positions)
+    model = (new_model(cfg, tokenizer.n_vocab) if is_new else model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)
     batch_size = min(cfg.batch_size, len(examples))
@@ -154,10 +164,15 @@ def main(argv=None):
     report = {"seed": cfg.seed, "seconds": run.seconds(), "steps": steps,
               "loss_train": run.last("loss/train")}
     if heldout:
-        report |= {"loss_heldout": run.last("loss/heldout"),
-                   "perplexity": math.exp(run.last("loss/heldout"))}
+        losses = [row["loss/heldout"] for row in run.rows if "loss/heldout" in row]
+        report |= {"loss_heldout": losses[-1], "loss_heldout_best": min(losses),
+                   "perplexity": math.exp(losses[-1])}
+
+    # 5. Look at some answers: do they read well, and do they end?
+    report["eos_rate"] = show_answers(model.eval(), tokenizer, heldout or examples, cfg)
     run.report(report)
     print_table(f"SFT done: {run.folder}", list(report.items()))
+    health.judge_sft(report)
 
 
 if __name__ == "__main__":

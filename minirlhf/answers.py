@@ -1,25 +1,61 @@
 """Answers of a model to many prompts: to normalise a reward, to assess, to be labelled."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
-from minirlhf.files.errors import UserError, require
-from minirlhf.generate import NORMALISE, generate, generator, left_pad, micro_batches
+from minirlhf.files.errors import require
+from minirlhf.generate import (NORMALISE, SAMPLE, decode, generate, generator, left_pad,
+                               micro_batches)
+from minirlhf.running.runs import read_options
 
 SAMPLES = 512       # of the SFT model: their scores get mean 0 and standard deviation 1
 
 
 def parse_stop(text, tokenizer):
-    """--stop -> (token, position): this token ends a response from that position on. "" is EOS."""
+    """--stop -> (token, position): this token ends a response from that position on. "" is EOS.
+
+    ".,8" names the token by its text, "13,8" by its id. Without a position it is 0.
+    """
     if not text:
         return tokenizer.eot_token, 0
-    try:
-        token, position = (int(number) for number in text.split(","))
-    except ValueError:
-        raise UserError(f"--stop {text}: must be TOKEN,POSITION like 13,16 (empty: EOS)") from None
-    require(0 <= token < tokenizer.n_vocab and position >= 0,
+    token, comma, position = text.rpartition(",")
+    if not comma or not position.isdigit():
+        token, position = text, "0"
+    ids = [int(token)] if token.isdigit() else tokenizer.encode_ordinary(token)
+    require(len(ids) == 1, f"--stop {text}: {token!r} is {len(ids)} tokens in this vocabulary, and "
+                           "one must end a response. Write it as \".\" or \".,8\"")
+    require(ids[0] < tokenizer.n_vocab,
             f"--stop {text}: tokens go from 0 to {tokenizer.n_vocab - 1} here")
-    return token, position
+    return ids[0], int(position)
+
+
+def take_over(cfg):
+    """What is left open of limits, temperature and stop becomes that of the run that made --model.
+
+    So labels, reward model, PPO and assessment sample alike, as was decided where SFT saw the data.
+    """
+    before = read_options(cfg.model) or read_options(getattr(cfg, "reward", cfg.model))
+    for name, still_open, otherwise in (("max_prompt", 0, 0), ("max_response", 0, 0),
+                                        ("temperature", 0.0, 1.0), ("stop", "auto", "")):
+        if getattr(cfg, name) == still_open:
+            setattr(cfg, name, before.get(name, otherwise))
+
+
+def settle_limits(cfg, examples, positions):
+    """Decides the lengths that are still open from the data, and prints all limits.
+
+    A sampled response may be a quarter longer than the longest in the data; without any it has 64
+    tokens. Both are rounded up to multiples of 16, so that small changes of the data change none.
+    """
+    prompt = max(len(example.prompt) for example in examples)
+    response = max((len(ids) for example in examples for ids in example.responses), default=51)
+    cfg.max_prompt = cfg.max_prompt or min(-(-prompt // 16) * 16, positions - 1)
+    cfg.max_response = cfg.max_response or min(math.ceil(response * 1.25 / 16) * 16,
+                                               positions - cfg.max_prompt)
+    print(f"limits: {cfg.max_prompt} tokens for prompts (here up to {prompt}), {cfg.max_response} "
+          f"for responses; temperature {cfg.temperature:g}, stop {cfg.stop or 'EOS'}")
 
 
 def respond(model, prompts, limit, stop, rng, temperature=1.0, batch_size=128, progress=None):
@@ -51,3 +87,16 @@ def reference_answers(sft, examples, limit, stop, cfg):
     rng = generator(cfg.seed, NORMALISE)
     return chosen, respond(sft, [example.prompt for example in chosen], limit, stop, rng,
                            cfg.temperature, progress="normalise")
+
+
+def show_answers(model, tokenizer, examples, cfg, most=64):
+    """Prints three sampled answers. Returns the share of up to 64 that end by themselves."""
+    chosen = examples[:most]
+    sampled = respond(model, [example.prompt for example in chosen], cfg.max_response,
+                      parse_stop(cfg.stop, tokenizer), generator(cfg.seed, SAMPLE),
+                      cfg.temperature)
+    print("\nThree answers:")
+    for example, (ids, finished) in zip(chosen[:3], sampled):
+        cut = "" if finished else " (cut off)"
+        print(f"  {example.row.prompt!r}\n    {decode(tokenizer, ids)!r}{cut}")
+    return sum(finished for _, finished in sampled) / len(sampled)

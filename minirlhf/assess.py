@@ -115,24 +115,6 @@ def assess_reward_model(reward_model, examples, gold=None):
     return found
 
 
-def verdict_on_accuracy(measured):
-    """What report.json says about a reward model. Warns if it is no better than chance or length.
-
-    measured: from assess_reward_model.
-    """
-    accuracy, longer = measured["rm_accuracy_heldout"], measured["longer_is_preferred"].value
-    length = max(longer, 1 - longer)
-    if accuracy.low <= 0.5:
-        print(f"warning: a held-out accuracy of {accuracy} is not better than chance. PPO on this "
-              "reward model will learn noise: collect more comparisons")
-    elif accuracy.low <= length:
-        print(f"warning: a held-out accuracy of {accuracy} is not better than length alone "
-              f"({length:.3f}): the reward model may have learned only that")
-    return {**{name: figure.value for name, figure in measured.items()},
-            "rm_accuracy_heldout_ci": [round(accuracy.low, 4), round(accuracy.high, 4)],
-            "shorter_is_preferred": 1 - longer}
-
-
 def print_worst(reward_model, examples, most=5):
     """The held-out pairs that the model gets most confidently wrong show what it misses."""
     worst = []

@@ -16,6 +16,7 @@ import torch
 from minirlhf.answers import parse_stop, reference_answers
 from minirlhf.files.errors import UserError, require, shown
 from minirlhf.generate import decode
+from minirlhf.health import judge_reward_model
 from minirlhf.running.runs import read_report
 
 LARGEST = torch.finfo(torch.float32).max
@@ -102,7 +103,7 @@ class FunctionReward:
 def check_fits(reward_model, policy, examples, cfg):
     """UserError unless the reward model can read every prompt with every response.
 
-    Also warns if its training run found it no better than chance or than length.
+    Also if its training run found it no better than chance or than length, unless --insist.
     """
     tokens, positions = reward_model.config.vocab_size, reward_model.config.n_positions
     require(tokens == policy.config.vocab_size,
@@ -112,9 +113,5 @@ def check_fits(reward_model, policy, examples, cfg):
     require(longest <= positions,
             f"--reward {cfg.reward} has {positions} positions, the longest prompt and response "
             f"{longest}: lower --max_prompt or --max_response")
-    report = read_report(cfg.reward)
-    low, _ = report.get("rm_accuracy_heldout_ci", (1, 1))
-    longer = report.get("longer_is_preferred", 0.5)
-    if low <= max(longer, 1 - longer):
-        print(f"warning: by its report, {cfg.reward} is not clearly better than chance or length "
-              "alone. PPO will optimise noise")
+    good, sentence = judge_reward_model(read_report(cfg.reward))
+    require(good or cfg.insist, f"--reward {cfg.reward}: {sentence}. --insist starts anyway")
