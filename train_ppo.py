@@ -286,8 +286,7 @@ def main(argv=None):
         # 8. Log, print the best and the worst sample, update beta, save a checkpoint.
         run.log(iteration, metrics, health.SHOWN, health.complaints)
         if not cfg.insist:
-            health.check_collapse(run)
-            health.keep_good(run, policy, tokenizer)
+            health.check_collapse(run, policy, tokenizer)
         if iteration % 20 == 0 or iteration == cfg.iterations - 1:
             health.print_samples(rollout, gold_scores, iteration, run, tokenizer)
         if cfg.target_kl:

@@ -167,7 +167,7 @@ def main(argv=None):
     take_over(cfg)
     tokenizer = load_tokenizer(cfg.model)
     stop = parse_stop(cfg.stop, tokenizer)
-    # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores (Huang 2024).
+    # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores.
     sft = from_pretrained(cfg.model, cfg.dtype).to(device).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
     reward_model = ScalarHeadModel(from_pretrained(cfg.model, cfg.dtype)).to(device).eval()

@@ -43,6 +43,14 @@ def take_over(cfg):
             setattr(cfg, name, before.get(name, otherwise))
 
 
+def sample_as_trained(args, folder):
+    """The same for a tool, whose open flags are None. Without a run: 64 tokens at temperature 1."""
+    before = read_options(folder)
+    for name, otherwise in (("max_response", 64), ("temperature", 1.0), ("stop", "")):
+        if getattr(args, name, None) is None:
+            setattr(args, name, before.get(name) or otherwise)
+
+
 def settle_limits(cfg, examples, positions):
     """Decides the lengths that are still open from the data, and prints all limits.
 

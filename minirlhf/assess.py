@@ -263,15 +263,21 @@ def assess(policy, reference, reward_model, tokenizer, rows, sampling, gold=None
     if gold:
         wins = stats.wins_of(gold(after.prompts, after.texts), gold(before.prompts, before.texts))
         figures["win_rate"] = stats.rate(wins)
-    print(f"\n{name} against sft on {len(after.prompts):,} held-out prompts, 95 % intervals\n"
-          f"{'':<20}{'sft':>26}{name:>26}")
-    for figure in figures:
-        print(f"{figure:<20}{str(sft.get(figure, '')):>26}{str(figures[figure]):>26}")
+    print_figures(f"{name} against sft on {len(after.prompts):,} held-out prompts, 95 % intervals",
+                  {"sft": sft, name: figures})
     columns = {"sft": flat(sft), name: flat(figures)}
     return {"n_prompts": len(after.prompts), "seed": sampling.seed,
             "win_rate": columns[name].get("win_rate"),
             "win_rate_ci": columns[name]["ci"].get("win_rate"), "kl": columns[name]["kl"],
             **columns}
+
+
+def print_figures(title, columns):
+    """Prints {model: {name: Estimate}} side by side."""
+    print(f"\n{title}\n{'':<20}" + "".join(f"{model[-24:]:>26}" for model in columns))
+    for name in dict.fromkeys(name for figures in columns.values() for name in figures):
+        cells = [str(figures.get(name, "")) for figures in columns.values()]
+        print(f"{name:<20}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def flat(figures):

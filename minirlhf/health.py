@@ -19,76 +19,80 @@ SHOWN = ("objective/scores", "objective/gold", "objective/kl", "objective/entrop
 WINDOW = 5          # iterations that a trend compares with as many before them
 
 
-# ---- go or no-go after each stage ------------------------------------------------------------------
+# ---- go or no-go after each stage ----------------------------------------------------------------
 
 def judge_sft(report):
-    """Prints whether an SFT model is good enough to be labelled, and what to do if not."""
+    """Prints whether an SFT model is good enough to be labelled, and what to do if it is not."""
     said, problems = f"{report['eos_rate']:.0%} of its answers end by themselves", []
     if report["eos_rate"] < ENOUGH_ENDS:
-        problems.append(f"Good is {ENOUGH_ENDS:.0%}: more --epochs, more demonstrations, or a higher --max_response")
+        problems.append(f"Good is {ENOUGH_ENDS:.0%}: try more --epochs, more demonstrations, or a "
+                        "higher --max_response")
     if "loss_heldout" in report:
         said = f"held-out loss {report['loss_heldout']:.3f}, {said}"
         if report["loss_heldout"] > 1.1 * report["loss_heldout_best"]:
-            problems.append(f"The held-out loss was {report['loss_heldout_best']:.3f} before: fewer --epochs")
-    print(f"\n{'no-go' if problems else 'go'}: {said}. {'. '.join(problems) or 'Read the answers above. Next: labels'}")
+            problems.append(f"The held-out loss was {report['loss_heldout_best']:.3f} before: try "
+                            "fewer --epochs")
+    advice = ". ".join(problems) or "Read the answers above. If they are usable, collect labels"
+    print(f"\n{'no-go' if problems else 'go'}: {said}. {advice}")
 
 
 def judge_reward_model(report):
     """(whether PPO can learn from a reward model, a sentence), by its report.json."""
     low, high = report.get("rm_accuracy_heldout_ci", (1, 1))
-    length = max(report.get("longer_is_preferred", 0.5), 1 - report.get("longer_is_preferred", 0.5))
-    said = f"held-out accuracy {report.get('rm_accuracy_heldout', math.nan):.3f} [{low:.3f}, {high:.3f}]"
+    longer = report.get("longer_is_preferred", 0.5)
+    length = max(longer, 1 - longer)
+    accuracy = report.get("rm_accuracy_heldout", math.nan)
+    said = f"held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
     if low <= 0.5:
-        return False, f"no-go: {said} is not better than chance. Collect more comparisons; SFT alone is the better model"
+        return False, f"no-go: {said} is not better than chance. Collect more comparisons"
     if low <= length:
-        return False, f"no-go: {said} is not better than length alone ({length:.3f}): it may have learned only that"
-    return True, f"go: {said}, better than chance and than length alone ({length:.3f})"
+        return False, f"no-go: {said} is not better than length alone, {length:.3f}"
+    return True, f"go: {said} is better than chance and than length alone, {length:.3f}"
 
 
 def check_start(metrics, limit):
-    """UserError if most responses of the first rollout did not end: PPO would mostly learn to be short."""
+    """UserError if most responses of the first rollout are cut off: PPO would learn to be short."""
     ended = metrics["rollout/eos_rate"]
     if ended < 0.5:
-        raise UserError(f"only {ended:.0%} of the first responses ended within {limit} tokens. Raise --max_response, set "
-                        "--stop, or train SFT longer. --insist starts anyway")
-    print(f"go: {ended:.0%} of the first responses end by themselves, KL {metrics['objective/kl']:.3f}, scores vary by "
-          f"{metrics['rollout/score_std']:.2f}")
+        raise UserError(f"only {ended:.0%} of the first responses ended within {limit} tokens. "
+                        "Raise --max_response, set --stop, or train SFT longer. --insist starts "
+                        "anyway")
+    print(f"go: {ended:.0%} of the first responses end by themselves, the KL is "
+          f"{metrics['objective/kl']:.3f}, scores vary by {metrics['rollout/score_std']:.2f}")
 
 
 def collapse(history, allowance=1.0):
-    """What is gone from the policy, as text, or "". A small allowance is stricter: 0.5 asks for twice the rest."""
+    """What is gone from the policy, as text, or "". An allowance below 1 is stricter."""
     if len(history) < WINDOW:
         return ""
     first, recent = history[0], history[-WINDOW:]
-    length, entropy, kl, score = (fmean(row[name] for row in recent) for name in (
-        "rollout/length", "objective/entropy", "objective/kl", "objective/scores"))
-    per_token = first["objective/entropy"] / first["rollout/length"]
-    if length < 0.5 * first["rollout/length"] / allowance:
-        return f"the responses have shrunk from {first['rollout/length']:.1f} to {length:.1f} tokens"
-    if entropy / length < 0.1 * per_token / allowance:
-        return f"the entropy has fallen from {per_token:.2f} to {entropy / length:.2f} nats a token"
-    if kl > 1.5 * allowance * length or (kl > 0.75 * allowance * length and score < first["objective/scores"] + 0.2):
-        return f"the KL is {kl:.0f} nats with a score of {score:+.2f}"
+    length = fmean(row["rollout/length"] for row in recent)
+    entropy = fmean(row["objective/entropy"] for row in recent) / length        # nats per token
+    kl = fmean(row["objective/kl"] for row in recent) / length                  # nats per token
+    gain = fmean(row["objective/scores"] for row in recent) - first["objective/scores"]
+    first_entropy = first["objective/entropy"] / first["rollout/length"]
+    if length < 0.5 / allowance * first["rollout/length"]:
+        return f"responses have shrunk from {first['rollout/length']:.1f} to {length:.1f} tokens"
+    if entropy < 0.1 / allowance * first_entropy:
+        return f"the entropy has fallen from {first_entropy:.2f} to {entropy:.2f} nats a token"
+    if kl > 1.5 * allowance or (kl > 0.75 * allowance and gain < 0.2):
+        return f"the KL is {kl:.2f} nats a token, and the score has changed by {gain:+.2f}"
     return ""
 
 
-def check_collapse(run):
-    """UserError that names the last good policy, if the policy has collapsed."""
+def check_collapse(run, policy, tokenizer):
+    """UserError if the policy has collapsed. Far from that, every tenth policy goes to RUN/good."""
+    good, step = run.folder / "good", run.rows[-1]["step"]
     if reason := collapse(run.rows):
-        good = run.folder / "good"
-        kept = f"The policy of before is in {good}" if good.exists() else "No policy of before was kept"
-        raise UserError(f"iteration {run.rows[-1]['step']}: collapsed, {reason}. {kept}. A lower --lr, a higher --beta or "
-                        "more comparisons may help. --insist goes on")
+        kept = f"An earlier policy is in {good}" if good.exists() else "No earlier policy was kept"
+        raise UserError(f"iteration {step}: the policy has collapsed: {reason}. {kept}. A lower "
+                        "--lr, a higher --beta or more comparisons may help. --insist goes on")
+    if run.first and step % 10 == 9 and not collapse(run.rows, allowance=0.7):
+        save_pretrained(policy, good)
+        save_tokenizer(tokenizer, good)
 
 
-def keep_good(run, policy, tokenizer):
-    """Every tenth iteration, an export of the policy to RUN/good, as long as it is far from a collapse."""
-    if run.first and run.rows[-1]["step"] % 10 == 9 and not collapse(run.rows, allowance=0.7):
-        save_pretrained(policy, run.folder / "good")
-        save_tokenizer(tokenizer, run.folder / "good")
-
-
-# ---- the log -------------------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------------
 
 def rollout_metrics(rollout, beta, gold_scores):
     """What the log says about a rollout. Units and healthy ranges: minirlhf/DETAILS.md."""

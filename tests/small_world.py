@@ -69,7 +69,7 @@ def small_world(folder):
 
 def ppo_flags(world, *flags, out="ppo"):
     return ["--model", f"{world}/sft", "--reward", f"{world}/rm", "--data", f"{world}/prompts.jsonl", "--heldout", "",
-            "--gold", "none", "--device", "cpu", "--dtype", "float32", "--out", f"{world}/{out}", "--iterations", "1",
+            "--gold", "none", "--insist", "--device", "cpu", "--dtype", "float32", "--out", f"{world}/{out}", "--iterations", "1",
             "--batch_size", "12", "--micro_batch", "5", "--max_response", "12", *map(str, flags)]
 
 

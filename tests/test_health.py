@@ -8,8 +8,7 @@ import torch
 
 import train_ppo
 from minirlhf import stats
-from minirlhf.assess import verdict_on_accuracy
-from minirlhf.health import WINDOW, complaints, rollout_metrics
+from minirlhf.health import WINDOW, complaints, judge_reward_model, rollout_metrics
 from minirlhf.weights import save_pretrained
 from mutation import mutant
 from small_world import Networks, config, letters_gpt2, rows_of, run_ppo, small_world
@@ -197,12 +196,8 @@ def test_distinct_pairs_are_different_neighbours_over_all_neighbours_within_resp
     (0.7, 1000, 0.7, "length"), (0.7, 1000, 0.3, "length"), (0.7, 40, 0.6, "length"),
     (0.7, 1000, 0.6, None), (0.6, 1000, 0.5, None),
 ])
-def test_an_accuracy_no_better_than_chance_or_than_length_is_warned_about(capsys, accuracy, prompts, longer, says):
-    right, by_length = (stats.rate([i < share * prompts for i in range(prompts)]) for share in (accuracy, longer))
-    report = verdict_on_accuracy({"rm_accuracy_heldout": right, "longer_is_preferred": by_length,
-                                  "rm_accuracy_gold": stats.rate([True])})
-    said = capsys.readouterr().out
-    assert said.count("warning") == (says is not None) and (says or "") in said
-    low, high = report["rm_accuracy_heldout_ci"]
-    assert low < report["rm_accuracy_heldout"] == accuracy < high and report["rm_accuracy_gold"] == 1
-    assert report["longer_is_preferred"] == longer and report["shorter_is_preferred"] == pytest.approx(1 - longer)
+def test_a_reward_model_no_better_than_chance_or_than_length_is_a_no_go(accuracy, prompts, longer, says):
+    right = stats.rate([i < accuracy * prompts for i in range(prompts)])
+    good, said = judge_reward_model({"rm_accuracy_heldout": right.value, "longer_is_preferred": longer,
+                                     "rm_accuracy_heldout_ci": [right.low, right.high]})
+    assert good == (says is None) and (says or "go: ") in said

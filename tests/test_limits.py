@@ -31,11 +31,11 @@ def test_sft_decides_the_limits_and_the_later_stages_take_them_over(world):
     assert (sft["max_prompt"], sft["max_response"], sft["temperature"]) == (16, 16, 0.9)
     train_rm.main(script_flags(world, "rm1", "--model", f"{world}/sft1", "--data", f"{world}/comparisons.jsonl",
                                "--epochs", 1, "--gold", "none"))
-    train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", *OPEN, "--insist", out="ppo1"))
+    train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", *OPEN, out="ppo1"))
     for run in ("rm1", "ppo1"):
         assert {name: read_options(world / run)[name] for name in ("max_prompt", "max_response", "temperature")} == {
             "max_prompt": 16, "max_response": 16, "temperature": 0.9}
-    train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", "--max_response", 7, "--insist", out="ppo2"))
+    train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", "--max_response", 7, out="ppo2"))
     assert read_options(world / "ppo2")["max_response"] == 7
     assert all(row["rollout/length"] <= 7 for row in read_metrics(world / "ppo2"))
 
@@ -54,13 +54,13 @@ def test_ppo_refuses_a_reward_model_that_is_no_better_than_chance(world):
     (world / "rm/report.json").write_text(json.dumps({
         "rm_accuracy_heldout": 0.588, "rm_accuracy_heldout_ci": [0.4, 0.754], "longer_is_preferred": 0.5}))
     with pytest.raises(UserError, match="not better than chance.*--insist"):
-        train_ppo.main(ppo_flags(world))
-    train_ppo.main(ppo_flags(world, "--insist"))
+        train_ppo.main(ppo_flags(world, "--no-insist"))
+    train_ppo.main(ppo_flags(world))
 
 
 def test_ppo_refuses_to_start_where_most_answers_are_cut_off(world):
     with pytest.raises(UserError, match="first responses ended within 2 tokens.*--insist"):
-        train_ppo.main(ppo_flags(world, "--max_response", 2))
+        train_ppo.main(ppo_flags(world, "--no-insist", "--max_response", 2))
 
 
 def rows(n=20, **last):
@@ -90,8 +90,8 @@ def test_a_collapsed_run_ends_and_names_the_policy_of_before(world, monkeypatch)
         return seen[-1] | ({"rollout/length": 1.0} if len(seen) > 16 else {})
     monkeypatch.setattr(health, "rollout_metrics", shrinking)
     monkeypatch.setattr(health, "check_start", lambda *_: None)
-    with pytest.raises(UserError, match="collapsed, the responses have shrunk.*good"):
-        train_ppo.main(ppo_flags(world, "--iterations", 40, "--lr", 0, "--value_lr", 0))
+    with pytest.raises(UserError, match="collapsed: responses have shrunk.*good"):
+        train_ppo.main(ppo_flags(world, "--no-insist", "--iterations", 40, "--lr", 0, "--value_lr", 0))
     assert (world / "ppo/good/model.safetensors").exists() and not (world / "ppo/model.safetensors").exists()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.films.lexicon import compound, ratings
-from minirlhf.assess import measure_model, perplexity
+from minirlhf.assess import measure_model, perplexity, print_figures
 from minirlhf.data import Example, Row, read_demonstrations, read_prompts
 from minirlhf.files.errors import run_main
 from minirlhf.files.json_files import write_json
@@ -29,7 +29,6 @@ from minirlhf.running.config import Parser
 from minirlhf.running.device import pick_device
 from minirlhf.stats import plain
 from minirlhf.tools.evaluate.report import sampling_of
-from minirlhf.tools.evaluate.tables import print_figures
 from minirlhf.weights import from_pretrained
 
 BOUND = 0.05                            # of the compound, beyond which a text is positive or negative

@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 import torch
 
-from minirlhf.answers import parse_stop, respond
+from minirlhf.answers import parse_stop, respond, sample_as_trained
 from minirlhf.data import encode_prompt, read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode
@@ -33,7 +33,7 @@ def reply(model, tokenizer, prompt, args, seed):
     room = model.config.n_positions - len(ids)
     require(room >= 1, f"the prompt has {len(ids)} tokens; this model has {model.config.n_positions} positions in all")
     rng, most = torch.Generator().manual_seed(seed), min(args.max_response, room)
-    (tokens, finished), = respond(model, [ids], most, parse_stop("", tokenizer), rng, args.temperature)
+    (tokens, finished), = respond(model, [ids], most, parse_stop(args.stop, tokenizer), rng, args.temperature)
     return decode(tokenizer, tokens) + ("" if finished else " [...]")
 
 
@@ -50,12 +50,13 @@ def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.chat", description=__doc__)
     parser.add_argument("models", nargs="+", help="one or more model folders")
     parser.add_argument("--prompts", help="what an empty line picks from [what the first model's run held out]")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--max_response", type=int, default=64, help="most tokens of an answer")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token [as the first model's run]")
+    parser.add_argument("--max_response", type=int, help="most tokens of an answer [as the first model's run]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--explain", action="store_true", help="print PPO's view of each answer of the first model")
     parser.add_argument("--device", default="")
     args = parser.parse_args(argv)
+    sample_as_trained(args, args.models[0])
     device, width = pick_device(args.device), shutil.get_terminal_size().columns
     loaded = [(from_pretrained(path).to(device), load_tokenizer(path)) for path in args.models]
     explainer = Explainer(args.models[0], device) if args.explain else None

@@ -125,8 +125,10 @@ def copy_tree(patch, tree):
 def run_script(script, *words, folder=None, log=None, **flags):
     """Runs a script of this repository, or of a copy, as from the command line -> how many seconds it took.
 
-    folder: where it runs [here]. log: a file, None for the terminal. UserError has its last line if it fails.
+    folder: where it runs [here]. log: a file, None for the terminal. UserError has its last line if it fails. PPO goes
+    on whatever its checks say: an experiment may want to see a run go wrong.
     """
+    words = (*words, "--insist") if Path(script).name == "train_ppo.py" else words
     argv, begun = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())], time.time()
     with open(log or os.devnull, "a", encoding="utf-8") as file:
         print(f"\n$ python {script} {' '.join(argv)}", file=file if log else None, flush=True)

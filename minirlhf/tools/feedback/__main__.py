@@ -17,6 +17,7 @@ If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.
 
 from pathlib import Path
 
+from minirlhf.answers import sample_as_trained
 from minirlhf.data import encode_rows, follow_template, read_comparisons, read_demonstrations, read_prompts
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
@@ -32,6 +33,7 @@ from minirlhf.tools.feedback.votes import Journal, lock, sidecar
 def collect(mode, folders, K, args):
     """What all modes share: K answers to each prompt from the models in `folders`, shown on a page."""
     args.prompts = args.prompts or prompts_for(folders[0] if folders else "", "heldout" if mode == "judge" else "data")
+    sample_as_trained(args, folders[0] if folders else "")
     policies = items.load_policies(folders, pick_device(args.device))
     require(mode == "write" or args.temperature > 0 or K <= len(policies),
             "--temperature 0 samples the same answer every time; there would be nothing to compare")
@@ -120,8 +122,9 @@ def page_flags(out):
         "--out": dict(default=out, help="the file that the votes are appended to [%(default)s]"),
         "--guidelines": dict(default="", metavar="FILE", help="text or Markdown to show to the annotators [none]"),
         "--n": dict(type=count, default=0, help="only the first n prompts; 0 is all [%(default)s]"),
-        "--max_response": dict(type=count, default=64, help="most tokens of an answer [%(default)s]"),
-        "--temperature": dict(type=float, default=1.0, help="sampling temperature [%(default)s]"),
+        "--max_response": dict(type=count, help="most tokens of an answer [as the first model's run]"),
+        "--temperature": dict(type=float, help="sampling temperature [as the first model's run]"),
+        "--stop": dict(help="what ends an answer, like '.,8'; '' is EOS [as the first model's run]"),
         "--seed": dict(type=count, default=1, help="seed of the sampling and of the order shown [%(default)s]"),
         "--device": dict(default="", help="cuda, mps or cpu [the first of these that is available]"),
         "--port": dict(type=count, default=8321, help="port of the page on 127.0.0.1; 0: a free one [%(default)s]"),

@@ -110,7 +110,7 @@ def given_item(value, where):
 def sample(policy, prompt, n, rng, args):
     """n answers with different texts -> {text: finished}. Fewer if the model keeps repeating itself."""
     prompts, answers = [encode_prompt(policy.tokenizer, prompt)] * n, {}
-    stop = parse_stop("", policy.tokenizer)
+    stop = parse_stop(args.stop, policy.tokenizer)
     for _ in range(ROUNDS):
         for ids, finished in respond(policy.model, prompts, args.max_response, stop, rng, args.temperature):
             answers.setdefault(decode(policy.tokenizer, ids), finished)
