@@ -118,7 +118,7 @@ def kill(process, folder, moment, seconds):
     def reached():
         working = "PPO: 40 prompts" in process.said()
         return process.process.poll() is not None or moment == "start" or working and (
-            moment == "training" or rows_of(folder) == ITERATIONS)
+            moment == "training" and (folder / "state.pt").exists() or rows_of(folder) == ITERATIONS)
 
     while not reached():
         time.sleep(0.002)
