@@ -94,6 +94,16 @@ PRESETS = {
         value_lr=1e-5,
         dtype="bfloat16",
     ),
+    "smollm2": dict(        # a laptop, 135M: few large steps, because rollouts take most of the time
+        iterations=36,
+        batch_size=32,
+        missing_eos=-1.0,
+        epochs=1,
+        micro_batch=0,
+        lr=7e-5,
+        value_lr=7e-5,
+        dtype="bfloat16",
+    ),
 }
 
 

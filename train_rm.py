@@ -76,6 +76,14 @@ PRESETS = {
         temperature=0.7,
         dtype="bfloat16",
     ),
+    "smollm2": dict(        # a laptop, 135M. A pretrained model needs no reminder of its language.
+        lm_coef=0.0,
+        epochs=1,
+        batch_size=16,
+        micro_batch=8,
+        lr=3e-5,
+        dtype="bfloat16",
+    ),
 }
 
 

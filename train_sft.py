@@ -30,8 +30,8 @@ import torch
 # 0.02 * sqrt(768 / n_embd) is 0.057 at 96. With 0.02 the embeddings would be too small: after 500
 # steps the model would not yet copy the requested thing into its story.
 TINY = dict(n_positions=128, n_embd=96, n_layer=3, n_head=4, initializer_range=0.06)
+WARMUP = 50     # steps over which the learning rate rises
 LONGEST_NEW = 1024      # most positions of a new model
-WARMUP = 50             # steps over which the learning rate rises
 
 
 @dataclasses.dataclass
@@ -72,6 +72,14 @@ PRESETS = {
         batch_size=32,
         micro_batch=8,
         lr=2e-5,
+        dtype="bfloat16",
+    ),
+    "smollm2": dict(    # a laptop, 135M: the recipes of data/README.md
+        model="smollm2-135m-instruct",
+        epochs=1,
+        batch_size=16,
+        micro_batch=0,
+        lr=1e-4,
         dtype="bfloat16",
     ),
 }

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from minirlhf.files.errors import require
 from minirlhf.generate import (NORMALISE, SAMPLE, decode, generate, generator, left_pad,
                                micro_batches)
+from minirlhf.running.device import sampling_copy
 from minirlhf.running.runs import read_options
 
 SAMPLES = 512       # of the SFT model: their scores get mean 0 and standard deviation 1
@@ -74,6 +75,7 @@ def respond(model, prompts, limit, stop, rng, temperature=1.0, batch_size=128, p
     prompts, a list of (response ids as a list, finished); the EOS is among the ids.
     """
     device = next(model.parameters()).device
+    model = sampling_copy(model) if model.dtype == "bfloat16" else model
     uniforms = torch.rand(len(prompts), limit, generator=rng)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)

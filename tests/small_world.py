@@ -127,7 +127,8 @@ class GivenScores(FunctionReward):
 # ---- the same in memory ----------------------------------------------------------------------------------------------
 
 def config(**changes):
-    return train_ppo.Config(**dict(batch_size=12, micro_batch=5, max_response=12, dtype="float32") | changes)
+    return train_ppo.Config(**dict(batch_size=12, micro_batch=5, max_response=12, dtype="float32",
+                                     temperature=1.0, stop="") | changes)
 
 
 class Networks:

@@ -84,7 +84,8 @@ def test_ppo_points_are_measured_from_where_the_sft_model_stands(tmp_path):
 
 def run_here(script, **flags):
     """run_script in this process: starting one takes seconds."""
-    importlib.import_module(Path(script).stem).main([f"--{name}={value}" for name, value in flags.items()])
+    importlib.import_module(Path(script).stem).main([
+        f"--{name}={value}" for name, value in flags.items()] + ["--insist"] * (script == "train_ppo.py"))
 
 
 def test_the_experiment_runs_in_another_world(tmp_path, capsys, monkeypatch):

@@ -116,7 +116,8 @@ def patched(name, script, folder):
 def rollout_of(module, n_prompts, K, **changes):
     """(policy, cfg, rollout) of a script without a value model: row k n_prompts + i is response k to prompt i."""
     networks, B = Networks(config()), n_prompts * K
-    cfg = module.Config(batch_size=B, micro_batch=5, max_response=12, dtype="float32", **changes)
+    cfg = module.Config(batch_size=B, micro_batch=5, max_response=12, dtype="float32", temperature=1.0, stop="",
+                        **changes)
     scores = GivenScores(torch.randn(B, generator=torch.Generator().manual_seed(0)))
     return networks.policy, cfg, module.make_rollout(examples(n_prompts) * K, networks.policy, networks.reference,
                                                      scores, TOKENIZER, cfg, 0.1, 0)

@@ -1,5 +1,6 @@
 """Functions of users: what a reward function may return, and one clear line for everything else."""
 
+import contextlib
 import json
 import types
 
@@ -78,24 +79,25 @@ def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tm
         load_function(f"{tmp_path}/{spec}")
 
 
-def check(folder, reward_tokens=7, reward_positions=20):
+def check(folder, reward_tokens=7, reward_positions=20, insist=False):
     """check_fits with a policy of 7 tokens and 20 positions, a prompt of 2 tokens and responses of 5."""
     policy, reward = (types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=v, n_positions=n))
                       for v, n in ((7, 20), (reward_tokens, reward_positions)))
-    cfg = types.SimpleNamespace(reward=str(folder), model="m", max_response=5)
+    cfg = types.SimpleNamespace(reward=str(folder), model="m", max_response=5, insist=insist)
     check_fits(reward, policy, [types.SimpleNamespace(prompt=[1, 2])], cfg)
 
 
-@pytest.mark.parametrize("report, warns", [
+@pytest.mark.parametrize("report, refused", [
     ({"rm_accuracy_heldout_ci": [0.48, 0.6]}, True),
     ({"rm_accuracy_heldout_ci": [0.55, 0.7], "longer_is_preferred": 0.4}, True),
     ({"rm_accuracy_heldout_ci": [0.75, 0.9], "longer_is_preferred": 0.4}, False), ({}, False), (None, False),
 ])
-def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_named(tmp_path, capsys, report, warns):
+def test_a_reward_model_that_its_own_run_found_no_better_than_chance_is_refused(tmp_path, report, refused):
     if report is not None:
         (tmp_path / "report.json").write_text(json.dumps(report))
-    check(tmp_path)
-    assert ("not clearly better than chance" in capsys.readouterr().out) == warns
+    with pytest.raises(UserError, match="no-go.*--insist") if refused else contextlib.nullcontext():
+        check(tmp_path)
+    check(tmp_path, insist=True)
 
 
 @pytest.mark.parametrize("tokens, positions, says", [(8, 20, "share one vocabulary"), (7, 6, "6 positions, .* 7")])

@@ -26,7 +26,7 @@ from small_world import (letters_gpt2, read_metrics, recorded, rows_of, run_ppo,
 
 TINY = Path(__file__).parent.parent / "data/tiny"
 STEPS = ["--epochs", "2", "--batch_size", "12", "--micro_batch", "5"]
-PPO = ["--iterations", "2", "--batch_size", "6", "--micro_batch", "2", "--max_response", "6", "--epochs", "2"]
+PPO = ["--insist", "--iterations", "2", "--batch_size", "6", "--micro_batch", "2", "--max_response", "6", "--epochs", "2"]
 
 
 def sft_args(folder, out):
