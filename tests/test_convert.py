@@ -192,6 +192,56 @@ def test_a_list_of_messages_without_an_answer_is_dropped(capsys):
     assert "1  dropped: no answer in a list of messages" in printed and "1  dropped: empty prompt" in printed
 
 
+# ---- what would be silently wrong ------------------------------------------------------------------------------------
+
+Q = "\n\nHuman: Q?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": [user("Q?")], "chosen": [user("Q?"), assistant("a")], "rejected": [user("Q?"), assistant("b")]},
+    {"prompt": "Q?", "chosen": [user("Q?"), assistant("a")], "rejected": [user("Q?"), assistant("b")]},
+    {"prompt": Q, "chosen": Q + " a", "rejected": Q + " b"},
+    {"prompt": "Q?", "chosen": Q + " a", "rejected": Q + " b"},
+    {"prompt": Q, "chosen": " a\n\nHuman: And then?", "rejected": " b"},
+    {"chosen": Q + " a\n\nHuman: And then?", "rejected": Q + " b"},
+    {"chosen": [user("Q?"), assistant("a"), user("And then?")], "rejected": [user("Q?"), assistant("b")]},
+])
+def test_a_response_holds_neither_its_prompt_nor_the_next_human_turn(row, capsys):
+    assert converted("rows.jsonl", [row]) == [{"prompt": Q, "chosen": " a", "rejected": " b"}]
+    assert ("a copy of their prompt" in capsys.readouterr().out) != ("And then?" in str(row))
+
+
+def test_responses_that_begin_with_their_prompt_lose_it_only_where_all_do(capsys):
+    assert converted("all.csv", "prompt,response\nHi,Hi you\nHo,Ho ho\n") == [
+        {"prompt": "Hi", "response": " you"}, {"prompt": "Ho", "response": " ho"}]
+    convert.main([save("some.csv", "prompt,response\nHi,Hi you\nHo,What?\n"), "--out", "some.jsonl"])
+    assert [row.responses for row in read_demonstrations("some.jsonl")] == [(" Hi you",), (" What?",)]
+    assert "1  responses begin with their prompt and are kept" in capsys.readouterr().out
+
+
+def test_a_side_that_repeats_another_prompt_is_dropped(capsys):
+    with pytest.raises(UserError, match="0 usable prompts"):
+        converted("rows.jsonl", [{"prompt": [user("Q?")], "chosen": [user("Who?"), assistant("a")],
+                                  "rejected": [user("Q?"), assistant("b")]},
+                                 {"prompt": "Other", "chosen": Q + " a", "rejected": Q + " b"}])
+    assert capsys.readouterr().out.count("1  dropped: ") == 2
+
+
+def test_a_turn_of_weight_zero_is_no_demonstration():
+    draft = assistant("WRONG DRAFT") | {"weight": 0}
+    rows = [{"messages": [user("Q?"), draft]}, {"messages": [user("Q?"), assistant("a"), user("More"), draft]},
+            {"messages": [user("Q?"), draft, user("No"), assistant("a") | {"weight": 1}]}]
+    assert converted("rows.jsonl", rows) == [{"prompt": Q, "response": " a"},
+                                             {"prompt": "\n\nHuman: Q?\n\nAssistant: WRONG DRAFT\n\nHuman: No"
+                                              "\n\nAssistant:", "response": " a"}]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "<noinput>", "<no input>", "N/A", "None", "nan", "No input", None])
+def test_an_input_that_says_nothing_is_no_input(blank):
+    assert converted("rows.jsonl", [{"instruction": "Add.", "input": blank, "output": "3"}]) == [
+        {"prompt": WITHOUT, "response": "3"}]
+
+
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 def test_the_split_is_that_of_heldout_auto_and_shares_no_prompt():

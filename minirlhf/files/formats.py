@@ -19,6 +19,13 @@ def formats_of(names):
     return [fields for fields in found if not any(set(fields) < set(other) for other in found)]
 
 
+def last_answer(dialogue):
+    """A dialogue as text -> (all before its last answer, that answer, what the human says after it)."""
+    prompt, mark, rest = dialogue.rpartition(ASSISTANT)
+    answer, human, after = rest.partition(HUMAN)
+    return prompt + mark, answer, human + after
+
+
 def header_of(line):
     """The first line of a CSV file, as bytes -> (delimiter, names in lower case)."""
     first = (line[:10_000].decode("utf-8-sig", "replace").splitlines() or [""])[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
 from minirlhf.files import instructions
 from minirlhf.files.errors import UserError, require, run_main
-from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, formats_of, header_of
+from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, formats_of, header_of, last_answer
 from minirlhf.files.json_files import json_object, read_json, write_json, write_whole
 from minirlhf.files.jsonl import array_objects, is_dialogue, keep, raw_lines, text_field
 from minirlhf.running.config import Parser
@@ -29,7 +29,10 @@ MADE_OF = {"messages": "messages -> prompt, response", "chosen": "chosen, reject
            "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
                           "in front"}
 DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
-             "is the prompt, messages after it are left out")
+             "is the prompt")
+CUT = "answers are followed by more messages, which are left out"
+COPIES = "responses begin with a copy of their prompt, which is left out"
+UNSURE = "responses begin with their prompt and are kept so, since not all of the file do"
 
 
 class Dropped(Exception):
@@ -75,41 +78,93 @@ def check_format(names, where):
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
-def convert(fields, value, where, counts):
-    """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string."""
+def convert(fields, value, where, counts, repeated=False):
+    """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string.
+
+    repeated: whether every response of the file begins with its prompt.
+    """
     if "instruction" in fields:
-        return instructions.demonstration({"input": "", **value}, where, Counter())
-    kept = (*fields, "finished") if fields in OURS[1:4] else fields
-    row = {RENAMED.get(name, name): value[name] for name in kept if name in value}
+        return instructions.demonstration(value, where, Counter())
+    row = renamed(fields, value)
     if any(map(is_dialogue, row.values())):
         row = split_dialogues(row, where, counts)
     row |= {name: text_field(row, name, where) for name in row if name in TEXTS}
     if "prompt" not in row:
         row = split_dialogues(row, where, counts)
-    return useful(row, where, counts)
+    return useful(only_answers(row, where, counts, repeated), where, counts)
+
+
+def renamed(fields, value):
+    kept = (*fields, "finished") if fields in OURS[1:4] else fields
+    return {RENAMED.get(name, name): value[name] for name in kept if name in value}
+
+
+def sides_of(row):
+    return {name: row[name] for name in TEXTS[1:] if name in row}
+
+
+def repeats_prompt(row):
+    """Whether the prompt and all its responses are texts, and all of them begin with the prompt."""
+    prompt, sides = row.get("prompt"), sides_of(row).values()
+    return (isinstance(prompt, str) and bool(prompt.strip() and sides)
+            and all(isinstance(side, str) and side.startswith(prompt) for side in sides))
+
+
+def only_answers(row, where, counts, repeated):
+    """The row with responses that hold neither the prompt nor, in a dialogue, the human's next turn."""
+    prompt, sides = row["prompt"], sides_of(row)
+    if sides and all(side.startswith(HUMAN) and ASSISTANT in side for side in sides.values()):      # whole dialogues
+        row |= split_dialogues(sides, where, counts)
+        if prompt.strip() not in row["prompt"]:
+            raise Dropped("the responses are dialogues that do not hold the prompt")
+        counts[COPIES] += len(sides)
+        return row
+    for name, side in sides.items():
+        if side.startswith(prompt) and prompt.strip():
+            counts[COPIES if repeated else UNSURE] += 1
+            side = side.removeprefix(prompt) if repeated else side
+        row[name], _, after = side.partition(HUMAN) if ASSISTANT in prompt else (side, "", "")
+        counts[CUT] += bool(after)
+    return row
 
 
 def split_dialogues(row, where, counts):
     """Dialogues, as texts or as lists of messages -> a row. Each side continues the list in "prompt", if any."""
+    if isinstance(row.get("prompt"), str) and all(map(is_dialogue, sides_of(row).values())):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     require(len(set(map(is_dialogue, row.values()))) == 1,
             f"{where}: {' and '.join(row)} must all be texts, or all be lists of messages")
     counts[DIALOGUES] += 1
     start = row.pop("prompt", [])
-    sides = {name: split_dialogue(start, side, where) for name, side in row.items()}
+    sides = {name: split_dialogue(start, side, where, counts) for name, side in row.items()}
     prompts = {prompt for prompt, _ in sides.values()} or {as_text(start, where)}
     if len(prompts) > 1:
         raise Dropped("the two sides have different prompts")
     return {"prompt": prompts.pop(), **{name: response for name, (_, response) in sides.items()}}
 
 
-def split_dialogue(start, side, where):                         # -> (prompt, response)
+def split_dialogue(start, side, where, counts):                 # -> (prompt, response)
     if isinstance(side, str):
-        prompt, mark, response = side.rpartition(ASSISTANT)
-        return prompt + mark, response
-    answers = [i for i, message in enumerate(side) if message["role"] == "assistant"]
+        prompt, response, after = last_answer(side)
+        counts[CUT] += bool(after)
+        return prompt, response
+    side = without_copy(start, side, counts)
+    # OpenAI's fine-tuning format marks with a weight of 0 what must not be learned.
+    answers = [i for i, message in enumerate(side) if message["role"] == "assistant" and message.get("weight") != 0]
     if not answers:
         raise Dropped("no answer in a list of messages")
+    counts[CUT] += answers[-1] < len(side) - 1
     return as_text(start + side[:answers[-1]], where), text_field(side[answers[-1]], "content", where)
+
+
+def without_copy(start, side, counts):
+    """The messages of a side without the prompt's, or the last of them, at its beginning."""
+    prompt, said = ([(message["role"], message.get("content")) for message in part] for part in (start, side))
+    copied = next((n for n in range(len(prompt), 0, -1) if said[:n] == prompt[-n:]), 0)
+    if side[copied:] and start and side[copied]["role"] == start[-1]["role"]:
+        raise Dropped("a side does not continue its prompt: the same speaker follows")
+    counts[COPIES] += copied > 0
+    return side[copied:]
 
 
 def as_text(messages, where):
@@ -138,12 +193,13 @@ def useful(row, where, counts):
 
 def convert_all(rows, fields, counts):
     """Yields each row of ours, or the reason to drop it."""
+    repeated = all(repeats_prompt(renamed(fields, value)) for _, value in rows)
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
         for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
-                yield convert(fields, part, where, counts)
+                yield convert(fields, part, where, counts, repeated)
             except Dropped as reason:
                 yield str(reason)
 
@@ -187,7 +243,7 @@ def main(argv=None):
     print(f"{kind}: {MADE_OF.get(fields[0]) or ', '.join(f'{name} -> {RENAMED.get(name, name)}' for name in fields)}")
     print(f"not used: {', '.join(name for name in first if name not in (*fields, 'finished')) or 'nothing'}")
     kept = keep(convert_all(rows, fields, counts), counts)
-    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items()))
+    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items() if n or what == "read"))
     prompts = {row["prompt"] for row in kept}
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
