@@ -56,6 +56,8 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 @pytest.mark.parametrize("name, content", [
     ("a.csv", 'question,answer\nWhy?,So.\nWho? ,"Me, ""I"".\nYes"\n'),
     ("b.csv", '\ufeffPrompt;RESPONSE;id\r\nWhy?; So.;1\r\n"Who? ";"Me, ""I"".\nYes";2\r\n'),
+    ("sep.csv", 'sep=;\r\nprompt;response;;\r\nWhy?;So.;;\r\n;;;\r\n"Who? ";"Me, ""I"".\r\nYes"\r\n'),
+    ("utf16.csv", 'prompt\tresponse\r\nWhy?\tSo.\r\n"Who? "\t"Me, ""I"".\r\nYes"\r\n'.encode("utf-16")),
     ("c.tsv", 'id\t"Prompt"\tCompletion\n\n1\tWhy?\tSo.\n2\tWho? \t"Me, ""I"".\nYes"'),
     ("d.json", json.dumps([{"question": row["prompt"], "answer": row["response"]} for row in QA], indent=1)),
     ("e.json", "\ufeff" + json.dumps(QA)),
@@ -71,6 +73,22 @@ def test_every_kind_of_file_gives_the_same_rows(name, content):
         convert.main([name, "--out", "new/rows.jsonl"])
 
 
+@pytest.mark.parametrize("text, flags", [
+    ("Größe 5 €?".encode("cp1252"), []), ("Größe 5 €?".encode("utf-16"), []), ("Größe 5 €?".encode(), []),
+    ("Größe 5 €?".encode("mac_roman"), ["--encoding", "mac_roman"])])
+def test_letters_arrive_and_foreign_columns_can_be_named(text, flags, capsys):
+    wide = text.startswith(b"\xff\xfe")
+    content = text.decode("utf-16").join(("Id,Question,Reply\n1,", ",Ä")) if wide else b"Id,Question,Reply\n1,%s,A" % text
+    content = content.encode("utf-16") if wide else content
+    row, = converted("q.csv", content, "--columns", "prompt=question,response=Reply", *flags)
+    assert row["prompt"] == "Größe 5 €?" and set(row) == {"prompt", "response"}
+    assert ("Größe" in capsys.readouterr().out) == (text == "Größe 5 €?".encode("cp1252"))
+    for flag, value, named in (("--columns", "prompt=Frage", "'Frage'"), ("--encoding", "no", "no such encoding"),
+                               ("--columns", "Frage", "prompt=Question")):
+        with pytest.raises(UserError, match=named):
+            convert.main(["q.csv", "--out", "other.jsonl", flag, value])
+
+
 @pytest.mark.parametrize("text, place, named", [
     ("prompt,response\na,b\n\"c\nd\",e,f\n", ":3: ", "3 fields for the 2 different names"),
     ("prompt,response\na,b\nc,\"d\ne\n", ":3: ", "unexpected end of data"),
@@ -78,7 +96,9 @@ def test_every_kind_of_file_gives_the_same_rows(name, content):
     ("prompt,response\na," + "b" * 200_000 + "\n", ":2: ", "field limit"),
     ("prompt,response,Prompt\na,b,c\n", ":1: ", "3 fields for the 2 different names"),
     ("prompt,response\n", "", "the fields found (none)"),
-    (b"prompt,response\na,b\nc,\xe9\n", ":3: ", "not CSV in UTF-8"),
+    ("prompt,response\nä,ö\n".encode() + b"c,\xe9\n", ":3: ", "not utf-8"),
+    ("prompt,response\nПочему?,Потому.\n".encode("cp1251"), ":2: ", "--encoding names another"),
+    (b"prompt,response\na,\x81\n", ":2: ", "not utf-8"), (b"\xff\xfea", ":1: ", "not utf-16"),
     ("text,label\na,1\n", ":1: ", "the fields found (text, label) fit 0 of the known formats"),
     ("question,answer,prompt,completion\na,b,c,d\n", ":1: ", "fit 2 of the known formats"),
     ("prompt\rone\rtwo\r", ":1: ", "not CSV"), (b"\x7fELF\0\r\r\1\0", ":1: ", "fit 0 of the known formats"),
@@ -120,6 +140,15 @@ def test_what_cannot_be_converted_is_one_line(text, place, named):
                                                                   "ranks": [2, 1]}),
     ({"prompt": "p", "responses": ["a", " b"], "best": 1}, {"prompt": "p", "responses": ["a", " b"], "best": 1}),
     ({"prompt": "p"}, {"prompt": "p"}),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
+                        {"from": "gpt", "value": "Yo"}]},
+     {"prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "response": " Yo"}),
+    ({"prompt": HH, "response": " So.", "chosen": " So.", "rejected": " No."}, PAIR | {"prompt": HH}),     # rm-static
+    ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")], "chosen": [user("Hi"), assistant("a")],
+      "rejected": [user("Hi"), assistant("b")], "score_chosen": 8.0},                                   # UltraFeedback
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}),
+    ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")]},
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " a"}),
 ])
 def test_every_format_becomes_the_row_written_here(row, expected):
     assert converted("rows.jsonl", [row]) == [expected]

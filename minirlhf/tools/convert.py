@@ -10,22 +10,27 @@ Lists of messages become text as in Anthropic's HH-RLHF: "\\n\\nHuman: ...\\n\\n
 response, and everything before it is the prompt. Rows with an instruction use Stanford's template (data/alpaca).
 """
 
+import argparse
 import csv
+import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
 from minirlhf.files import instructions
 from minirlhf.files.errors import UserError, require, run_main
-from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, formats_of, header_of, last_answer
+from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, USED, UTF_16, formats_of, header_of, last_answer
 from minirlhf.files.json_files import json_object, read_json, write_json, write_whole
 from minirlhf.files.jsonl import array_objects, is_dialogue, keep, raw_lines, text_field
 from minirlhf.running.config import Parser
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
-RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
-MADE_OF = {"messages": "messages -> prompt, response", "chosen": "chosen, rejected -> prompt, chosen, rejected",
+RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response",
+           "conversations": "response"}
+SPEAKERS = {"human": "user", "gpt": "assistant"}                # ShareGPT's names
+MADE_OF = {"messages": "messages -> prompt, response", "conversations": "conversations -> prompt, response", "chosen": "chosen, rejected -> prompt, chosen, rejected",
            "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
                           "in front"}
 DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
@@ -41,39 +46,87 @@ class Dropped(Exception):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def load(path):
-    """A file -> (what kind it is, [(where, row)])."""
-    lines = [(where, line.removeprefix(BOM)) for where, line in raw_lines(path)]
-    start = lines[0][1].lstrip()[:1]
+def load(path, columns=None, encoding=None):
+    """A file -> (what kind it is, [(where, row)]). columns: {our name: theirs}; the others are then left out."""
+    data = b"".join(line for _, line in raw_lines(path))
+    encoding = encoding or ("utf-16" if data.startswith(UTF_16) else None)
+    if encoding:
+        data = decoded(data, encoding, path).encode()
+    data = data.removeprefix(BOM)
+    start = data.lstrip()[:1]
     if start == b"[":
-        return "a JSON array", list(array_objects(path, b"".join(line for _, line in lines)))
-    if start == b"{":
-        return "JSONL", [(where, json_object(line, where)) for where, line in lines if line.strip()]
-    return csv_rows(path, [line for _, line in lines])
+        kind, rows = "a JSON array", list(array_objects(path, data))
+    elif start == b"{":
+        lines = [(f"{path}:{i}", line) for i, line in enumerate(data.split(b"\n"), start=1)]
+        kind, rows = "JSONL", [(where, json_object(line, where)) for where, line in lines if line.strip()]
+    else:
+        kind, rows = csv_rows(path, data, columns)
+    return kind, [(where, pick(row, columns, where)) for where, row in rows] if columns else rows
 
 
-def csv_rows(path, lines):
-    delimiter, names = header_of(lines[0])
-    check_format(names, f"{path}:1")
-    reader = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
-    rows, where, n = [], f"{path}:1", len(set(names))
+def pick(row, columns, where):
+    found = {name.lower(): value for name, value in row.items()}
+    for name in columns.values():
+        require(name.lower() in found, f"{where}: no column {name!r}, which --columns names (found: {', '.join(row)})")
+    return {ours: found[name.lower()] for ours, name in columns.items()}
+
+
+def decoded(data, encoding, path):
     try:
-        for cells in filter(None, reader):                      # an empty line is no row
-            require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
-                    "A text that contains the delimiter must be in double quotes")
-            rows.append((where, dict(zip(names, cells))))
-            where = f"{path}:{reader.line_num + 1}"             # a text in quotes may have several lines
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: the row that begins here is not CSV in UTF-8 ({error})") from None
-    return f"CSV with a header, separated by {delimiter!r}", rows[1:]
+        return data.decode(encoding)
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: there is no such encoding. Try cp1252, mac_roman or utf-16") from None
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not {encoding} ({error.reason}). --encoding names another one") from None
+
+
+def csv_text(data, path):
+    """(text, a note). What is not UTF-8 is taken for Windows' cp1252, unless it does not look like it."""
+    text = data.decode("utf-8", "replace")
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    if not broken:
+        return text, ""
+    guess = data.decode("cp1252", "replace")
+    # Mostly good UTF-8, bytes that cp1252 lacks, or words of accented letters only (as Cyrillic looks): no guess.
+    if sum(letter > "\x7f" for letter in text) > 2 * broken or "\ufffd" in guess or re.search("[À-ÿ]{4}", guess):
+        decoded(data, "utf-8", path)
+    word = re.search(r"\S*[^\x00-\x7f]\S*", guess)[0][:40]
+    return guess, f", read as cp1252, which is a guess: the first word to check is {word!r}. --encoding overrules it"
+
+
+def csv_rows(path, data, columns):
+    text, note = csv_text(data, path)
+    text = text.replace("\r\n", "\n")                          # also within cells
+    says = re.match("sep=(.)\n", text)                          # a line for Excel alone
+    line = 2 if says else 1
+    text = text[says.end():] if says else text
+    delimiter, names = header_of(text.partition("\n")[0].encode(), says and says[1])
+    if not columns:
+        check_format(names, f"{path}:{line}")
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+    rows, where, n = [], f"{path}:{line}", len(set(names))
+    try:
+        for cells in reader:
+            if any(cells):                                      # an empty line is no row
+                while len(cells) > n and not cells[-1]:
+                    cells.pop()
+                require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
+                        "A text that contains the delimiter must be in double quotes")
+                rows.append((where, dict(zip(names, cells))))
+            where = f"{path}:{reader.line_num + line}"      # a text in quotes may have several lines
+    except csv.Error as error:
+        raise UserError(f"{where}: the row that begins here is not CSV ({error})") from None
+    return f"CSV with a header, separated by {delimiter!r}{note}", rows[1:]
 
 
 def check_format(names, where):
     """The fields of the one format that a row has."""
     found = formats_of(names)
     require(len(found) == 1, f"{where}: the fields found ({', '.join(names) or 'none'}) fit {len(found)} of the known "
-            f"formats, and must fit exactly one. The known formats: {'; '.join(map(', '.join, OURS + OTHERS))}")
-    return found[0]
+            f"formats, and must fit exactly one. The known formats: {'; '.join(map(', '.join, OURS + OTHERS))}. "
+            "--columns prompt=NAME,response=NAME chooses columns")
+    return USED.get(found[0], found[0])
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -96,7 +149,14 @@ def convert(fields, value, where, counts, repeated=False):
 
 def renamed(fields, value):
     kept = (*fields, "finished") if fields in OURS[1:4] else fields
-    return {RENAMED.get(name, name): value[name] for name in kept if name in value}
+    return {RENAMED.get(name, name): as_messages(value[name]) for name in kept if name in value}
+
+
+def as_messages(value):
+    """ShareGPT's {"from", "value"} -> {"role", "content"}. Anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in value):
+        return value
+    return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
 
 
 def sides_of(row):
@@ -204,11 +264,12 @@ def convert_all(rows, fields, counts):
                 yield str(reason)
 
 
-def templates_of(fields, counts):
+def templates_of(fields, rows):
     """What meta.json says, so that the tools can find the instruction in a prompt."""
     if "instruction" in fields:
         return {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
-    return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if counts[DIALOGUES] else {}
+    in_dialogue = any(row["prompt"].endswith(ASSISTANT) for row in rows)
+    return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if in_dialogue else {}
 
 
 def write(files, rows, heldout, templates):
@@ -226,18 +287,29 @@ def write(files, rows, heldout, templates):
         print(f"{len(lines):>8,}  rows written to {file}")
 
 
+def columns_of(text):
+    """"prompt=Question,response=Answer" -> {"prompt": "Question", "response": "Answer"}."""
+    pairs = [part.split("=", 1) for part in re.split(r",(?=\w+=)", text)]
+    if any(len(pair) < 2 for pair in pairs):
+        raise argparse.ArgumentTypeError("must look like prompt=Question,response=Answer")
+    return dict(pairs)
+
+
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.convert", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="CSV, a JSON array or JSONL, also compressed with gzip")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
     parser.add_argument("--split", type=float, choices=(0.5, 0.25, 0.2, 0.1, 0.05, 0.02, 0.01), help="share of "
                         "the prompts for a second file, FILE_test. 0.1 takes those that --heldout auto holds out")
+    parser.add_argument("--columns", type=columns_of, metavar="OURS=THEIRS,...", help="use only these columns, under "
+                        "these names, as in prompt=Question,response=Answer")
+    parser.add_argument("--encoding", help="of the file, where the guess is wrong [UTF-8, UTF-16 or cp1252]")
     args = parser.parse_args(argv)
     one_in = round(1 / args.split) if args.split else 0
     files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
     for file in files:
         require(not file.exists(), f"{file} exists and is not overwritten. Choose another --out")
-    kind, rows = load(args.file)
+    kind, rows = load(args.file, args.columns, args.encoding)
     where, first = rows[0] if rows else (args.file, {})
     fields, counts = check_format(first, where), Counter(read=0)
     print(f"{kind}: {MADE_OF.get(fields[0]) or ', '.join(f'{name} -> {RENAMED.get(name, name)}' for name in fields)}")
@@ -247,7 +319,7 @@ def main(argv=None):
     prompts = {row["prompt"] for row in kept}
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
-    write(files, kept, heldout, templates_of(fields, counts))
+    write(files, kept, heldout, templates_of(fields, kept))
 
 
 if __name__ == "__main__":
