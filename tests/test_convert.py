@@ -271,6 +271,20 @@ def test_an_input_that_says_nothing_is_no_input(blank):
         {"prompt": WITHOUT, "response": "3"}]
 
 
+def test_what_a_person_should_look_at_is_counted_and_named(capsys):
+    converted("a.jsonl", [{"prompt": "Call?", "response": "+49 (0)30 123-4567 or me@example.org"},
+                          {"prompt": "Call?", "response": "555-123-4567, from 2024-01-02 to 2024-02-03, 1000000 times"},
+                          {"prompt": "When?", "response": "On 2024-01-02, for 12000000, at 3.14159265"}])
+    out = capsys.readouterr().out
+    assert "1 prompts are there again" in out and "Call?" in out
+    assert "1 rows hold what looks like an e-mail" in out and "2 rows hold what looks like a phone" in out
+    swapped = {"prompt": "Why?", "chosen": " No.", "rejected": " So."}
+    other = {"prompt": "Who?", "chosen": " a", "rejected": " b"}
+    convert.main([save("b.jsonl", [PAIR, swapped, other, other | {"rejected": " c"}, other]), "--out", "b/rows.jsonl"])
+    out = capsys.readouterr().out
+    assert "1 prompts are there again" in out and "Why?" in out and "Who?" not in out
+
+
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 def test_the_split_is_that_of_heldout_auto_and_shares_no_prompt():

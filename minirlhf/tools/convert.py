@@ -15,15 +15,16 @@ import csv
 import io
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import permutations
 from pathlib import Path
 
 from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
 from minirlhf.files import instructions
-from minirlhf.files.errors import UserError, require, run_main
-from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, USED, UTF_16, formats_of, header_of, last_answer
-from minirlhf.files.json_files import json_object, read_json, write_json, write_whole
-from minirlhf.files.jsonl import array_objects, is_dialogue, keep, raw_lines, text_field
+from minirlhf.files.errors import UserError, require, run_main, shown
+from minirlhf.files.formats import ASSISTANT, HUMAN, OTHERS, OURS, USED, UTF_16, formats_of, header_of, last_answer
+from minirlhf.files.json_files import read_json, write_json, write_whole
+from minirlhf.files.jsonl import is_dialogue, keep, read_bytes, read_objects, text_field
 from minirlhf.running.config import Parser
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
@@ -40,6 +41,10 @@ COPIES = "responses begin with a copy of their prompt, which is left out"
 UNSURE = "responses begin with their prompt and are kept so, since not all of the file do"
 
 
+PERSONAL = {"an e-mail address": r"[\w.+-]+@[\w-]+\.\w",
+            "a phone number": r"(?<![\w.])(\+|\(?0\d|\(\d)[\d ()/-]{6,}\d(?!\w)|(?<!\w)\d{3}[-. ]\d{3}[-. ]\d{4}(?!\w)"}
+
+
 class Dropped(Exception):
     """The reason why a row cannot be used."""
 
@@ -48,17 +53,13 @@ class Dropped(Exception):
 
 def load(path, columns=None, encoding=None):
     """A file -> (what kind it is, [(where, row)]). columns: {our name: theirs}; the others are then left out."""
-    data = b"".join(line for _, line in raw_lines(path))
+    data = read_bytes(path)
     encoding = encoding or ("utf-16" if data.startswith(UTF_16) else None)
     if encoding:
         data = decoded(data, encoding, path).encode()
-    data = data.removeprefix(BOM)
     start = data.lstrip()[:1]
-    if start == b"[":
-        kind, rows = "a JSON array", list(array_objects(path, data))
-    elif start == b"{":
-        lines = [(f"{path}:{i}", line) for i, line in enumerate(data.split(b"\n"), start=1)]
-        kind, rows = "JSONL", [(where, json_object(line, where)) for where, line in lines if line.strip()]
+    if start in b"[{":
+        kind, rows = "a JSON array" if start == b"[" else "JSONL", list(read_objects(path, data))
     else:
         kind, rows = csv_rows(path, data, columns)
     return kind, [(where, pick(row, columns, where)) for where, row in rows] if columns else rows
@@ -83,14 +84,11 @@ def decoded(data, encoding, path):
 
 def csv_text(data, path):
     """(text, a note). What is not UTF-8 is taken for Windows' cp1252, unless it does not look like it."""
-    text = data.decode("utf-8", "replace")
+    text, guess = (data.decode(encoding, "replace") for encoding in ("utf-8", "cp1252"))
     broken = text.count("\ufffd") - data.count("\ufffd".encode())
-    if not broken:
-        return text, ""
-    guess = data.decode("cp1252", "replace")
     # Mostly good UTF-8, bytes that cp1252 lacks, or words of accented letters only (as Cyrillic looks): no guess.
-    if sum(letter > "\x7f" for letter in text) > 2 * broken or "\ufffd" in guess or re.search("[À-ÿ]{4}", guess):
-        decoded(data, "utf-8", path)
+    if not broken or sum(map("\x7f".__lt__, text)) > 2 * broken or re.search("\ufffd|[À-ÿ]{4}", guess):
+        return decoded(data, "utf-8", path), ""
     word = re.search(r"\S*[^\x00-\x7f]\S*", guess)[0][:40]
     return guess, f", read as cp1252, which is a guess: the first word to check is {word!r}. --encoding overrules it"
 
@@ -264,6 +262,32 @@ def convert_all(rows, fields, counts):
                 yield str(reason)
 
 
+def warnings(rows):
+    """What a person should look at before training, a sentence each."""
+    given, texts = defaultdict(set), [" ".join(map(str, row.values())) for row in rows]
+    for row in rows:
+        given[row["prompt"]].add(tuple(sides_of(row).values()))
+    # A pair contradicts another that has its sides exchanged. A demonstration is its own mirror image.
+    odd = [prompt for prompt, sides in given.items() if len(sides) > 1 and any(side[::-1] in sides for side in sides)]
+    if odd:
+        yield f"{len(odd):,} prompts are there again with another answer or verdict: {', '.join(map(shown, odd[:3]))}"
+    for what, pattern in PERSONAL.items():
+        if n := sum(bool(re.search(pattern, text)) for text in texts):
+            yield f"{n:,} rows hold what looks like {what}. Remove it unless its owner agreed"
+
+
+def trl_rows(row):
+    """A row -> rows with TRL's names. A ranking gives a pair for every two responses that differ in rank."""
+    if "response" in row:
+        return [{"prompt": row["prompt"], "completion": row["response"]}]
+    if len(row) == 1:
+        return [row]
+    read = comparison(row, "row")
+    pairs = permutations(zip(read.ranks, read.responses), 2)
+    return [{"prompt": read.prompt, "chosen": better, "rejected": worse}
+            for (rank, better), (other, worse) in pairs if rank < other and better != worse]
+
+
 def templates_of(fields, rows):
     """What meta.json says, so that the tools can find the instruction in a prompt."""
     if "instruction" in fields:
@@ -304,6 +328,8 @@ def main(argv=None):
     parser.add_argument("--columns", type=columns_of, metavar="OURS=THEIRS,...", help="use only these columns, under "
                         "these names, as in prompt=Question,response=Answer")
     parser.add_argument("--encoding", help="of the file, where the guess is wrong [UTF-8, UTF-16 or cp1252]")
+    parser.add_argument("--format", choices=("minirlhf", "trl"), default="minirlhf", help="trl: the names that TRL reads "
+                        "(prompt, chosen, rejected; prompt, completion), and a data card, FILE.card.md [%(default)s]")
     args = parser.parse_args(argv)
     one_in = round(1 / args.split) if args.split else 0
     files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
@@ -316,10 +342,14 @@ def main(argv=None):
     print(f"not used: {', '.join(name for name in first if name not in (*fields, 'finished')) or 'nothing'}")
     kept = keep(convert_all(rows, fields, counts), counts)
     print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items() if n or what == "read"))
+    for sentence in warnings(kept):
+        print(f"warning: {sentence}")
+    templates = templates_of(fields, kept)
+    kept = [new for row in kept for new in trl_rows(row)] if args.format == "trl" else kept
     prompts = {row["prompt"] for row in kept}
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
-    write(files, kept, heldout, templates_of(fields, kept))
+    write(files, kept, heldout, templates)
 
 
 if __name__ == "__main__":
