@@ -285,6 +285,21 @@ def test_what_a_person_should_look_at_is_counted_and_named(capsys):
     assert "1 prompts are there again" in out and "Why?" in out and "Who?" not in out
 
 
+def test_labels_leave_as_pairs_for_trl_with_a_card_that_names_no_person():
+    vote = {"prompt": "p", "responses": [" a", " b", " c"], "annotator": "Ann", "time": "2026-03-04T10:00:00+00:00"}
+    votes = [vote | {"ranks": [1, 2, 2]}, vote | {"ranks": [1, 2, 3], "annotator": "Bob", "time": "2026-03-01T10:00"}]
+    assert converted("votes.jsonl", votes, "--format", "trl") == [
+        {"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in (
+            (" a", " b"), (" a", " c"), (" a", " b"), (" a", " c"), (" b", " c"))]
+    card = Path("new/rows.card.md").read_text()
+    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2", "agreement | 0.667 of 3 pairs", "2026-03-01 to 2026-03-04", "licence |"):
+        assert line in card
+    assert "Ann" not in card
+    convert.main([save("qa.jsonl", QA), "--out", "qa/rows.jsonl", "--format", "trl"])
+    assert json.loads(Path("qa/rows.jsonl").read_text().splitlines()[0]) == {"prompt": "Why?", "completion": " So."}
+    assert "people | unknown" in Path("qa/rows.card.md").read_text()
+
+
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 def test_the_split_is_that_of_heldout_auto_and_shares_no_prompt():

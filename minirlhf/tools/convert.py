@@ -26,6 +26,7 @@ from minirlhf.files.formats import ASSISTANT, HUMAN, OTHERS, OURS, USED, UTF_16,
 from minirlhf.files.json_files import read_json, write_json, write_whole
 from minirlhf.files.jsonl import is_dialogue, keep, read_bytes, read_objects, text_field
 from minirlhf.running.config import Parser
+from minirlhf.tools.feedback.stats import agreements
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
 RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response",
@@ -288,6 +289,32 @@ def trl_rows(row):
             for (rank, better), (other, worse) in pairs if rank < other and better != worse]
 
 
+CARD = """# {name}
+
+| | |
+|---|---|
+| rows | {rows:,} on {prompts:,} prompts, made of {read:,} that were read |
+| people | {people} |
+| agreement | {agreement} |
+| dates | {dates} |
+| guidelines | TO FILL IN: what the people were asked to do, word for word |
+| licence | TO FILL IN: who may use this for what, and whether the people agreed |
+"""
+
+
+def card(name, kept, values):
+    """What others need to know about the data, in Markdown. Names of people are not in it."""
+    votes = [{"item": str([value.get("prompt"), value["responses"]]), "annotator": str(value["annotator"]),
+              "ranks": comparison(value, name).ranks} for value in values if {"responses", "annotator"} <= set(value)]
+    same = [first == second for both in agreements(votes).values() for first, second in both]
+    people = {str(value["annotator"]) for value in values if value.get("annotator")}
+    dates = sorted(value["time"][:10] for value in values if isinstance(value.get("time"), str))
+    agreement = f"{sum(same) / len(same):.3f} of {len(same):,} pairs that two people judged" if same else "unknown"
+    return CARD.format(name=name, rows=len(kept), read=len(values), prompts=len({row["prompt"] for row in kept}),
+                       people=len(people) or "unknown", agreement=agreement,
+                       dates=f"{dates[0]} to {dates[-1]}" if dates else "unknown")
+
+
 def templates_of(fields, rows):
     """What meta.json says, so that the tools can find the instruction in a prompt."""
     if "instruction" in fields:
@@ -333,7 +360,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     one_in = round(1 / args.split) if args.split else 0
     files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
-    for file in files:
+    card_file = args.out.with_suffix(".card.md")
+    for file in files + [card_file] * (args.format == "trl"):
         require(not file.exists(), f"{file} exists and is not overwritten. Choose another --out")
     kind, rows = load(args.file, args.columns, args.encoding)
     where, first = rows[0] if rows else (args.file, {})
@@ -350,6 +378,9 @@ def main(argv=None):
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
     write(files, kept, heldout, templates)
+    if args.format == "trl":
+        write_whole(card_file, [card(args.out.name, kept, [value for _, value in rows]).encode()])
+        print(f"{card_file} describes them. Fill in its two gaps before you give the data away")
 
 
 if __name__ == "__main__":
