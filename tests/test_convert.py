@@ -78,13 +78,14 @@ def test_every_kind_of_file_gives_the_same_rows(name, content):
     ("Größe 5 €?".encode("mac_roman"), ["--encoding", "mac_roman"])])
 def test_letters_arrive_and_foreign_columns_can_be_named(text, flags, capsys):
     wide = text.startswith(b"\xff\xfe")
-    content = text.decode("utf-16").join(("Id,Question,Reply\n1,", ",Ä")) if wide else b"Id,Question,Reply\n1,%s,A" % text
+    start = "Id,Question,Reply\n1,"
+    content = f"{start}{text.decode('utf-16')},Ä" if wide else start.encode() + text + b",A"
     content = content.encode("utf-16") if wide else content
     row, = converted("q.csv", content, "--columns", "prompt=question,response=Reply", *flags)
     assert row["prompt"] == "Größe 5 €?" and set(row) == {"prompt", "response"}
     assert ("Größe" in capsys.readouterr().out) == (text == "Größe 5 €?".encode("cp1252"))
     for flag, value, named in (("--columns", "prompt=Frage", "'Frage'"), ("--encoding", "no", "no such encoding"),
-                               ("--columns", "Frage", "prompt=Question")):
+                               ("--columns", "Frage", "--columns")):
         with pytest.raises(UserError, match=named):
             convert.main(["q.csv", "--out", "other.jsonl", flag, value])
 
@@ -292,7 +293,8 @@ def test_labels_leave_as_pairs_for_trl_with_a_card_that_names_no_person():
         {"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in (
             (" a", " b"), (" a", " c"), (" a", " b"), (" a", " c"), (" b", " c"))]
     card = Path("new/rows.card.md").read_text()
-    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2", "agreement | 0.667 of 3 pairs", "2026-03-01 to 2026-03-04", "licence |"):
+    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2", "agreement | 0.667 of 3 pairs",
+                 "2026-03-01 to 2026-03-04", "licence |"):
         assert line in card
     assert "Ann" not in card
     convert.main([save("qa.jsonl", QA), "--out", "qa/rows.jsonl", "--format", "trl"])
@@ -337,6 +339,8 @@ def command(path, out):
 @pytest.mark.parametrize("name, content, kind, out", [
     ("q.csv", "Question,Answer\na,b\n", "CSV with a header", "q.jsonl"),
     ("b.csv", "\ufeffprompt;response\na;b\n", "CSV with a header", "b.jsonl"),
+    ("s.csv", "sep=;\nprompt;response\na;b\n", "CSV with a header", "s.jsonl"),
+    ("u.csv", "prompt\tresponse\na\tb\n".encode("utf-16"), "UTF-16", "u.jsonl"),
     ("a.json", json.dumps(QA), "a JSON array", "a.jsonl"),
     ("l.json", json.dumps(QA, indent=1), "JSON array", "l.jsonl"),
     ("b.jsonl", "\ufeff" + json.dumps(QA[0]), "BOM", "b.converted.jsonl"),

@@ -1,16 +1,16 @@
 """Converts the files that people have into this project's JSONL: demonstrations, comparisons or prompts.
 
-    python -m minirlhf.tools.convert FILE --out FILE [--split 0.1]
+    python -m minirlhf.tools.convert FILE --out FILE [--split 0.1] [--columns prompt=Question,response=Answer]
+                                     [--encoding cp1252] [--format trl]
 
-It reads CSV with a header, a JSON array, and JSONL, also compressed with gzip. The fields of the first row decide the
-format (minirlhf/files/formats.py lists them), and all rows must have these fields. It prints what it took for what. A
-row that breaks the format is an error. A row that cannot be used is dropped and counted.
+It reads CSV with a header, as Excel writes it too, a JSON array, and JSONL, also compressed with gzip. The fields of
+the first row decide the format (minirlhf/files/formats.py lists them), and all rows must have these fields. It prints
+what it took for what. A row that breaks the format is an error. A row that cannot be used is dropped and counted.
 
 Lists of messages become text as in Anthropic's HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ...". The last answer is the
 response, and everything before it is the prompt. Rows with an instruction use Stanford's template (data/alpaca).
 """
 
-import argparse
 import csv
 import io
 import json
@@ -32,7 +32,8 @@ TEXTS = ("prompt", "response", "chosen", "rejected")
 RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response",
            "conversations": "response"}
 SPEAKERS = {"human": "user", "gpt": "assistant"}                # ShareGPT's names
-MADE_OF = {"messages": "messages -> prompt, response", "conversations": "conversations -> prompt, response", "chosen": "chosen, rejected -> prompt, chosen, rejected",
+MADE_OF = {"messages": "messages -> prompt, response", "conversations": "conversations -> prompt, response",
+           "chosen": "chosen, rejected -> prompt, chosen, rejected",
            "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
                           "in front"}
 DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
@@ -40,10 +41,10 @@ DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last
 CUT = "answers are followed by more messages, which are left out"
 COPIES = "responses begin with a copy of their prompt, which is left out"
 UNSURE = "responses begin with their prompt and are kept so, since not all of the file do"
-
-
-PERSONAL = {"an e-mail address": r"[\w.+-]+@[\w-]+\.\w",
-            "a phone number": r"(?<![\w.])(\+|\(?0\d|\(\d)[\d ()/-]{6,}\d(?!\w)|(?<!\w)\d{3}[-. ]\d{3}[-. ]\d{4}(?!\w)"}
+# Each begins where a word begins, and repeats are bounded, so that a million characters take no time.
+PERSONAL = {"an e-mail address": r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w",
+            "a phone number": r"(?<![\w.])(\+|\(?0\d|\(\d)[\d ()/-]{6,16}\d(?!\w)"
+                              r"|(?<!\w)\d{3}[-. ]\d{3}[-. ]\d{4}(?!\w)"}
 
 
 class Dropped(Exception):
@@ -90,13 +91,13 @@ def csv_text(data, path):
     # Mostly good UTF-8, bytes that cp1252 lacks, or words of accented letters only (as Cyrillic looks): no guess.
     if not broken or sum(map("\x7f".__lt__, text)) > 2 * broken or re.search("\ufffd|[À-ÿ]{4}", guess):
         return decoded(data, "utf-8", path), ""
-    word = re.search(r"\S*[^\x00-\x7f]\S*", guess)[0][:40]
+    word = re.search(r"\S{0,20}[^\x00-\x7f]\S{0,20}", guess)[0]
     return guess, f", read as cp1252, which is a guess: the first word to check is {word!r}. --encoding overrules it"
 
 
 def csv_rows(path, data, columns):
     text, note = csv_text(data, path)
-    text = text.replace("\r\n", "\n")                          # also within cells
+    text = text.replace("\r\n", "\n")                           # also within cells
     says = re.match("sep=(.)\n", text)                          # a line for Excel alone
     line = 2 if says else 1
     text = text[says.end():] if says else text
@@ -113,7 +114,7 @@ def csv_rows(path, data, columns):
                 require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
                         "A text that contains the delimiter must be in double quotes")
                 rows.append((where, dict(zip(names, cells))))
-            where = f"{path}:{reader.line_num + line}"      # a text in quotes may have several lines
+            where = f"{path}:{reader.line_num + line}"          # a text in quotes may have several lines
     except csv.Error as error:
         raise UserError(f"{where}: the row that begins here is not CSV ({error})") from None
     return f"CSV with a header, separated by {delimiter!r}{note}", rows[1:]
@@ -153,9 +154,9 @@ def renamed(fields, value):
 
 def as_messages(value):
     """ShareGPT's {"from", "value"} -> {"role", "content"}. Anything else as it is."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in value):
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "from" in turn for turn in value):
         return value
-    return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
+    return [{"role": SPEAKERS.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in value]
 
 
 def sides_of(row):
@@ -279,10 +280,8 @@ def warnings(rows):
 
 def trl_rows(row):
     """A row -> rows with TRL's names. A ranking gives a pair for every two responses that differ in rank."""
-    if "response" in row:
-        return [{"prompt": row["prompt"], "completion": row["response"]}]
-    if len(row) == 1:
-        return [row]
+    if not {"chosen", "responses"} & set(row):
+        return [{"completion" if name == "response" else name: text for name, text in row.items()}]
     read = comparison(row, "row")
     pairs = permutations(zip(read.ranks, read.responses), 2)
     return [{"prompt": read.prompt, "chosen": better, "rejected": worse}
@@ -339,11 +338,8 @@ def write(files, rows, heldout, templates):
 
 
 def columns_of(text):
-    """"prompt=Question,response=Answer" -> {"prompt": "Question", "response": "Answer"}."""
-    pairs = [part.split("=", 1) for part in re.split(r",(?=\w+=)", text)]
-    if any(len(pair) < 2 for pair in pairs):
-        raise argparse.ArgumentTypeError("must look like prompt=Question,response=Answer")
-    return dict(pairs)
+    """"prompt=Question,response=Answer" -> {"prompt": "Question", "response": "Answer"}. Else ValueError."""
+    return dict(part.split("=", 1) for part in re.split(r",(?=\w+=)", text))
 
 
 def main(argv=None):
@@ -355,8 +351,8 @@ def main(argv=None):
     parser.add_argument("--columns", type=columns_of, metavar="OURS=THEIRS,...", help="use only these columns, under "
                         "these names, as in prompt=Question,response=Answer")
     parser.add_argument("--encoding", help="of the file, where the guess is wrong [UTF-8, UTF-16 or cp1252]")
-    parser.add_argument("--format", choices=("minirlhf", "trl"), default="minirlhf", help="trl: the names that TRL reads "
-                        "(prompt, chosen, rejected; prompt, completion), and a data card, FILE.card.md [%(default)s]")
+    parser.add_argument("--format", choices=("minirlhf", "trl"), default="minirlhf", help="trl: the names that TRL "
+                        "reads (prompt, chosen, rejected; prompt, completion), and a data card [%(default)s]")
     args = parser.parse_args(argv)
     one_in = round(1 / args.split) if args.split else 0
     files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
