@@ -401,3 +401,15 @@ def test_the_real_hh_dialogues():
     assert len(rows) > 0.9 * len(whole) and all(row.prompt.endswith("\n\nAssistant:") for row in rows)
     assert {tuple(row.prompt + response for response in row.responses) for row in rows} <= whole
     assert not any("\n\nAssistant:" in response for row in rows for response in row.responses)
+
+
+@real_data
+@pytest.mark.parametrize("name", ["p01_prompt_repeated_messages.jsonl", "p01b_prompt_repeated_text.jsonl",
+                                  "p04_text_human_after.jsonl", "p05_alpaca_noinput.jsonl",
+                                  "p07_excel_trailing_columns.csv", "p07b_excel_sep_line.csv", "p07c_excel_utf16.csv",
+                                  "p07f_cell_crlf.csv", "p07g_cp1252.csv"])
+def test_odd_files_give_all_their_rows_without_what_is_odd(name):
+    convert.main([str(REAL / "odd" / name), "--out", "odd.jsonl"])
+    _, rows = read_any("odd.jsonl")
+    assert len(rows) == 12 and not any("### Input" in row.prompt or row.prompt.count("Question") > 1 for row in rows)
+    assert not any(odd in text for row in rows for text in row.responses for odd in ("\n\nHuman:", "\r", "Question", "Ã"))

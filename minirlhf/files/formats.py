@@ -37,10 +37,8 @@ def header_of(line, delimiter=None):
     """The first line of a CSV file, as bytes -> (delimiter, names in lower case)."""
     first = (line[:10_000].decode("utf-8-sig", "replace").splitlines() or [""])[0]
     delimiter = delimiter or max(",;\t", key=first.count)
-    names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    while names and not names[-1]:                          # Excel keeps columns that were emptied
-        names.pop()
-    return delimiter, names
+    first = first.rstrip(delimiter)                      # Excel keeps columns that were emptied
+    return delimiter, [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
 
 
 def kind_of_file(line):

@@ -68,6 +68,7 @@ def load(path, columns=None, encoding=None):
 
 
 def pick(row, columns, where):
+    """The columns that were asked for, under our names. Capitals do not count."""
     found = {name.lower(): value for name, value in row.items()}
     for name in columns.values():
         require(name.lower() in found, f"{where}: no column {name!r}, which --columns names (found: {', '.join(row)})")
@@ -75,13 +76,13 @@ def pick(row, columns, where):
 
 
 def decoded(data, encoding, path):
+    """Bytes -> text. What is not in this encoding is an error with its line."""
     try:
         return data.decode(encoding)
     except LookupError:
         raise UserError(f"--encoding {encoding}: there is no such encoding. Try cp1252, mac_roman or utf-16") from None
     except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not {encoding} ({error.reason}). --encoding names another one") from None
+        raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not {encoding} ({error.reason}). --encoding names another one") from None
 
 
 def csv_text(data, path):
@@ -96,24 +97,22 @@ def csv_text(data, path):
 
 
 def csv_rows(path, data, columns):
+    """The bytes of a CSV file -> (what kind it is, [(where, row)])."""
     text, note = csv_text(data, path)
     text = text.replace("\r\n", "\n")                           # also within cells
-    says = re.match("sep=(.)\n", text)                          # a line for Excel alone
-    line = 2 if says else 1
-    text = text[says.end():] if says else text
-    delimiter, names = header_of(text.partition("\n")[0].encode(), says and says[1])
+    says = re.match("(?:sep=(.)\n)?", text)                     # a line for Excel alone
+    text, line = text[says.end():], 1 + bool(says[1])
+    delimiter, names = header_of(text.partition("\n")[0].encode(), says[1])
     if not columns:
         check_format(names, f"{path}:{line}")
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
     rows, where, n = [], f"{path}:{line}", len(set(names))
     try:
-        for cells in reader:
-            if any(cells):                                      # an empty line is no row
-                while len(cells) > n and not cells[-1]:
-                    cells.pop()
-                require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
-                        "A text that contains the delimiter must be in double quotes")
-                rows.append((where, dict(zip(names, cells))))
+        for cells in filter(any, reader):                       # an empty line is no row
+            require(len(cells) >= n and not any(cells[n:]),
+                    f"{where}: {len(cells)} fields for the {n} different names of the header. "
+                    "A text that contains the delimiter must be in double quotes")
+            rows.append((where, dict(zip(names, cells))))
             where = f"{path}:{reader.line_num + line}"          # a text in quotes may have several lines
     except csv.Error as error:
         raise UserError(f"{where}: the row that begins here is not CSV ({error})") from None
@@ -148,6 +147,7 @@ def convert(fields, value, where, counts, repeated=False):
 
 
 def renamed(fields, value):
+    """The fields that are used, under our names."""
     kept = (*fields, "finished") if fields in OURS[1:4] else fields
     return {RENAMED.get(name, name): as_messages(value[name]) for name in kept if name in value}
 
@@ -160,6 +160,7 @@ def as_messages(value):
 
 
 def sides_of(row):
+    """{name: response}, of a demonstration or a pair."""
     return {name: row[name] for name in TEXTS[1:] if name in row}
 
 
