@@ -84,8 +84,9 @@ def test_letters_arrive_and_foreign_columns_can_be_named(text, flags, capsys):
     row, = converted("q.csv", content, "--columns", "prompt=question,response=Reply", *flags)
     assert row["prompt"] == "Größe 5 €?" and set(row) == {"prompt", "response"}
     assert ("Größe" in capsys.readouterr().out) == (text == "Größe 5 €?".encode("cp1252"))
-    for flag, value, named in (("--columns", "prompt=Frage", "'Frage'"), ("--encoding", "no", "no such encoding"),
-                               ("--columns", "Frage", "--columns")):
+    for flag, value, named in (("--columns", "prompt=Frage", "'Frage'"), ("--columns", "Frage", "--columns"),
+                               ("--columns", "prompt=Question,respons=Reply", "respons is no name"),
+                               ("--encoding", "no", "no such encoding")):
         with pytest.raises(UserError, match=named):
             convert.main(["q.csv", "--out", "other.jsonl", flag, value])
 

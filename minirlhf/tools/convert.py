@@ -363,6 +363,8 @@ def main(argv=None):
     kind, rows = load(args.file, args.columns, args.encoding)
     where, first = rows[0] if rows else (args.file, {})
     fields, counts = check_format(first, where), Counter(read=0)
+    foreign = ", ".join(set(args.columns or ()) - set(fields))
+    require(not foreign, f"--columns: {foreign} is no name of ours that goes with {', '.join(fields)}")
     print(f"{kind}: {MADE_OF.get(fields[0]) or ', '.join(f'{name} -> {RENAMED.get(name, name)}' for name in fields)}")
     print(f"not used: {', '.join(name for name in first if name not in (*fields, 'finished')) or 'nothing'}")
     kept = keep(convert_all(rows, fields, counts), counts)
