@@ -56,6 +56,8 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 @pytest.mark.parametrize("name, content", [
     ("a.csv", 'question,answer\nWhy?,So.\nWho? ,"Me, ""I"".\nYes"\n'),
     ("b.csv", '\ufeffPrompt;RESPONSE;id\r\nWhy?; So.;1\r\n"Who? ";"Me, ""I"".\nYes";2\r\n'),
+    ("sep.csv", 'sep=;\r\nprompt;response;;\r\nWhy?;So.;;\r\n;;;\r\n"Who? ";"Me, ""I"".\r\nYes"\r\n'),
+    ("utf16.csv", 'prompt\tresponse\r\nWhy?\tSo.\r\n"Who? "\t"Me, ""I"".\r\nYes"\r\n'.encode("utf-16")),
     ("c.tsv", 'id\t"Prompt"\tCompletion\n\n1\tWhy?\tSo.\n2\tWho? \t"Me, ""I"".\nYes"'),
     ("d.json", json.dumps([{"question": row["prompt"], "answer": row["response"]} for row in QA], indent=1)),
     ("e.json", "\ufeff" + json.dumps(QA)),
@@ -71,6 +73,24 @@ def test_every_kind_of_file_gives_the_same_rows(name, content):
         convert.main([name, "--out", "new/rows.jsonl"])
 
 
+@pytest.mark.parametrize("text, flags", [
+    ("Größe 5 €?".encode("cp1252"), []), ("Größe 5 €?".encode("utf-16"), []), ("Größe 5 €?".encode(), []),
+    ("Größe 5 €?".encode("mac_roman"), ["--encoding", "mac_roman"])])
+def test_letters_arrive_and_foreign_columns_can_be_named(text, flags, capsys):
+    wide = text.startswith(b"\xff\xfe")
+    start = "Id,Question,Reply\n1,"
+    content = f"{start}{text.decode('utf-16')},Ä" if wide else start.encode() + text + b",A"
+    content = content.encode("utf-16") if wide else content
+    row, = converted("q.csv", content, "--columns", "prompt=question,response=Reply", *flags)
+    assert row["prompt"] == "Größe 5 €?" and set(row) == {"prompt", "response"}
+    assert ("Größe" in capsys.readouterr().out) == (text == "Größe 5 €?".encode("cp1252"))
+    for flag, value, named in (("--columns", "prompt=Frage", "'Frage'"), ("--columns", "Frage", "--columns"),
+                               ("--columns", "prompt=Question,respons=Reply", "respons is no name"),
+                               ("--encoding", "no", "no such encoding")):
+        with pytest.raises(UserError, match=named):
+            convert.main(["q.csv", "--out", "other.jsonl", flag, value])
+
+
 @pytest.mark.parametrize("text, place, named", [
     ("prompt,response\na,b\n\"c\nd\",e,f\n", ":3: ", "3 fields for the 2 different names"),
     ("prompt,response\na,b\nc,\"d\ne\n", ":3: ", "unexpected end of data"),
@@ -78,7 +98,9 @@ def test_every_kind_of_file_gives_the_same_rows(name, content):
     ("prompt,response\na," + "b" * 200_000 + "\n", ":2: ", "field limit"),
     ("prompt,response,Prompt\na,b,c\n", ":1: ", "3 fields for the 2 different names"),
     ("prompt,response\n", "", "the fields found (none)"),
-    (b"prompt,response\na,b\nc,\xe9\n", ":3: ", "not CSV in UTF-8"),
+    ("prompt,response\nä,ö\n".encode() + b"c,\xe9\n", ":3: ", "not utf-8"),
+    ("prompt,response\nПочему?,Потому.\n".encode("cp1251"), ":2: ", "--encoding names another"),
+    (b"prompt,response\na,\x81\n", ":2: ", "not utf-8"), (b"\xff\xfea", ":1: ", "not utf-16"),
     ("text,label\na,1\n", ":1: ", "the fields found (text, label) fit 0 of the known formats"),
     ("question,answer,prompt,completion\na,b,c,d\n", ":1: ", "fit 2 of the known formats"),
     ("prompt\rone\rtwo\r", ":1: ", "not CSV"), (b"\x7fELF\0\r\r\1\0", ":1: ", "fit 0 of the known formats"),
@@ -120,6 +142,15 @@ def test_what_cannot_be_converted_is_one_line(text, place, named):
                                                                   "ranks": [2, 1]}),
     ({"prompt": "p", "responses": ["a", " b"], "best": 1}, {"prompt": "p", "responses": ["a", " b"], "best": 1}),
     ({"prompt": "p"}, {"prompt": "p"}),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
+                        {"from": "gpt", "value": "Yo"}]},
+     {"prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "response": " Yo"}),
+    ({"prompt": HH, "response": " So.", "chosen": " So.", "rejected": " No."}, PAIR | {"prompt": HH}),     # rm-static
+    ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")], "chosen": [user("Hi"), assistant("a")],
+      "rejected": [user("Hi"), assistant("b")], "score_chosen": 8.0},                                   # UltraFeedback
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}),
+    ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")]},
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " a"}),
 ])
 def test_every_format_becomes_the_row_written_here(row, expected):
     assert converted("rows.jsonl", [row]) == [expected]
@@ -192,6 +223,86 @@ def test_a_list_of_messages_without_an_answer_is_dropped(capsys):
     assert "1  dropped: no answer in a list of messages" in printed and "1  dropped: empty prompt" in printed
 
 
+# ---- what would be silently wrong ------------------------------------------------------------------------------------
+
+Q = "\n\nHuman: Q?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": [user("Q?")], "chosen": [user("Q?"), assistant("a")], "rejected": [user("Q?"), assistant("b")]},
+    {"prompt": "Q?", "chosen": [user("Q?"), assistant("a")], "rejected": [user("Q?"), assistant("b")]},
+    {"prompt": Q, "chosen": Q + " a", "rejected": Q + " b"},
+    {"prompt": "Q?", "chosen": Q + " a", "rejected": Q + " b"},
+    {"prompt": Q, "chosen": " a\n\nHuman: And then?", "rejected": " b"},
+    {"chosen": Q + " a\n\nHuman: And then?", "rejected": Q + " b"},
+    {"chosen": [user("Q?"), assistant("a"), user("And then?")], "rejected": [user("Q?"), assistant("b")]},
+])
+def test_a_response_holds_neither_its_prompt_nor_the_next_human_turn(row, capsys):
+    assert converted("rows.jsonl", [row]) == [{"prompt": Q, "chosen": " a", "rejected": " b"}]
+    assert ("a copy of their prompt" in capsys.readouterr().out) != ("And then?" in str(row))
+
+
+def test_responses_that_begin_with_their_prompt_lose_it_only_where_all_do(capsys):
+    assert converted("all.csv", "prompt,response\nHi,Hi you\nHo,Ho ho\n") == [
+        {"prompt": "Hi", "response": " you"}, {"prompt": "Ho", "response": " ho"}]
+    convert.main([save("some.csv", "prompt,response\nHi,Hi you\nHo,What?\n"), "--out", "some.jsonl"])
+    assert [row.responses for row in read_demonstrations("some.jsonl")] == [(" Hi you",), (" What?",)]
+    assert "1  responses begin with their prompt and are kept" in capsys.readouterr().out
+
+
+def test_a_side_that_repeats_another_prompt_is_dropped(capsys):
+    with pytest.raises(UserError, match="0 usable prompts"):
+        converted("rows.jsonl", [{"prompt": [user("Q?")], "chosen": [user("Who?"), assistant("a")],
+                                  "rejected": [user("Q?"), assistant("b")]},
+                                 {"prompt": "Other", "chosen": Q + " a", "rejected": Q + " b"}])
+    assert capsys.readouterr().out.count("1  dropped: ") == 2
+
+
+def test_a_turn_of_weight_zero_is_no_demonstration():
+    draft = assistant("WRONG DRAFT") | {"weight": 0}
+    rows = [{"messages": [user("Q?"), draft]}, {"messages": [user("Q?"), assistant("a"), user("More"), draft]},
+            {"messages": [user("Q?"), draft, user("No"), assistant("a") | {"weight": 1}]}]
+    assert converted("rows.jsonl", rows) == [{"prompt": Q, "response": " a"},
+                                             {"prompt": "\n\nHuman: Q?\n\nAssistant: WRONG DRAFT\n\nHuman: No"
+                                              "\n\nAssistant:", "response": " a"}]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "<noinput>", "<no input>", "N/A", "None", "nan", "No input", None])
+def test_an_input_that_says_nothing_is_no_input(blank):
+    assert converted("rows.jsonl", [{"instruction": "Add.", "input": blank, "output": "3"}]) == [
+        {"prompt": WITHOUT, "response": "3"}]
+
+
+def test_what_a_person_should_look_at_is_counted_and_named(capsys):
+    converted("a.jsonl", [{"prompt": "Call?", "response": "+49 (0)30 123-4567 or me@example.org"},
+                          {"prompt": "Call?", "response": "555-123-4567, from 2024-01-02 to 2024-02-03, 1000000 times"},
+                          {"prompt": "When?", "response": "On 2024-01-02, for 12000000, at 3.14159265"}])
+    out = capsys.readouterr().out
+    assert "1 prompts are there again" in out and "Call?" in out
+    assert "1 rows hold what looks like an e-mail" in out and "2 rows hold what looks like a phone" in out
+    swapped = {"prompt": "Why?", "chosen": " No.", "rejected": " So."}
+    other = {"prompt": "Who?", "chosen": " a", "rejected": " b"}
+    convert.main([save("b.jsonl", [PAIR, swapped, other, other | {"rejected": " c"}, other]), "--out", "b/rows.jsonl"])
+    out = capsys.readouterr().out
+    assert "1 prompts are there again" in out and "Why?" in out and "Who?" not in out
+
+
+def test_labels_leave_as_pairs_for_trl_with_a_card_that_names_no_person():
+    vote = {"prompt": "p", "responses": [" a", " b", " c"], "annotator": "Ann", "time": "2026-03-04T10:00:00+00:00"}
+    votes = [vote | {"ranks": [1, 2, 2]}, vote | {"ranks": [1, 2, 3], "annotator": "Bob", "time": "2026-03-01T10:00"}]
+    assert converted("votes.jsonl", votes, "--format", "trl") == [
+        {"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in (
+            (" a", " b"), (" a", " c"), (" a", " b"), (" a", " c"), (" b", " c"))]
+    card = Path("new/rows.card.md").read_text()
+    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2", "agreement | 0.667 of 3 pairs",
+                 "2026-03-01 to 2026-03-04", "licence |"):
+        assert line in card
+    assert "Ann" not in card
+    convert.main([save("qa.jsonl", QA), "--out", "qa/rows.jsonl", "--format", "trl"])
+    assert json.loads(Path("qa/rows.jsonl").read_text().splitlines()[0]) == {"prompt": "Why?", "completion": " So."}
+    assert "people | unknown" in Path("qa/rows.card.md").read_text()
+
+
 # ---- the split -------------------------------------------------------------------------------------------------------
 
 def test_the_split_is_that_of_heldout_auto_and_shares_no_prompt():
@@ -229,6 +340,8 @@ def command(path, out):
 @pytest.mark.parametrize("name, content, kind, out", [
     ("q.csv", "Question,Answer\na,b\n", "CSV with a header", "q.jsonl"),
     ("b.csv", "\ufeffprompt;response\na;b\n", "CSV with a header", "b.jsonl"),
+    ("s.csv", "sep=;\nprompt;response\na;b\n", "CSV with a header", "s.jsonl"),
+    ("u.csv", "prompt\tresponse\na\tb\n".encode("utf-16"), "UTF-16", "u.jsonl"),
     ("a.json", json.dumps(QA), "a JSON array", "a.jsonl"),
     ("l.json", json.dumps(QA, indent=1), "JSON array", "l.jsonl"),
     ("b.jsonl", "\ufeff" + json.dumps(QA[0]), "BOM", "b.converted.jsonl"),
@@ -289,3 +402,15 @@ def test_the_real_hh_dialogues():
     assert len(rows) > 0.9 * len(whole) and all(row.prompt.endswith("\n\nAssistant:") for row in rows)
     assert {tuple(row.prompt + response for response in row.responses) for row in rows} <= whole
     assert not any("\n\nAssistant:" in response for row in rows for response in row.responses)
+
+
+@real_data
+@pytest.mark.parametrize("name", ["p01_prompt_repeated_messages.jsonl", "p01b_prompt_repeated_text.jsonl",
+                                  "p04_text_human_after.jsonl", "p05_alpaca_noinput.jsonl",
+                                  "p07_excel_trailing_columns.csv", "p07b_excel_sep_line.csv", "p07c_excel_utf16.csv",
+                                  "p07f_cell_crlf.csv", "p07g_cp1252.csv"])
+def test_odd_files_give_all_their_rows_without_what_is_odd(name):
+    convert.main([str(REAL / "odd" / name), "--out", "odd.jsonl"])
+    _, rows = read_any("odd.jsonl")
+    assert len(rows) == 12 and not any("### Input" in row.prompt or row.prompt.count("Question") > 1 for row in rows)
+    assert not any(odd in text for row in rows for text in row.responses for odd in ("\n\nHuman:", "\r", "Question", "Ã"))

@@ -146,6 +146,8 @@ def test_describe_finds_schema_lengths_ties_and_duplicates(tmp_path, capsys):
     assert "1 rows are all ties, 1 have identical answers" in shown and "<|endoftext|>" in shown
     describe(write(tmp_path, GOOD, {"prompt": "p", "response": "r"}), TOKENIZER)
     assert "1 of 2 rows have no space between prompt and response (the first: " in capsys.readouterr().out
+    describe(write(tmp_path, GOOD, {"prompt": "Once", "response": "Once upon"}), TOKENIZER)
+    assert "1 rows have a response that begins with its prompt" in capsys.readouterr().out
     assert pieces(TOKENIZER.encode_ordinary("z" * 70), TOKENIZER) == f"'{'|'.join('z' * 60)}' and 10 more"
     assert read_any("data/tiny/prompts.jsonl")[0] == "prompts"
     assert read_any("data/tiny/demonstrations.jsonl")[0] == "demonstrations"

@@ -125,12 +125,14 @@ def test_hh_is_split_at_the_last_answer_and_what_is_odd_is_dropped_or_counted():
     rows = {row.prompt: row.responses for row in both(read_comparisons, folder, "comparisons")}
     assert rows[f"\n\nHuman: Hello — 世界?{turns}\n\nAssistant:"] == (" Hi 🎨.", " No.")
     assert rows["\n\nHuman: b\n\nAssistant:"] == (" ", " Hm.") and rows["\n\nHuman: c\n\nAssistant:"] == ("", " Hm.")
+    assert rows["\n\nHuman: e\n\nAssistant:"] == (" Yes.", " Hm.")
     assert counts == {"read": 9, "kept, with an empty answer": 2, "kept, with two identical answers": 1,
+                      "kept, without what the human says after the answer": 1,
                       "dropped: the two sides have different prompts": 1,
                       "dropped: no prompt before the last answer": 1,
-                      "no demonstration: the chosen answer is empty or holds a human's turn": 3}
+                      "no demonstration: the chosen answer is empty": 2}
     shown = {row.prompt[9:10]: row.responses for row in both(read_demonstrations, folder, "demonstrations")}
-    assert shown == {"H": (" Hi 🎨.",), "d": (" Same.",), "i": (" 1",), "j": (" 3",)}
+    assert shown == {"H": (" Hi 🎨.",), "d": (" Same.",), "e": (" Yes.",), "i": (" 1",), "j": (" 3",)}
 
 
 def test_hh_parts_conversations_not_just_prompts():

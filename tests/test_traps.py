@@ -3,6 +3,7 @@ code, and the same check failing once the defect is put in. The numbers are thos
 
 import math
 import types
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ import train_sft
 from minirlhf import answers, data, gpt2, health, ppo, reward
 from minirlhf.data import Example, Row
 from minirlhf.files.errors import UserError
+from minirlhf.files.formats import last_answer
 from minirlhf.generate import generate, left_pad, response_logits, right_pad
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.reward_functions import TINY_GOLD, load_function
@@ -670,21 +672,23 @@ DIALOGUES = {
 
 def check_split(comparison):
     """Of a dialogue of two turns only the last answer is judged, and both sides share all that comes before it."""
-    row = comparison(DIALOGUES, "x:1")
+    row = comparison(DIALOGUES, "x:1", Counter())
     for side, dialogue in DIALOGUES.items():
         assert row["prompt"] + row[side] == dialogue and "Assistant:" not in row[side]
     assert row["prompt"].endswith("What is 2 + 2?\n\nAssistant:")
     other = DIALOGUES | {"rejected": DIALOGUES["rejected"].replace("Hello", "Hey")}
-    assert isinstance(comparison(other, "x:1"), str)                    # another conversation: a reason to drop it
+    assert isinstance(comparison(other, "x:1", Counter()), str)                    # another conversation: a reason to drop it
 
 
-def test_trap_24_a_dialogue_is_split_at_its_last_answer():
+def test_trap_24_a_dialogue_is_split_at_its_last_answer(monkeypatch):
     comparison = load_function(f"{TINY_GOLD.parents[1]}/hh_rlhf/prepare.py:comparison")
     check_split(comparison)
-    for old, new in ((".rpartition(ASSISTANT)", ".partition(ASSISTANT)"), ("if prompt != other:", "if False:")):
-        changed = mutant(comparison, old, new)
-        with pytest.raises(AssertionError):
-            check_split(changed)
+    with pytest.raises(AssertionError):
+        check_split(mutant(comparison, "if prompt != other:", "if False:"))
+    at_the_first = mutant(last_answer, ".rpartition(ASSISTANT)", ".partition(ASSISTANT)")
+    monkeypatch.setitem(comparison.__globals__, "last_answer", at_the_first)
+    with pytest.raises(AssertionError):
+        check_split(comparison)
 
 
 def naive_metrics(n):

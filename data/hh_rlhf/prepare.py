@@ -7,7 +7,8 @@ Without --source this downloads the train and test file of each subset (MIT): ha
 helpful-online, helpful-rejection-sampled. FILE is one such file, .jsonl or .jsonl.gz, with rows {"chosen", "rejected"}
 of two whole dialogues.
 
-A dialogue is split after its last "\\n\\nAssistant:", which ends the prompt. The answer keeps its leading space.
+A dialogue is split after its last "\\n\\nAssistant:", which ends the prompt. The answer keeps its leading space
+and ends where the human speaks again.
 The data contain several turns of the same conversation. So that no conversation is in both splits, rows are split by
 their opening, the text before the first answer. With Anthropic's own test files, training rows whose opening is also in
 a test file are dropped.
@@ -21,26 +22,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.common import arguments, fetch, split, write_folder
 from minirlhf.files.download import HUB
 from minirlhf.files.errors import UserError, run_main
-from minirlhf.files.formats import ASSISTANT, HUMAN
+from minirlhf.files.formats import ASSISTANT, HUMAN, last_answer
 from minirlhf.files.jsonl import keep, read_objects, text_field
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
 
-def comparison(value, where):
+def comparison(value, where, counts):
     """One comparison, or the reason to drop it."""
-    (prompt, mark, chosen), (other, _, rejected) = (text_field(value, name, where).rpartition(ASSISTANT)
-                                                    for name in ("chosen", "rejected"))
-    if not mark or not prompt.strip():
+    (prompt, chosen, more), (other, rejected, more_of_other) = (last_answer(text_field(value, name, where))
+                                                                for name in ("chosen", "rejected"))
+    if not prompt.removesuffix(ASSISTANT).strip():
         return "no prompt before the last answer"
     if prompt != other:
         return "the two sides have different prompts"
-    return {"prompt": prompt + ASSISTANT, "chosen": chosen, "rejected": rejected}
+    counts["kept, without what the human says after the answer"] += bool(more or more_of_other)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def read(paths, counts):
     """The comparisons of some files. What is odd about those that are kept is counted."""
-    rows = keep((comparison(value, where) for path in paths for where, value in read_objects(path)), counts)
+    rows = keep((comparison(value, where, counts) for path in paths for where, value in read_objects(path)), counts)
     for row in rows:
         counts["kept, with an empty answer"] += not (row["chosen"].strip() and row["rejected"].strip())
         counts["kept, with two identical answers"] += row["chosen"] == row["rejected"]
@@ -48,9 +50,9 @@ def read(paths, counts):
 
 
 def demonstrations(rows, counts):
-    """The chosen answers, except those that are empty or go on to speak for the human."""
-    good = [row for row in rows if row["chosen"].strip() and HUMAN not in row["chosen"]]
-    counts["no demonstration: the chosen answer is empty or holds a human's turn"] += len(rows) - len(good)
+    """The chosen answers, except those that are empty."""
+    good = [row for row in rows if row["chosen"].strip()]
+    counts["no demonstration: the chosen answer is empty"] += len(rows) - len(good)
     return [{"prompt": row["prompt"], "response": row["chosen"]} for row in good]
 
 

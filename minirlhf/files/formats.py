@@ -7,10 +7,17 @@ from pathlib import Path
 OURS = (("prompt", "response"), ("prompt", "chosen", "rejected"), ("prompt", "responses", "ranks"),
         ("prompt", "responses", "best"), ("prompt",))
 OTHERS = (("question", "answer"), ("instruction", "input", "output"), ("instruction", "output"),
-          ("instruction", "instances"), ("prompt", "completion"), ("messages",), ("chosen", "rejected"))
+          ("instruction", "instances"), ("prompt", "completion"), ("messages",), ("conversations",),
+          ("chosen", "rejected"), ("prompt", "messages"), ("prompt", "response", "chosen", "rejected"),
+          ("prompt", "messages", "chosen", "rejected"))
+# Data sets that hold a text twice, and the fields that are used: UltraChat, rm-static, UltraFeedback (binarized).
+USED = {("prompt", "messages"): ("messages",),
+        ("prompt", "response", "chosen", "rejected"): ("prompt", "chosen", "rejected"),
+        ("prompt", "messages", "chosen", "rejected"): ("prompt", "chosen", "rejected")}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"        # how Anthropic's HH-RLHF begins a turn
-BOM = b"\xef\xbb\xbf"
-STARTS = {b"[": "a JSON array", BOM: "a file with a BOM (byte order mark)", b"\x1f\x8b": "a file compressed with gzip"}
+BOM, UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+STARTS = {b"[": "a JSON array", BOM: "a file with a BOM (byte order mark)", b"\x1f\x8b": "a file compressed with gzip",
+          b"sep=": "CSV with a header", **dict.fromkeys(UTF_16, "a file in UTF-16")}
 
 
 def formats_of(names):
@@ -19,10 +26,18 @@ def formats_of(names):
     return [fields for fields in found if not any(set(fields) < set(other) for other in found)]
 
 
-def header_of(line):
+def last_answer(dialogue):
+    """A dialogue as text -> (all before its last answer, that answer, what the human says after it)."""
+    prompt, mark, rest = dialogue.rpartition(ASSISTANT)
+    answer, human, after = rest.partition(HUMAN)
+    return prompt + mark, answer, human + after
+
+
+def header_of(line, delimiter=None):
     """The first line of a CSV file, as bytes -> (delimiter, names in lower case)."""
     first = (line[:10_000].decode("utf-8-sig", "replace").splitlines() or [""])[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = delimiter or max(",;\t", key=first.count)
+    first = first.rstrip(delimiter)                      # Excel keeps columns that were emptied
     return delimiter, [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
 
 

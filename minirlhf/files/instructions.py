@@ -10,6 +10,8 @@ TEMPLATE_WITH_INPUT = ("Below is an instruction that describes a task, paired wi
                        "context. Write a response that appropriately completes the request."
                        "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
+NO_INPUT = ("", "noinput", "no input", "no input required", "none", "nan", "n/a")       # also as <noinput>, in capitals
+
 
 def instances(value, where):
     """A row as a list of {"instruction", "input", "output"}: a seed task has several."""
@@ -23,11 +25,13 @@ def instances(value, where):
 
 def demonstration(value, where, counts):
     """One demonstration, or the reason to drop it."""
+    value = {**value, "input": ""} if value.get("input") is None else value
     instruction, input, output = (text_field(value, name, where) for name in ("instruction", "input", "output"))
-    counts["read, with an input"] += bool(input)
+    has_input = input.strip(" \n\r\t<>.").lower() not in NO_INPUT
+    counts["read, with an input"] += has_input
     if not instruction.strip():
         return "no instruction"
     if not output.strip():
         return "no output"
-    template = TEMPLATE_WITH_INPUT if input else TEMPLATE
+    template = TEMPLATE_WITH_INPUT if has_input else TEMPLATE
     return {"prompt": template.format(instruction=instruction, input=input), "response": output}

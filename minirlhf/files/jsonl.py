@@ -7,13 +7,12 @@ What the fields mean is said in minirlhf/data.py.
 import gzip
 import re
 import zlib
-from itertools import chain
-from pathlib import Path
 
-from minirlhf.files.formats import advice, kind_of_file, kind_of_row
+from minirlhf.files.formats import BOM, advice, kind_of_file, kind_of_row
 from minirlhf.files.errors import UserError, require, shown
 from minirlhf.files.json_files import json_object, strict_json
 
+LARGEST = 10**9                 # bytes of a file that is read at once
 LONGEST = 1_000_000             # characters in a text, two hundred times what GPT-2 can read
 # tiktoken 0.14 crashes on a million white-space characters in a row. (?<!\s) makes each run be looked at only once.
 LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")
@@ -37,30 +36,29 @@ def read_jsonl(path):
 
 # ---- other people's files: JSONL or one JSON array, perhaps compressed --------------------------------------------------
 
-def raw_lines(path):
-    """Yields (where, line in bytes) of a file, which may be compressed with gzip."""
-    number = 0
+def read_bytes(path):
+    """The bytes of a file, which may be compressed with gzip, without the mark at the beginning of UTF-8."""
     try:
         with open(path, "rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            for number, line in enumerate(gzip.open(file) if compressed else file, start=1):
-                yield f"{path}:{number}", line
+            data = (gzip.open(file) if compressed else file).read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
-        place = f"{path}:{number + 1}" if Path(path).is_file() else path
-        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    if number == 0:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    require(data, f"{path}: the file is empty")
+    require(len(data) <= LARGEST, f"{path}: more than {LARGEST:,} bytes when unpacked. Split the file")
+    return data.removeprefix(BOM)
 
 
-def read_objects(path):
+def read_objects(path, data=None):
     """Yields (where, object) of a file that holds JSON lines, or one JSON array of objects."""
-    lines = raw_lines(path)
-    first = next(lines)
-    if first[1].lstrip().startswith(b"["):
-        yield from array_objects(path, first[1] + b"".join(line for _, line in lines))
-    else:
-        yield from ((where, json_object(line, where)) for where, line in chain([first], lines))
+    data = data or read_bytes(path)
+    if data.lstrip().startswith(b"["):
+        yield from array_objects(path, data)
+        return
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", json_object(line, f"{path}:{number}")
 
 
 def array_objects(path, data):

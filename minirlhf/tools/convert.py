@@ -1,35 +1,50 @@
 """Converts the files that people have into this project's JSONL: demonstrations, comparisons or prompts.
 
-    python -m minirlhf.tools.convert FILE --out FILE [--split 0.1]
+    python -m minirlhf.tools.convert FILE --out FILE [--split 0.1] [--columns prompt=Question,response=Answer]
+                                     [--encoding cp1252] [--format trl]
 
-It reads CSV with a header, a JSON array, and JSONL, also compressed with gzip. The fields of the first row decide the
-format (minirlhf/files/formats.py lists them), and all rows must have these fields. It prints what it took for what. A
-row that breaks the format is an error. A row that cannot be used is dropped and counted.
+It reads CSV with a header, as Excel writes it too, a JSON array, and JSONL, also compressed with gzip. The fields of
+the first row decide the format (minirlhf/files/formats.py lists them), and all rows must have these fields. It prints
+what it took for what. A row that breaks the format is an error. A row that cannot be used is dropped and counted.
 
 Lists of messages become text as in Anthropic's HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ...". The last answer is the
 response, and everything before it is the prompt. Rows with an instruction use Stanford's template (data/alpaca).
 """
 
 import csv
+import io
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from itertools import permutations
 from pathlib import Path
 
 from minirlhf.data import comparison, demonstration, held_out_prompts, prompt_only
 from minirlhf.files import instructions
-from minirlhf.files.errors import UserError, require, run_main
-from minirlhf.files.formats import ASSISTANT, BOM, HUMAN, OTHERS, OURS, formats_of, header_of
-from minirlhf.files.json_files import json_object, read_json, write_json, write_whole
-from minirlhf.files.jsonl import array_objects, is_dialogue, keep, raw_lines, text_field
+from minirlhf.files.errors import UserError, require, run_main, shown
+from minirlhf.files.formats import ASSISTANT, HUMAN, OTHERS, OURS, USED, UTF_16, formats_of, header_of, last_answer
+from minirlhf.files.json_files import read_json, write_json, write_whole
+from minirlhf.files.jsonl import is_dialogue, keep, read_bytes, read_objects, text_field
 from minirlhf.running.config import Parser
+from minirlhf.tools.feedback.stats import agreements
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
-RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
-MADE_OF = {"messages": "messages -> prompt, response", "chosen": "chosen, rejected -> prompt, chosen, rejected",
+RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response",
+           "conversations": "response"}
+SPEAKERS = {"human": "user", "gpt": "assistant"}                # ShareGPT's names
+MADE_OF = {"messages": "messages -> prompt, response", "conversations": "conversations -> prompt, response",
+           "chosen": "chosen, rejected -> prompt, chosen, rejected",
            "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
                           "in front"}
 DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
-             "is the prompt, messages after it are left out")
+             "is the prompt")
+CUT = "answers are followed by more messages, which are left out"
+COPIES = "responses begin with a copy of their prompt, which is left out"
+UNSURE = "responses begin with their prompt and are kept so, since not all of the file do"
+# Each begins where a word begins, and repeats are bounded, so that a million characters take no time.
+PERSONAL = {"an e-mail address": r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w",
+            "a phone number": r"(?<![\w.])(\+|\(?0\d|\(\d)[\d ()/-]{6,16}\d(?!\w)"
+                              r"|(?<!\w)\d{3}[-. ]\d{3}[-. ]\d{4}(?!\w)"}
 
 
 class Dropped(Exception):
@@ -38,78 +53,179 @@ class Dropped(Exception):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def load(path):
-    """A file -> (what kind it is, [(where, row)])."""
-    lines = [(where, line.removeprefix(BOM)) for where, line in raw_lines(path)]
-    start = lines[0][1].lstrip()[:1]
-    if start == b"[":
-        return "a JSON array", list(array_objects(path, b"".join(line for _, line in lines)))
-    if start == b"{":
-        return "JSONL", [(where, json_object(line, where)) for where, line in lines if line.strip()]
-    return csv_rows(path, [line for _, line in lines])
+def load(path, columns=None, encoding=None):
+    """A file -> (what kind it is, [(where, row)]). columns: {our name: theirs}; the others are then left out."""
+    data = read_bytes(path)
+    encoding = encoding or ("utf-16" if data.startswith(UTF_16) else None)
+    if encoding:
+        data = decoded(data, encoding, path).encode()
+    start = data.lstrip()[:1]
+    if start in b"[{":
+        kind, rows = "a JSON array" if start == b"[" else "JSONL", list(read_objects(path, data))
+    else:
+        kind, rows = csv_rows(path, data, columns)
+    return kind, [(where, pick(row, columns, where)) for where, row in rows] if columns else rows
 
 
-def csv_rows(path, lines):
-    delimiter, names = header_of(lines[0])
-    check_format(names, f"{path}:1")
-    reader = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
-    rows, where, n = [], f"{path}:1", len(set(names))
+def pick(row, columns, where):
+    """The columns that were asked for, under our names. Capitals do not count."""
+    found = {name.lower(): value for name, value in row.items()}
+    for name in columns.values():
+        require(name.lower() in found, f"{where}: no column {name!r}, which --columns names (found: {', '.join(row)})")
+    return {ours: found[name.lower()] for ours, name in columns.items()}
+
+
+def decoded(data, encoding, path):
+    """Bytes -> text. What is not in this encoding is an error with its line."""
     try:
-        for cells in filter(None, reader):                      # an empty line is no row
-            require(len(cells) == n, f"{where}: {len(cells)} fields for the {n} different names of the header. "
+        return data.decode(encoding)
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: there is no such encoding. Try cp1252, mac_roman or utf-16") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not {encoding} ({error.reason}). --encoding names another one") from None
+
+
+def csv_text(data, path):
+    """(text, a note). What is not UTF-8 is taken for Windows' cp1252, unless it does not look like it."""
+    text, guess = (data.decode(encoding, "replace") for encoding in ("utf-8", "cp1252"))
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    # Mostly good UTF-8, bytes that cp1252 lacks, or words of accented letters only (as Cyrillic looks): no guess.
+    if not broken or sum(map("\x7f".__lt__, text)) > 2 * broken or re.search("\ufffd|[À-ÿ]{4}", guess):
+        return decoded(data, "utf-8", path), ""
+    word = re.search(r"\S{0,20}[^\x00-\x7f]\S{0,20}", guess)[0]
+    return guess, f", read as cp1252, which is a guess: the first word to check is {word!r}. --encoding overrules it"
+
+
+def csv_rows(path, data, columns):
+    """The bytes of a CSV file -> (what kind it is, [(where, row)])."""
+    text, note = csv_text(data, path)
+    text = text.replace("\r\n", "\n")                           # also within cells
+    says = re.match("(?:sep=(.)\n)?", text)                     # a line for Excel alone
+    text, line = text[says.end():], 1 + bool(says[1])
+    delimiter, names = header_of(text.partition("\n")[0].encode(), says[1])
+    if not columns:
+        check_format(names, f"{path}:{line}")
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+    rows, where, n = [], f"{path}:{line}", len(set(names))
+    try:
+        for cells in filter(any, reader):                       # an empty line is no row
+            require(len(cells) >= n and not any(cells[n:]),
+                    f"{where}: {len(cells)} fields for the {n} different names of the header. "
                     "A text that contains the delimiter must be in double quotes")
             rows.append((where, dict(zip(names, cells))))
-            where = f"{path}:{reader.line_num + 1}"             # a text in quotes may have several lines
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: the row that begins here is not CSV in UTF-8 ({error})") from None
-    return f"CSV with a header, separated by {delimiter!r}", rows[1:]
+            where = f"{path}:{reader.line_num + line}"          # a text in quotes may have several lines
+    except csv.Error as error:
+        raise UserError(f"{where}: the row that begins here is not CSV ({error})") from None
+    return f"CSV with a header, separated by {delimiter!r}{note}", rows[1:]
 
 
 def check_format(names, where):
     """The fields of the one format that a row has."""
     found = formats_of(names)
     require(len(found) == 1, f"{where}: the fields found ({', '.join(names) or 'none'}) fit {len(found)} of the known "
-            f"formats, and must fit exactly one. The known formats: {'; '.join(map(', '.join, OURS + OTHERS))}")
-    return found[0]
+            f"formats, and must fit exactly one. The known formats: {'; '.join(map(', '.join, OURS + OTHERS))}. "
+            "--columns prompt=NAME,response=NAME chooses columns")
+    return USED.get(found[0], found[0])
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
-def convert(fields, value, where, counts):
-    """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string."""
+def convert(fields, value, where, counts, repeated=False):
+    """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string.
+
+    repeated: whether every response of the file begins with its prompt.
+    """
     if "instruction" in fields:
-        return instructions.demonstration({"input": "", **value}, where, Counter())
-    kept = (*fields, "finished") if fields in OURS[1:4] else fields
-    row = {RENAMED.get(name, name): value[name] for name in kept if name in value}
+        return instructions.demonstration(value, where, Counter())
+    row = renamed(fields, value)
     if any(map(is_dialogue, row.values())):
         row = split_dialogues(row, where, counts)
     row |= {name: text_field(row, name, where) for name in row if name in TEXTS}
     if "prompt" not in row:
         row = split_dialogues(row, where, counts)
-    return useful(row, where, counts)
+    return useful(only_answers(row, where, counts, repeated), where, counts)
+
+
+def renamed(fields, value):
+    """The fields that are used, under our names."""
+    kept = (*fields, "finished") if fields in OURS[1:4] else fields
+    return {RENAMED.get(name, name): as_messages(value[name]) for name in kept if name in value}
+
+
+def as_messages(value):
+    """ShareGPT's {"from", "value"} -> {"role", "content"}. Anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "from" in turn for turn in value):
+        return value
+    return [{"role": SPEAKERS.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in value]
+
+
+def sides_of(row):
+    """{name: response}, of a demonstration or a pair."""
+    return {name: row[name] for name in TEXTS[1:] if name in row}
+
+
+def repeats_prompt(row):
+    """Whether the prompt and all its responses are texts, and all of them begin with the prompt."""
+    prompt, sides = row.get("prompt"), sides_of(row).values()
+    return (isinstance(prompt, str) and bool(prompt.strip() and sides)
+            and all(isinstance(side, str) and side.startswith(prompt) for side in sides))
+
+
+def only_answers(row, where, counts, repeated):
+    """The row with responses that hold neither the prompt nor, in a dialogue, the human's next turn."""
+    prompt, sides = row["prompt"], sides_of(row)
+    if sides and all(side.startswith(HUMAN) and ASSISTANT in side for side in sides.values()):      # whole dialogues
+        row |= split_dialogues(sides, where, counts)
+        if prompt.strip() not in row["prompt"]:
+            raise Dropped("the responses are dialogues that do not hold the prompt")
+        counts[COPIES] += len(sides)
+        return row
+    for name, side in sides.items():
+        if side.startswith(prompt) and prompt.strip():
+            counts[COPIES if repeated else UNSURE] += 1
+            side = side.removeprefix(prompt) if repeated else side
+        row[name], _, after = side.partition(HUMAN) if ASSISTANT in prompt else (side, "", "")
+        counts[CUT] += bool(after)
+    return row
 
 
 def split_dialogues(row, where, counts):
     """Dialogues, as texts or as lists of messages -> a row. Each side continues the list in "prompt", if any."""
+    if isinstance(row.get("prompt"), str) and all(map(is_dialogue, sides_of(row).values())):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     require(len(set(map(is_dialogue, row.values()))) == 1,
             f"{where}: {' and '.join(row)} must all be texts, or all be lists of messages")
     counts[DIALOGUES] += 1
     start = row.pop("prompt", [])
-    sides = {name: split_dialogue(start, side, where) for name, side in row.items()}
+    sides = {name: split_dialogue(start, side, where, counts) for name, side in row.items()}
     prompts = {prompt for prompt, _ in sides.values()} or {as_text(start, where)}
     if len(prompts) > 1:
         raise Dropped("the two sides have different prompts")
     return {"prompt": prompts.pop(), **{name: response for name, (_, response) in sides.items()}}
 
 
-def split_dialogue(start, side, where):                         # -> (prompt, response)
+def split_dialogue(start, side, where, counts):                 # -> (prompt, response)
     if isinstance(side, str):
-        prompt, mark, response = side.rpartition(ASSISTANT)
-        return prompt + mark, response
-    answers = [i for i, message in enumerate(side) if message["role"] == "assistant"]
+        prompt, response, after = last_answer(side)
+        counts[CUT] += bool(after)
+        return prompt, response
+    side = without_copy(start, side, counts)
+    # OpenAI's fine-tuning format marks with a weight of 0 what must not be learned.
+    answers = [i for i, message in enumerate(side) if message["role"] == "assistant" and message.get("weight") != 0]
     if not answers:
         raise Dropped("no answer in a list of messages")
+    counts[CUT] += answers[-1] < len(side) - 1
     return as_text(start + side[:answers[-1]], where), text_field(side[answers[-1]], "content", where)
+
+
+def without_copy(start, side, counts):
+    """The messages of a side without the prompt's, or the last of them, at its beginning."""
+    prompt, said = ([(message["role"], message.get("content")) for message in part] for part in (start, side))
+    copied = next((n for n in range(len(prompt), 0, -1) if said[:n] == prompt[-n:]), 0)
+    if side[copied:] and start and side[copied]["role"] == start[-1]["role"]:
+        raise Dropped("a side does not continue its prompt: the same speaker follows")
+    counts[COPIES] += copied > 0
+    return side[copied:]
 
 
 def as_text(messages, where):
@@ -138,21 +254,73 @@ def useful(row, where, counts):
 
 def convert_all(rows, fields, counts):
     """Yields each row of ours, or the reason to drop it."""
+    repeated = all(repeats_prompt(renamed(fields, value)) for _, value in rows)
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
         for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
-                yield convert(fields, part, where, counts)
+                yield convert(fields, part, where, counts, repeated)
             except Dropped as reason:
                 yield str(reason)
 
 
-def templates_of(fields, counts):
+def warnings(rows):
+    """What a person should look at before training, a sentence each."""
+    given, texts = defaultdict(set), [" ".join(map(str, row.values())) for row in rows]
+    for row in rows:
+        given[row["prompt"]].add(tuple(sides_of(row).values()))
+    # A pair contradicts another that has its sides exchanged. A demonstration is its own mirror image.
+    odd = [prompt for prompt, sides in given.items() if len(sides) > 1 and any(side[::-1] in sides for side in sides)]
+    if odd:
+        yield f"{len(odd):,} prompts are there again with another answer or verdict: {', '.join(map(shown, odd[:3]))}"
+    for what, pattern in PERSONAL.items():
+        if n := sum(bool(re.search(pattern, text)) for text in texts):
+            yield f"{n:,} rows hold what looks like {what}. Remove it unless its owner agreed"
+
+
+def trl_rows(row):
+    """A row -> rows with TRL's names. A ranking gives a pair for every two responses that differ in rank."""
+    if not {"chosen", "responses"} & set(row):
+        return [{"completion" if name == "response" else name: text for name, text in row.items()}]
+    read = comparison(row, "row")
+    pairs = permutations(zip(read.ranks, read.responses), 2)
+    return [{"prompt": read.prompt, "chosen": better, "rejected": worse}
+            for (rank, better), (other, worse) in pairs if rank < other and better != worse]
+
+
+CARD = """# {name}
+
+| | |
+|---|---|
+| rows | {rows:,} on {prompts:,} prompts, made of {read:,} that were read |
+| people | {people} |
+| agreement | {agreement} |
+| dates | {dates} |
+| guidelines | TO FILL IN: what the people were asked to do, word for word |
+| licence | TO FILL IN: who may use this for what, and whether the people agreed |
+"""
+
+
+def card(name, kept, values):
+    """What others need to know about the data, in Markdown. Names of people are not in it."""
+    votes = [{"item": str([value.get("prompt"), value["responses"]]), "annotator": str(value["annotator"]),
+              "ranks": comparison(value, name).ranks} for value in values if {"responses", "annotator"} <= set(value)]
+    same = [first == second for both in agreements(votes).values() for first, second in both]
+    people = {str(value["annotator"]) for value in values if value.get("annotator")}
+    dates = sorted(value["time"][:10] for value in values if isinstance(value.get("time"), str))
+    agreement = f"{sum(same) / len(same):.3f} of {len(same):,} pairs that two people judged" if same else "unknown"
+    return CARD.format(name=name, rows=len(kept), read=len(values), prompts=len({row["prompt"] for row in kept}),
+                       people=len(people) or "unknown", agreement=agreement,
+                       dates=f"{dates[0]} to {dates[-1]}" if dates else "unknown")
+
+
+def templates_of(fields, rows):
     """What meta.json says, so that the tools can find the instruction in a prompt."""
     if "instruction" in fields:
         return {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
-    return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if counts[DIALOGUES] else {}
+    in_dialogue = any(row["prompt"].endswith(ASSISTANT) for row in rows)
+    return {"template": f"{HUMAN} {{instruction}}{ASSISTANT}"} if in_dialogue else {}
 
 
 def write(files, rows, heldout, templates):
@@ -170,28 +338,48 @@ def write(files, rows, heldout, templates):
         print(f"{len(lines):>8,}  rows written to {file}")
 
 
+def columns_of(text):
+    """"prompt=Question,response=Answer" -> {"prompt": "Question", "response": "Answer"}. Else ValueError."""
+    return dict(part.split("=", 1) for part in re.split(r",(?=\w+=)", text))
+
+
 def main(argv=None):
     parser = Parser(prog="python -m minirlhf.tools.convert", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="CSV, a JSON array or JSONL, also compressed with gzip")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
     parser.add_argument("--split", type=float, choices=(0.5, 0.25, 0.2, 0.1, 0.05, 0.02, 0.01), help="share of "
                         "the prompts for a second file, FILE_test. 0.1 takes those that --heldout auto holds out")
+    parser.add_argument("--columns", type=columns_of, metavar="OURS=THEIRS,...", help="use only these columns, under "
+                        "these names, as in prompt=Question,response=Answer")
+    parser.add_argument("--encoding", help="of the file, where the guess is wrong [UTF-8, UTF-16 or cp1252]")
+    parser.add_argument("--format", choices=("minirlhf", "trl"), default="minirlhf", help="trl: the names that TRL "
+                        "reads (prompt, chosen, rejected; prompt, completion), and a data card [%(default)s]")
     args = parser.parse_args(argv)
     one_in = round(1 / args.split) if args.split else 0
     files = [args.out, args.out.with_name(f"{args.out.stem}_test{args.out.suffix}")][:2 if one_in else 1]
-    for file in files:
+    card_file = args.out.with_suffix(".card.md")
+    for file in files + [card_file] * (args.format == "trl"):
         require(not file.exists(), f"{file} exists and is not overwritten. Choose another --out")
-    kind, rows = load(args.file)
+    kind, rows = load(args.file, args.columns, args.encoding)
     where, first = rows[0] if rows else (args.file, {})
     fields, counts = check_format(first, where), Counter(read=0)
+    foreign = ", ".join(set(args.columns or ()) - set(fields))
+    require(not foreign, f"--columns: {foreign} is no name of ours that goes with {', '.join(fields)}")
     print(f"{kind}: {MADE_OF.get(fields[0]) or ', '.join(f'{name} -> {RENAMED.get(name, name)}' for name in fields)}")
     print(f"not used: {', '.join(name for name in first if name not in (*fields, 'finished')) or 'nothing'}")
     kept = keep(convert_all(rows, fields, counts), counts)
-    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items()))
+    print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items() if n or what == "read"))
+    for sentence in warnings(kept):
+        print(f"warning: {sentence}")
+    templates = templates_of(fields, kept)
+    kept = [new for row in kept for new in trl_rows(row)] if args.format == "trl" else kept
     prompts = {row["prompt"] for row in kept}
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
-    write(files, kept, heldout, templates_of(fields, counts))
+    write(files, kept, heldout, templates)
+    if args.format == "trl":
+        write_whole(card_file, [card(args.out.name, kept, [value for _, value in rows]).encode()])
+        print(f"{card_file} describes them. Fill in its two gaps before you give the data away")
 
 
 if __name__ == "__main__":
