@@ -446,7 +446,7 @@ def policy_folder(tmp_path_factory):
 
 
 def sampler(folder, policy_folder, prompts, names=("a",), K=4):
-    args = parse_args(["rank", "--max_response", "8"])
+    args = parse_args(["rank", "--max_response", "8", "--temperature", "1", "--stop", ""])
     policies = [Policy(name, *load_policies([policy_folder], "cpu")[0][1:]) for name in names]
     return Sampler(prompts, policies, K, Journal(folder / "x.items.jsonl"), args)
 

@@ -173,7 +173,7 @@ def test_chat_answers_and_explains_from_there(world, device, monkeypatch, capsys
 
 def test_feedback_samples_there(world, device):
     policy, = items.load_policies([world / "sft"], DEVICE)
-    args = SimpleNamespace(max_response=6, temperature=1.0)
+    args = SimpleNamespace(max_response=6, temperature=1.0, stop="")
     answers = items.sample(policy, "abc", 3, torch.Generator().manual_seed(1), args)
     assert len(answers) == 3 and device.operations
 

@@ -185,7 +185,7 @@ KEYS = {"n_prompts", "seed", "seconds", "annotator_agreement", "rm_accuracy_gold
 
 def ppo_options(**changes):
     """The options of train_ppo.py."""
-    return train_ppo.Config(**{"heldout": "data/tiny/prompts_test.jsonl"} | changes)
+    return train_ppo.Config(**{"heldout": "data/tiny/prompts_test.jsonl", "temperature": 1.0, "stop": ""} | changes)
 
 
 def networks(*folders):
