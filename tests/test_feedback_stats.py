@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, longer_preferred, print_stats, read_votes)
+from minirlhf.tools.feedback.stats import (agreement_and_kappa, agreements, cohen_kappa, duel, longer_preferred,
+                                           print_stats, read_votes)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
 
@@ -115,3 +116,35 @@ def test_damaged_extra_fields_are_ignored(tmp_path, capsys, damage):
     file = write(tmp_path, [{**vote("p", [1, 2], models=["a", "b"]), **damage}, vote("q", [1, 2], models=["a", "b"])])
     print_stats(file)
     assert "on 2 items" in capsys.readouterr().out
+
+
+def said_of(tmp_path, capsys, rows):
+    print_stats(write(tmp_path, rows))
+    return {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+
+def test_agreement_kappa_and_length_count_prompts(tmp_path, capsys):
+    """Bob agrees with Ann on two prompts of three. Rankings or pairs of the same answers, or copies, are no more."""
+    answers = ["a", "bb", "ccc"]
+    given = [(f"p{n}", ranks, name) for n in range(30)
+             for name, ranks in (("ann", [3, 2, 1]), ("bob", [1, 2, 3] if n % 3 == 0 else [3, 2, 1]))]
+    rankings = [comparison_row(prompt, answers, ranks, annotator=name) for prompt, ranks, name in given]
+    pairs = [comparison_row(prompt, [answers[i], answers[j]],
+                            [1 + (ranks[i] > ranks[j]), 1 + (ranks[j] > ranks[i])], annotator=name)
+             for prompt, ranks, name in given for i, j in ((0, 1), (0, 2), (1, 2))]
+    for sign in ("agreement  ann and bob", "length     bob"):
+        once, as_pairs, copied = (next(line for start, line in said_of(tmp_path, capsys, rows).items() if sign in start)
+                                  for rows in (rankings, pairs, pairs + pairs))
+        assert once == as_pairs and once.endswith("30 prompts") and "0.667 of 90 pairs [0.48" in once
+        assert copied.split("[")[1:] == once.split("[")[1:]
+    assert "kappa" in said_of(tmp_path, capsys, rankings)["  agreement  ann and bob"]
+
+
+def test_kappa_has_an_interval_that_holds_it():
+    """0.4 and Cohen's own standard error, with one pair on each prompt."""
+    both = [[pair] for pair, n in zip(itertools.product("yn", "yn"), (20, 5, 10, 15)) for _ in range(n)]
+    same, kappa = agreement_and_kappa(both)
+    assert same.value == pytest.approx(0.7) and kappa.value == pytest.approx(0.4) and kappa.n == 50
+    error = (0.7 * 0.3 / 50) ** 0.5 / 0.5
+    assert kappa.low == pytest.approx(0.4 - 1.96 * error, abs=0.03)
+    assert kappa.high == pytest.approx(0.4 + 1.96 * error, abs=0.05)

@@ -97,6 +97,15 @@ def test_different_pairs_are_counted_by_hand():
     assert distinct_2([[1], []]).value == 0
 
 
+def test_rows_that_share_a_prompt_are_one_prompt():
+    """Two annotators' votes have every prompt twice."""
+    once, twice = (assess.measure_model("m", small_model(0), TOKENIZER, rows, Sampling(8), [])
+                   for rows in (PROMPTS, PROMPTS + PROMPTS))
+    assert len(twice[0].prompts) == 12 and twice[2] == once[2] and once[2]["length"].n == 12
+    examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:8], TOKENIZER, 64)
+    assert perplexity(small_model(0), examples * 3) == pytest.approx(perplexity(small_model(0), examples))
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,41 @@
 import math
 import statistics
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import chain, combinations
 
 from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
-from minirlhf.stats import rate, sign_test, wilson
+from minirlhf.stats import Estimate, clustered_rate, sign_test, wilson
 from minirlhf.tools.feedback.votes import item_id, sidecar
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
-def cohen_kappa(first, second):
-    """Agreement of two lists of categories beyond chance: 1 is full, 0 is what chance gives. nan if chance gives 1."""
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+def chance_agreement(first, second):
+    """How often two annotators with these categories would agree if each gave them at random."""
     counts_a, counts_b = Counter(first), Counter(second)
-    chance = sum(counts_a[c] * counts_b[c] for c in counts_a) / n ** 2
-    return (observed - chance) / (1 - chance) if chance < 1 else math.nan
+    return sum(counts_a[c] * counts_b[c] for c in counts_a) / len(first) ** 2
+
+
+def beyond_chance(agreement, chance):
+    """Agreement as kappa: 1 is full, 0 is what chance gives. nan if chance gives 1."""
+    return (agreement - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def cohen_kappa(first, second):
+    """The agreement of two lists of categories beyond chance (Cohen 1960)."""
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    return beyond_chance(same / len(first), chance_agreement(first, second))
+
+
+def agreement_and_kappa(both):
+    """(Estimate of the agreement, of kappa) from the pairs of verdicts on each prompt. The units are prompts.
+
+    Kappa's interval is that of the agreement, with chance taken as known (Cohen 1960).
+    """
+    same = clustered_rate([sum(a == b for a, b in own) for own in both], list(map(len, both)))
+    chance = chance_agreement(*zip(*chain(*both)))
+    return same, Estimate(*(beyond_chance(x, chance) for x in same[:3]), same.n)
 
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
@@ -72,6 +90,14 @@ def longer_preferred(votes):
     return found
 
 
+def by_prompt(votes):
+    """Lists of the votes on one prompt each: what people said of one prompt is not independent."""
+    groups = defaultdict(list)
+    for vote in votes:
+        groups[vote["prompt"]].append(vote)
+    return list(groups.values())
+
+
 def remarks(rows):
     """{flag: items that carry it}, with the notes under "with a note"."""
     items = defaultdict(set)
@@ -113,15 +139,17 @@ def print_stats(path):
         median = statistics.median(seconds or [0])
         pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
         print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
-        if longer := longer_preferred(own):
-            best = rate(longer)
-            print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of {best.n} "
-                  f"pairs [{best.low:.3f}, {best.high:.3f}]")
+        longer = list(map(longer_preferred, by_prompt(own)))
+        if any(longer):
+            best = clustered_rate(list(map(sum, longer)), list(map(len, longer)))
+            print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of "
+                  f"{sum(map(len, longer))} pairs [{best.low:.3f}, {best.high:.3f}], {best.n} prompts")
 
-    for (a, b), both in agreements(votes).items():
-        same = rate([first == second for first, second in both])
-        print(f"  agreement  {a} and {b}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
-              f"kappa {cohen_kappa(*zip(*both)):.3f}")
+    both, groups = agreements(votes), list(map(agreements, by_prompt(votes)))
+    for a, b in both:
+        same, kappa = agreement_and_kappa([group[a, b] for group in groups if (a, b) in group])
+        print(f"  agreement  {a} and {b}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
+              f"{same.high:.3f}], kappa {kappa.value:.3f} [{kappa.low:.3f}, {kappa.high:.3f}], {same.n} prompts")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
         print_duel(votes, ours, theirs)
