@@ -66,8 +66,9 @@ def perplexity(model, examples):
     """exp of the mean loss per response token on demonstrations: it shows what alignment costs."""
     logprobs = logprobs_per_token(model, [e.prompt for e in examples],
                                   [e.responses[0] for e in examples])
-    nats = stats.ratio(*stats.sum_by_prompt([example.row.prompt for example in examples],
-                                            [-row.sum() for row in logprobs], [len(row) for row in logprobs]))
+    nats = stats.ratio(*stats.sum_by_prompt([e.row.prompt for e in examples],
+                                            [-row.sum() for row in logprobs],
+                                            [len(row) for row in logprobs]))
     return stats.Estimate(*map(math.exp, nats[:3]), nats.n)
 
 
