@@ -63,8 +63,8 @@ def complaints(history):
         level[name] = fmean(row.get(name, math.nan) for row in recent)
         rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
         # Neighbours differ by twice a batch's variance, whatever the trend (von Neumann 1941).
-        numbers = [row.get(name, math.nan) for row in history[-4 * WINDOW:]]
-        squares = [(b - a) ** 2 for a, b in pairwise(numbers)] or [math.nan]
+        squares = [(b.get(name, math.nan) - a.get(name, math.nan)) ** 2
+                   for a, b in pairwise(history[-4 * WINDOW:])] or [math.nan]
         noise[name] = 3 * math.sqrt(fmean(squares) / WINDOW)
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
     gain = level["objective/scores"] - first["objective/scores"]

@@ -77,7 +77,8 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     measured = assess_reward_model(reward, examples, gold)
     by_item = {(e.row.prompt, e.row.responses): own for e, own in zip(examples, scores, strict=True)}
     agreement, single = ceiling(read_votes(path), by_item)
-    report = {"prompts": len({e.row.prompt for e in examples}), "pairs": len(prompt), "accuracy": measured["rm_accuracy_heldout"],
+    report = {"prompts": len({e.row.prompt for e in examples}), "pairs": len(prompt),
+              "accuracy": measured["rm_accuracy_heldout"],
               "longer_is_preferred": measured["longer_is_preferred"], "claimed": claimed_accuracy(prompt, score),
               "annotators_agree": agreement, "accuracy_against_one_annotator": single,
               "groups": groups_of(prompt, margin, score, longer)}
