@@ -81,9 +81,11 @@ def alive(name, own, first):
              "its answers have become alike": times.get("distinct_2", 1) < 0.3,
              "its perplexity has more than doubled": times.get("perplexity", 1) > 2}
     wrong = ", ".join(sign for sign, seen in signs.items() if seen)
-    said = "; ".join(f"{FIGURES[figure]} {own[figure].value:.3g}"
-                     for figure in ("length", "eos_rate", "distinct_2", "perplexity", "kl") if figure in own)
-    return f"{name} {'does not look healthy: ' + wrong if wrong else 'looks alive'}. {said[0].upper() + said[1:]}."
+    words = {"length": "{:.1f} tokens an answer", "eos_rate": "{:.0%} of them end by themselves",
+             "distinct_2": "{:.0%} of their token pairs are different", "perplexity": "perplexity {:.3g}",
+             "kl": "KL {:.3g} nats from the first model"}
+    said = ", ".join(text.format(own[figure].value) for figure, text in words.items() if figure in own)
+    return f"{name} {'does not look healthy: ' + wrong if wrong else 'looks alive'} ({said})."
 
 
 def verdicts_of(report):
