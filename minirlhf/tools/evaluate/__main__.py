@@ -72,8 +72,8 @@ def main(argv=None):
     move_aside(out)
     out.mkdir(parents=True)
     write_json(out / "report.json", plain(report | {"verdict": verdict_of(report)}))
-    title = f"{', '.join(args.models[1:])} against {args.models[0]}".removeprefix(" against ")
-    write_page(out / "report.html", title, runs, [*verdicts_of(report), *details_of(report)],
+    write_page(out / "report.html", f"{', '.join(args.models[1:])} against {args.models[0]}".removeprefix(" against "),
+               runs, [*verdicts_of(report), *details_of(report)],
                [introduction(report), *report["notes"]], verdict=verdict_of(report))
     print(f"\nwrote {out}/report.html and report.json")
 

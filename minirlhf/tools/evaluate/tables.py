@@ -58,18 +58,19 @@ def print_report(report):
 def verdict_of(report):
     """The answer in sentences: who wins according to whom, people first, and does each model still write?"""
     first, *others = report["models"]
-    wins = [f"By {judge}: {winner(name, first, w['win_rate'])}. Win rate {w['win_rate']}."
-            for name in others for judge, w in report["comparisons"][name]["by"].items()]
-    nobody = ["Nobody has judged who wins: name --votes or a --judge."] * bool(others)
-    return (wins or nobody) + [alive(name, own, report["models"][first]) for name, own in report["models"].items()]
+    wins = [f"By {judge}: {winner(name, first, **found)}"
+            for name in others for judge, found in report["comparisons"][name]["by"].items()]
+    return wins + [alive(name, own, report["models"][first]) for name, own in report["models"].items()]
 
 
-def winner(name, first, wins):
-    """Who is better, or that too few prompts have been judged to tell. wins: an Estimate."""
-    if wins.low <= 0.5 <= wins.high:
-        return (f"{wins.n:,} prompts are too few to say whether {name} is better than {first}"
-                if wins.high - wins.low > 0.1 else f"{name} and {first} are about equally good on {wins.n:,} prompts")
-    return f"{name} is {'better' if wins.value > 0.5 else 'worse'} than {first} on {wins.n:,} prompts"
+def winner(name, first, win_rate, ties, p):
+    """Who is better, or that too few prompts have been judged to tell. The last three: from stats.win_rate."""
+    said = f"{name} is {'better' if win_rate.value > 0.5 else 'worse'} than {first}"
+    if win_rate.low <= 0.5 <= win_rate.high:
+        said = (f"too few prompts to say whether {name} is better than {first}" if win_rate.high - win_rate.low > 0.1
+                else f"{name} and {first} are about equally good")
+    sign_test = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{said}. Win rate {win_rate}, n = {win_rate.n:,}, {ties} ties, {sign_test}."
 
 
 def alive(name, own, first):
@@ -90,18 +91,8 @@ def alive(name, own, first):
 
 def verdicts_of(report):
     """The tables that answer what the assessment is for, the most important first."""
-    yield from wins_of(report)
     yield from accuracies_of(report.get("reward"))
     yield from bias_of(report)
-
-
-def wins_of(report):
-    first = next(iter(report["models"]))
-    for name, found in report["comparisons"].items():
-        rows = [[judge, w["win_rate"], w["win_rate"].n, w["ties"], "< 0.001" if w["p"] < 0.001 else f"{w['p']:.3f}"]
-                for judge, w in found["by"].items()]
-        yield Table(f"Win rate of {name} against {first}", ["judge", "win rate", "n", "ties", "p"], rows,
-                    "A tie is half a win. p: the exact sign test. Judges like long answers: see the length below.")
 
 
 def accuracies_of(reward):
