@@ -61,9 +61,7 @@ def ceiling(votes, scores):
             model.append((item[0], sum(right), len(right)))
     if not any(n for _, _, n in same):
         return None, None
-    agreement, single = (stats.clustered_rate(*stats.sum_by_prompt(*zip(*rows))) if rows else None
-                         for rows in (same, model))
-    return agreement, single
+    return tuple(stats.clustered_rate(*stats.sum_by_prompt(*zip(*rows))) if rows else None for rows in (same, model))
 
 
 def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):

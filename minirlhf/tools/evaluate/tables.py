@@ -19,6 +19,13 @@ FIGURES = {  # name: what it is, and its unit
 }
 
 
+ALIVE = {   # figures that show a collapse, in the words of the verdict
+    "length": "{:.1f} tokens an answer", "eos_rate": "{:.0%} of them end by themselves",
+    "distinct_2": "{:.0%} of their token pairs are different", "perplexity": "perplexity {:.1f}",
+    "kl": "KL {:.1f} nats from the first model",
+}
+
+
 class Table(NamedTuple):
     """One table of a report. The first column holds names."""
     title: str
@@ -58,9 +65,9 @@ def print_report(report):
 def verdict_of(report):
     """The answer in sentences: who wins according to whom, people first, and does each model still write?"""
     first, *others = report["models"]
-    wins = [f"By {judge}: {winner(name, first, **found)}"
-            for name in others for judge, found in report["comparisons"][name]["by"].items()]
-    return wins + [alive(name, own, report["models"][first]) for name, own in report["models"].items()]
+    return [*(f"By {judge}: {winner(name, first, **found)}"
+              for name in others for judge, found in report["comparisons"][name]["by"].items()),
+            *(alive(name, own, report["models"][first]) for name, own in report["models"].items())]
 
 
 def winner(name, first, win_rate, ties, p):
@@ -69,8 +76,8 @@ def winner(name, first, win_rate, ties, p):
     if win_rate.low <= 0.5 <= win_rate.high:
         said = (f"too few prompts to say whether {name} is better than {first}" if win_rate.high - win_rate.low > 0.1
                 else f"{name} and {first} are about equally good")
-    sign_test = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{said}. Win rate {win_rate}, n = {win_rate.n:,}, {ties} ties, {sign_test}."
+    return (f"{said}. Win rate {win_rate}, n = {win_rate.n:,} ({ties} tied), "
+            f"{'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}.")
 
 
 def alive(name, own, first):
@@ -82,11 +89,8 @@ def alive(name, own, first):
              "its answers have become alike": times.get("distinct_2", 1) < 0.3,
              "its perplexity has more than doubled": times.get("perplexity", 1) > 2}
     wrong = ", ".join(sign for sign, seen in signs.items() if seen)
-    words = {"length": "{:.1f} tokens an answer", "eos_rate": "{:.0%} of them end by themselves",
-             "distinct_2": "{:.0%} of their token pairs are different", "perplexity": "perplexity {:.3g}",
-             "kl": "KL {:.3g} nats from the first model"}
-    said = ", ".join(text.format(own[figure].value) for figure, text in words.items() if figure in own)
-    return f"{name} {'does not look healthy: ' + wrong if wrong else 'looks alive'} ({said})."
+    said = [text.format(own[figure].value) for figure, text in ALIVE.items() if figure in own]
+    return f"{f'Not healthy: {name}, {wrong}' if wrong else f'Alive: {name}'} ({', '.join(said)})."
 
 
 def verdicts_of(report):
