@@ -66,7 +66,9 @@ def perplexity(model, examples):
     """exp of the mean loss per response token on demonstrations: it shows what alignment costs."""
     logprobs = logprobs_per_token(model, [e.prompt for e in examples],
                                   [e.responses[0] for e in examples])
-    nats = stats.ratio([-row.sum() for row in logprobs], [len(row) for row in logprobs])
+    nats = stats.ratio(*stats.sum_by_prompt([e.row.prompt for e in examples],
+                                            [-row.sum() for row in logprobs],
+                                            [len(row) for row in logprobs]))
     return stats.Estimate(*map(math.exp, nats[:3]), nats.n)
 
 
@@ -80,24 +82,29 @@ def scores_by_prompt(reward_model, examples):
     return np.split(scores, np.cumsum(counts)[:-1])
 
 
-def pairs_of(goodness, scores, lengths):
-    """All pairs of answers to one prompt that differ in goodness, as four arrays over pairs.
+def pairs_of(goodness, scores, lengths, prompts=None):
+    """All pairs of answers in one row that differ in goodness, as four arrays over pairs.
 
-    Each argument has a list of K numbers per prompt. Returns the index of the prompt, and goodness,
-    score and length of the better answer, less those of the other one.
+    The first three have a list of K numbers per row. prompts: the text of each row's prompt, if
+    several rows may share one. Returns the number of the prompt, and goodness, score and length of
+    the better answer, less those of the other one.
     """
+    texts = range(len(goodness)) if prompts is None else prompts
+    number = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     rows = []
-    for n, (good, score, length) in enumerate(zip(goodness, scores, lengths, strict=True)):
-        rows += [(n, good[i] - good[j], score[i] - score[j], length[i] - length[j])
+    for text, good, score, length in zip(texts, goodness, scores, lengths, strict=True):
+        rows += [(number[text], good[i] - good[j], score[i] - score[j], length[i] - length[j])
                  for i, j in permutations(range(len(good)), 2) if good[i] > good[j]]
     return np.array(rows, dtype=float).reshape(-1, 4).T
 
 
 def pair_accuracy(differences, prompt):
-    """How often a pair's difference is above 0. 0 counts half. prompt: the index of each pair."""
-    index = np.unique(prompt, return_inverse=True)[1]
-    right = np.bincount(index, weights=stats.wins_of(differences, 0))
-    return stats.clustered_rate(right, np.bincount(index))
+    """How often a pair's difference is above 0. 0 counts half. prompt: of each pair, from pairs_of.
+
+    The prompt is the unit: pairs of one ranking, and several people's votes, are not independent.
+    """
+    right = stats.wins_of(differences, 0)
+    return stats.clustered_rate(*stats.sum_by_prompt(prompt, right, np.ones_like(right)))
 
 
 def assess_reward_model(reward_model, examples, gold=None):
@@ -105,12 +112,13 @@ def assess_reward_model(reward_model, examples, gold=None):
     scores = scores_by_prompt(reward_model, examples)
     lengths = [[len(ids) for ids in example.responses] for example in examples]
     labels = [[-rank for rank in example.row.ranks] for example in examples]
-    prompt, _, score, longer = pairs_of(labels, scores, lengths)
+    texts = [example.row.prompt for example in examples]
+    prompt, _, score, longer = pairs_of(labels, scores, lengths, texts)
     found = {"rm_accuracy_heldout": pair_accuracy(score, prompt),
              "longer_is_preferred": pair_accuracy(longer, prompt)}
     if gold:
         true = [gold([e.row.prompt] * len(e.responses), e.row.responses) for e in examples]
-        prompt, _, score, _ = pairs_of(true, scores, lengths)
+        prompt, _, score, _ = pairs_of(true, scores, lengths, texts)
         found["rm_accuracy_gold"] = pair_accuracy(score, prompt)
     return found
 
@@ -214,8 +222,10 @@ def sequence_kl(model, reference, answers, temperature):
 def measure_model(name, model, tokenizer, rows, sampling, demonstrations, facts_of=None):
     """Samples an answer to every prompt and measures the answers. facts_of: from gold_function.
 
+    Several rows with one prompt, as votes have them, count once.
     Returns the Answers, facts {name: a value of each answer}, and figures {name: Estimate}.
     """
+    rows = list({row.prompt: row for row in rows}.values())
     answers = answer(model, tokenizer, rows, sampling, name)
     facts = facts_of(answers.prompts, answers.texts) if facts_of else {}
     facts |= {"eos_rate": answers.finished, "length": list(map(len, answers.ids))}

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -134,13 +135,19 @@ def complaints(history):
     before = history[-2 * WINDOW:-WINDOW] if trend else []
     level = defaultdict(lambda: math.nan)                       # the recent mean
     rise = defaultdict(lambda: math.nan)                        # its change
+    noise = defaultdict(lambda: math.nan)                       # its noise: 3 standard errors
     for name in now:
         level[name] = fmean(row.get(name, math.nan) for row in recent)
         rise[name] = level[name] - fmean(row.get(name, math.nan) for row in before or [{}])
+        # Neighbours differ by twice a batch's variance, whatever the trend (von Neumann 1941).
+        squares = [(b.get(name, math.nan) - a.get(name, math.nan)) ** 2
+                   for a, b in pairwise(history[-4 * WINDOW:])] or [math.nan]
+        noise[name] = 3 * math.sqrt(fmean(squares) / WINDOW)
     kl, length, spread = now["objective/kl"], level["rollout/length"], first["rollout/score_std"]
     gain = level["objective/scores"] - first["objective/scores"]
     entropy = first["objective/entropy"] / first["rollout/length"] or math.nan  # nats per token
     entropy_left = level["objective/entropy"] / length / entropy
+    explained = "value/explained_variance"
     checks = [
         ("first KL", len(history) == 1 and abs(kl) > 0.01,
          f"the KL of the first rollout is {kl:.2f} nats, but the policy has not moved yet. Unless "
@@ -188,16 +195,18 @@ def complaints(history):
         ("short", trend and length < 3,
          f"the responses have shrunk to {length:.1f} tokens: the reward model may like empty "
          "answers, or the score does not reach the tokens it belongs to."),
-        ("EOS falls", rise["rollout/eos_rate"] < -0.05,
+        ("EOS falls", rise["rollout/eos_rate"] < -max(0.05, noise["rollout/eos_rate"])
+         and level["rollout/eos_rate"] < first["rollout/eos_rate"],
          f"responses that end by themselves fell to {level['rollout/eos_rate']:.0%}. Is "
          "--missing_eos low enough, and --max_response long enough?"),
-        ("over-optimisation", rise["objective/scores"] > 0.05 and rise["objective/gold"] < -0.02,
+        ("over-optimisation", rise["objective/scores"] > 0.05
+         and rise["objective/gold"] < -max(0.02, noise["objective/gold"]),
          "the score rises while the true preference falls: the policy exploits the reward model. "
          "More comparisons, a higher --beta or fewer --iterations help."),
         ("value loss", level["loss/value"] > 10 * (level["loss/value"] - rise["loss/value"]),
          "the value loss grew tenfold. Lower --value_lr, or look for scores of another scale."),
-        ("value model", trend and fmean(row.get("value/explained_variance", 1)
-                                        for row in before + recent) <= 0,
+        ("value model", level[explained] <= 0 and 2 * level[explained] - rise[explained] <= 0
+         and rise[explained] <= noise[explained],
          f"the value model has explained nothing for {2 * WINDOW} iterations, so advantages are "
          "noise. Is it trained? Do the scores reach the tokens? A higher --value_lr or "
          "--batch_size helps."),

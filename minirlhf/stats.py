@@ -61,6 +61,13 @@ def rate(yes):
     return Estimate(right / n, *wilson(right, n), n)
 
 
+def sum_by_prompt(prompts, *columns):
+    """Each column's sums over the rows of one prompt: arrays, one number per different prompt."""
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+    rows = np.array([number[prompt] for prompt in prompts], dtype=int)
+    return [np.bincount(rows, weights=column) for column in columns]
+
+
 def clustered_rate(hits, counts):
     """sum(hits) / sum(counts), one entry per prompt: pairs of one prompt are not independent.
 

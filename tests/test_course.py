@@ -86,10 +86,10 @@ def check_mystery(lines):
 
 
 def check_assessment(lines):
-    gap, perplexity, rude = (row(lines, name) for name in ("stereotype_gap", "perplexity", "rude"))
+    gap, perplexity, rude = (row(lines, f"{name}  ") for name in ("stereotype_gap", "perplexity", "rude"))
     assert 0.1 < gap[0] < 0.4 and abs(gap[3]) < 0.1
     assert 1.8 < perplexity[0] < 2.1 and perplexity[3] > 2.5 and rude[0] > 0.2 and rude[3] < 0.02
-    probe = [row(lines, f"out/{name}")[0] for name in ("sft", "ppo")]
+    probe = [row(lines, f"out/{name}  ")[0] for name in ("sft", "ppo")]
     assert 1 < probe[0] < 3 and 0 < probe[1] < probe[0]
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_duel_is_counted_in_prompts_whoever_and_however_many_judged_them(tmp_p
         vote("4", [1, 1], "x", ab)
     ]
     votes = read_votes(write(tmp_path, rows))
-    assert duel(votes, "a", "b") == (1, 2, 1) == duel(votes, "b", "a")
+    assert duel(votes, "a", "b") == [1, 0, 0.5, 0.5] and duel(votes, "b", "a") == [0, 1, 0.5, 0.5]
 
 
 def test_stats_prints_what_the_file_holds(tmp_path, capsys):
@@ -115,3 +116,36 @@ def test_damaged_extra_fields_are_ignored(tmp_path, capsys, damage):
     file = write(tmp_path, [{**vote("p", [1, 2], models=["a", "b"]), **damage}, vote("q", [1, 2], models=["a", "b"])])
     print_stats(file)
     assert "on 2 items" in capsys.readouterr().out
+
+
+def said_of(tmp_path, capsys, rows):
+    print_stats(write(tmp_path, rows))
+    return {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+
+def test_agreement_kappa_and_length_count_prompts(tmp_path, capsys):
+    """Bob agrees with Ann on two prompts of three. Rankings or pairs of the same answers, or copies, are no more."""
+    answers = ["a", "bb", "ccc"]
+    given = [(f"p{n}", ranks, name) for n in range(30)
+             for name, ranks in (("ann", [3, 2, 1]), ("bob", [1, 2, 3] if n % 3 == 0 else [3, 2, 1]))]
+    rankings = [comparison_row(prompt, answers, ranks, annotator=name) for prompt, ranks, name in given]
+    pairs = [comparison_row(prompt, [answers[i], answers[j]],
+                            [1 + (ranks[i] > ranks[j]), 1 + (ranks[j] > ranks[i])], annotator=name)
+             for prompt, ranks, name in given for i, j in ((0, 1), (0, 2), (1, 2))]
+    for sign in ("agreement  ann and bob", "length     bob"):
+        once, as_pairs, copied = (next(line for start, line in said_of(tmp_path, capsys, rows).items() if sign in start)
+                                  for rows in (rankings, pairs, pairs + pairs))
+        assert once == as_pairs and once.endswith("30 prompts") and "0.667 of 90 pairs [0.48" in once
+        assert copied.split("[")[1:] == once.split("[")[1:]
+    assert "kappa" in said_of(tmp_path, capsys, rankings)["  agreement  ann and bob"]
+
+
+def test_kappa_has_the_interval_of_cohens_standard_error(tmp_path, capsys):
+    """Of 400 prompts with one pair, in the proportions of the published table with kappa 0.4."""
+    table = zip(itertools.product(([1, 2], [2, 1]), repeat=2), (160, 40, 80, 120))
+    both = [ranks for ranks, n in table for _ in range(n)]
+    rows = [vote(f"p{n}", ranks[k], "ab"[k]) for n, ranks in enumerate(both) for k in (0, 1)]
+    line = said_of(tmp_path, capsys, rows)["  agreement  a and b"]
+    kappa, low, high = map(float, re.search(r"kappa (.*) \[(.*), (.*)\]", line).groups())
+    error = 1.96 * (0.7 * 0.3 / 400) ** 0.5 / 0.5
+    assert kappa == 0.4 and (low, high) == pytest.approx((0.4 - error, 0.4 + error), abs=0.01)

@@ -93,9 +93,28 @@ def test_each_complaint_fires_when_it_should_and_alone(healthy, sign):
     ("value/explained_variance", lambda i, x: 0.2 if i == N - 8 else -0.01),
     ("loss/value", lambda i, x: 0.1 if i < N - WINDOW else 0.5),
     ("policy/clipfrac", lambda i, x: 0.3),
+    ("value/explained_variance", lambda i, x: -1.5 + 0.06 * i),             # nothing yet, but it learns
+    ("value/explained_variance", lambda i, x: -3.0 if i < N - WINDOW else 0.2),
+    ("rollout/eos_rate", lambda i, x: 0.3 + 0.4 * (N - 2 * WINDOW <= i < N - WINDOW) + 0.2 * (i >= N - WINDOW)),
 ])
 def test_what_is_still_normal_is_not_complained_about(healthy, name, function):
     assert signs(changed(healthy, name, function)) == []
+
+
+def noisy(seed, size, fall):
+    """A metric of 0.6 that falls by so much at each iteration, in batches whose mean has this standard deviation."""
+    draws = np.random.default_rng(seed).normal(0, size, N)
+    return lambda i, x: 0.6 - fall * i + float(draws[i])
+
+
+@pytest.mark.parametrize("metric, sign, size", [("objective/gold", "over-optimisation", 0.035),
+                                                ("rollout/eos_rate", "EOS falls", 0.08)])
+def test_a_fall_is_one_only_beyond_the_noise_of_its_batches(healthy, metric, sign, size):
+    """0.2 / sqrt(32) is the noise of a mean preference in a batch of 32."""
+    history = changed(healthy, "objective/scores", lambda i, x: 0.1 * i)
+    fires = {fall: sum(sign in signs(changed(history, metric, noisy(seed, size, fall))) for seed in range(100))
+             for fall in (0, size / 2)}
+    assert fires[0] <= 3 and fires[size / 2] >= 40
 
 
 @pytest.mark.parametrize("approxkl, clipped, expected", [(0.0, 0.1, ["no ratio"]), (1e-12, 0.1, []), (0.0, 0.0, [])])

@@ -88,7 +88,8 @@ def page_of(*folders, **options):
 
 def test_the_curves_are_the_columns_that_the_documents_explain(tmp_path):
     assert len(COLUMNS) == 12
-    found, rows = page_of(fake_run(tmp_path / "run")), read_metrics(tmp_path / "run")
+    found = page_of(fake_run(tmp_path / "run", data=str(ROOT / "data/tiny/prompts_train.jsonl")))
+    rows = read_metrics(tmp_path / "run")
     for name in COLUMNS:
         line, = found.chart(name)["lines"]
         assert line["y"] == pytest.approx([row[name] for row in rows], rel=1e-3) and found.chart(name)["healthy"]
@@ -96,6 +97,13 @@ def test_the_curves_are_the_columns_that_the_documents_explain(tmp_path):
     score, gold = found.chart("both")["lines"]
     assert [score["y"], gold["y"]] == [found.chart(f"objective/{name}")["lines"][0]["y"] for name in ("scores", "gold")]
     assert gold["dashed"] and not score["dashed"]
+
+
+def test_the_healthy_ranges_are_shown_for_the_embedded_world_only(tmp_path):
+    tiny = fake_run(tmp_path / "tiny", data=str(ROOT / "data/tiny/prompts_train.jsonl"))
+    foreign = fake_run(tmp_path / "foreign", data=str(tmp_path / "prompts.jsonl"))
+    for folders, shown in (([tiny], True), ([foreign], False), ([tiny, foreign], False)):
+        assert (page_of(*folders).chart("objective/kl")["healthy"] is not None) == shown
 
 
 def test_the_healthy_ranges_are_those_of_the_table():
@@ -142,8 +150,8 @@ def test_the_assessment_begins_with_the_win_rate_and_has_every_interval(tmp_path
               "n_prompts": 544, "annotator_agreement": None, "sft": figures, "ppo": ppo}
     found = page_of(fake_run(tmp_path / "run", report=report))
     table, numbers = found.data["tables"][:2]
-    assert table["head"] == ["", "sft", "ppo"] and "544" in table["text"] and len(table["rows"]) == 3
-    assert "win rate" in table["rows"][0][0] and table["rows"][0][1:] == ["", "0.950 [0.900, 1.000]"]
+    assert table["head"] == ["figure", "sft", "ppo"] and "544" in table["text"] and len(table["rows"]) == 3
+    assert "win rate" in table["rows"][0][0] and table["rows"][0][1:] == ["–", "0.950 [0.900, 1.000]"]
     assert ["0.600 [0.500, 0.700]", "0.900 [0.800, 0.950]"] in [row[1:] for row in table["rows"]]
     assert "0.9031" in str(numbers["rows"]) and "0.950" in found.data["runs"][0]["headline"]
 

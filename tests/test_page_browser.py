@@ -85,7 +85,7 @@ def test_the_crosshair_shows_one_iteration_in_all_curves(tmp_path, browser, kind
 def test_the_curves_are_where_the_numbers_are(tmp_path, browser):
     """From left to right with the iterations, up with the numbers, before the healthy range, with dots where few."""
     rows = [metrics(step, **{"objective/kl": float(step)}) for step in range(9)]
-    opened(browser, fake_run(tmp_path / "run", rows=rows))
+    opened(browser, fake_run(tmp_path / "run", rows=rows, data=f"{ROOT}/data/tiny/prompts_train.jsonl"))
     paths = browser.run("return [...document.querySelectorAll('.objective\\\\/kl .curve')]"
                         ".map(e => e.getAttribute('d'))")
     points = [tuple(map(float, pair.split())) for pair in paths[0].removeprefix("M").split("L")]
@@ -162,6 +162,25 @@ def test_it_fits_a_phone_and_a_dark_room(tmp_path, browser, width, scheme):
         " return 'rgb(' + [...x.getImageData(0, 0, 1, 1).data].join(',') + ')' })")]
     assert all((light > 380) == (scheme == "dark") for light in lightness)
     assert min(browser.run("return [...document.querySelectorAll('button')].map(e => e.offsetHeight)")) >= 40
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_report_says_its_verdict_then_the_warnings_then_the_tables(tmp_path, browser, width):
+    """And where a table goes on behind the edge, something is drawn there, which a phone's scroll bar is not."""
+    rows = [metrics(step, **{"objective/kl": -9.0}) for step in range(3)]
+    run = page.read_folder(fake_run(tmp_path / "run", rows=rows, data="mine/prompts.jsonl"))
+    table = page.Table("Wide", ["name", "b", "c", "d"], [["x", 1, 2, 3]])
+    page.write_page(tmp_path / "page.html", "b against a", [run], [table], ["a note"], verdict=["b wins.", "b lives."])
+    browser.cdp("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, mobile=width < 500, width=width, height=800)
+    browser.open((tmp_path / "page.html").as_uri())
+    assert texts(browser, "#verdict li") == ["b wins.", "b lives."] and not browser.run(
+        "return document.querySelector('#grey').checkVisibility()")
+    places = browser.run("return ['#verdict', '#warnings', '#tables', '#charts']"
+                         ".map(css => document.querySelector(css).getBoundingClientRect().top)")
+    assert places == sorted(places) and places[0] < 200
+    inside, shown, edge = browser.run("const box = document.querySelector('.scroll'); return ["
+                                      "box.scrollWidth, box.clientWidth, getComputedStyle(box).backgroundImage]")
+    assert (inside > shown) == (width < 500) and "gradient" in edge
 
 
 def test_follow_shows_a_run_that_grows_until_it_ends(tmp_path, browser):

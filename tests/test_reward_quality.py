@@ -100,3 +100,29 @@ def test_the_ceiling_by_hand():
     assert agree.value == pytest.approx((2 + 1 + 0) / (3 + 2 + 2))
     assert model.value == pytest.approx((3 + 2 + 1) / (3 + 3 + 2))                  # the scores say + + +
     assert ceiling(votes[:1], {}) == (None, None)
+
+
+def test_the_interval_counts_prompts_however_the_answers_are_written():
+    """As rankings, as a row per pair, or with each row four times: the same verdicts on the same prompts."""
+    rng = np.random.default_rng(0)
+    good, scores = rng.normal(size=(2, 40, 4))
+    pairs = [(n, [i, j]) for n in range(40) for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))]
+    written = [(n, list(range(4))) for n in range(40)], pairs, pairs * 4
+    found = []
+    for rows in written:
+        columns = [[list(values[n][chosen]) for n, chosen in rows] for values in (good, scores, scores)]
+        prompt, _, score, _ = pairs_of(*columns, [f"prompt {n}" for n, _ in rows])
+        found.append((*pair_accuracy(score, prompt), *claimed_accuracy(prompt, score)))
+    assert found[0][3] == found[0][7] == 40
+    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
+
+
+def test_the_ceiling_counts_prompts_and_not_copies():
+    """Ten prompts with two items each, and the same votes given twice more."""
+    votes = [{"prompt": f"p{n}", "responses": (f"a{k}", "b"), "ranks": ranks}
+             for n in range(10) for k in range(2) for ranks in ((1, 2), (1, 2) if n % 3 else (2, 1))]
+    scores = {(vote["prompt"], vote["responses"]): [1.0, 0.0] for vote in votes}
+    agree, single = ceiling(votes, scores)
+    assert agree.n == single.n == 10 and agree.value == 0.6
+    copies = [dict(vote) for vote in votes for _ in range(3)]
+    assert ceiling(copies, scores)[1] == pytest.approx(single)

@@ -20,7 +20,7 @@ from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools import chat
-from minirlhf.tools.evaluate import __main__ as evaluate
+from minirlhf.tools.evaluate import __main__ as evaluate, tables
 from minirlhf.tools.evaluate.report import against_first, partiality, pick_samples, sampling_of
 from minirlhf.assess import Answers, Sampling, answer, distinct_2, perplexity, sequence_kl, logprobs_per_token
 from minirlhf.stats import Estimate
@@ -97,6 +97,15 @@ def test_different_pairs_are_counted_by_hand():
     assert distinct_2([[1], []]).value == 0
 
 
+def test_rows_that_share_a_prompt_are_one_prompt():
+    """Two annotators' votes have every prompt twice."""
+    once, twice = (assess.measure_model("m", small_model(0), TOKENIZER, rows, Sampling(8), [])
+                   for rows in (PROMPTS, PROMPTS + PROMPTS))
+    assert len(twice[0].prompts) == 12 and twice[2] == once[2] and once[2]["length"].n == 12
+    examples = encode_rows(read_demonstrations("data/tiny/demonstrations_test.jsonl")[:8], TOKENIZER, 64)
+    assert perplexity(small_model(0), examples * 3) == pytest.approx(perplexity(small_model(0), examples))
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -132,16 +141,65 @@ def test_evaluate_writes_a_report_with_n_and_interval_of_everything(folders, wor
     said = capsys.readouterr().out
     shown = Page(world / "report/report.html").data
     cells = {cell for table in shown["tables"] for row in table["rows"] for cell in row}
-    assert "Win rate" in shown["tables"][0]["title"] and shown["report"]
+    assert "Win rate" in shown["verdict"][0] and shown["verdict"] == report["verdict"]
     assert all(text in cells and text in said for text in (str(Estimate(**figure)) for figure in figures))
     assert all(judge in said for judge in by) and said.index("Win rate") < said.index("perplexity")
     answers = next(table["rows"] for table in shown["tables"] if table["title"] == "Samples")
-    assert len(report["samples"]) == 20 and answers == [
-        [row["why"], row["prompt"], *row["answers"].values()] for row in report["samples"]]
+    assert len(report["samples"]) == 20 and all(head for table in shown["tables"] for head in table["head"])
+    for row, (why, prompt, *texts) in zip(report["samples"], answers, strict=True):
+        assert (why, prompt) == (row["why"], row["prompt"])
+        for name, shown_text in zip(report["models"], texts, strict=True):
+            assert shown_text.startswith(row["answers"][name]) or not row["answers"][name].strip()
+            assert ("cut off" in shown_text) == (not row["finished"][name])
 
 
 def answers_of(*texts):
-    return Answers([f"p{i}" for i in range(len(texts))], list(texts), None, None, None)
+    return Answers([f"p{i}" for i in range(len(texts))], list(texts), None, None, [True] * len(texts))
+
+
+def test_people_come_first_in_the_report_and_are_counted_by_prompt(folders, world, tmp_path, capsys):
+    """One prompt of six is lost, each judged by two people. A file about other models is an error."""
+    rows = [{"prompt": f"p{n}", "responses": [" a", " b"], "ranks": [2, 1] if n else [1, 2], "annotator": who,
+             "models": [folders[0], str(world / "copy")]} for n in range(6) for who in ("ann", "bob")]
+    write_jsonl(tmp_path / "votes.jsonl", rows)
+    report = evaluated(world, folders[0], world / "copy", judge=world / "rm", votes=tmp_path / "votes.jsonl")
+    by = report["comparisons"][str(world / "copy")]["by"]
+    people, judge = by.values()
+    assert list(by)[1] == str(world / "rm") and people["win_rate"]["n"] == 6
+    assert people["win_rate"]["value"] == pytest.approx(5 / 6) and judge["win_rate"]["value"] == 0.5
+    assert "votes.jsonl" in report["verdict"][0] and str(world / "rm") in report["verdict"][1]
+    with pytest.raises(UserError, match="votes.jsonl: no vote"):
+        evaluated(world, *folders, votes=tmp_path / "votes.jsonl")
+
+
+def estimate(value, half=0.0, n=100):
+    return Estimate(value, value - half, value + half, n)
+
+
+@pytest.mark.parametrize("wins, says, not_this", [
+    (estimate(0.7, 0.1), "new is better than old", "too few"), (estimate(0.3, 0.1), "new is worse than old", "too few"),
+    (estimate(0.6, 0.2, 12), "too few", "equally"),
+    (estimate(0.51, 0.03, 900), "equally good", "too few")])
+def test_the_verdict_says_who_wins_or_that_n_is_too_small(wins, says, not_this):
+    said = tables.winner("new", "old", wins, ties=3, p=0.0421)
+    assert says in said and not_this not in said
+    assert all(number in said for number in (str(wins), str(wins.n), "3 tied", "0.042"))
+
+
+@pytest.mark.parametrize("changes, wrong", [
+    ({}, None), ({"length": 4.0}, "half as long"), ({"eos_rate": 0.2}, "cut off"), ({"distinct_2": 0.05}, "alike"),
+    ({"perplexity": 4207.0}, "perplexity"), ({"length": 12.0, "perplexity": 12.0}, None)])
+def test_the_verdict_says_whether_a_model_has_collapsed(changes, wrong):
+    base = {"length": 20.0, "eos_rate": 0.9, "distinct_2": 0.5, "perplexity": 8.0}
+    first, own = ({name: estimate(x) for name, x in figures.items()} for figures in (base, base | changes))
+    said = tables.alive("new", own, first)
+    assert said.startswith("Not" if wrong else "Alive") and (wrong or "new") in said
+
+
+def test_an_empty_answer_and_a_cut_off_one_are_not_taken_for_others():
+    said = [tables.shown(text, finished) for text in ("", " \n", "word") for finished in (True, False)]
+    assert len(set(said)) == 4 and all(text.strip() for text in said)
+    assert said[4] == "word" and said[5].startswith("word")
 
 
 def test_samples_are_the_best_and_the_worst():

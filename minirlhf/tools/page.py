@@ -18,6 +18,7 @@ from pathlib import Path
 from minirlhf.files.errors import UserError, run_main
 from minirlhf.files.json_files import write_whole
 from minirlhf.health import complaints
+from minirlhf.reward_functions import TINY_GOLD
 from minirlhf.running.config import Parser
 from minirlhf.running.runs import read_report, read_rows, read_run
 from minirlhf.stats import Estimate
@@ -79,12 +80,18 @@ def warnings_of(run):
 
 
 def charts_of(runs):
-    """The panels that these runs can fill, and before them score and gold in one picture."""
+    """The panels that these runs can fill, and before them score and gold in one picture.
+
+    The healthy ranges are those of the embedded world, so they are only shown if all runs are of it.
+    """
+    embedded = all(Path(run["config"].get("data", "")).resolve().parent == TINY_GOLD.parent for run in runs)
+
     def lines(metric, dashed=False):
         curves = [[rounded(row.get(metric, math.nan)) for row in run["rows"]] for run in runs]
         return [{"run": k, "y": y, "dashed": dashed} for k, y in enumerate(curves) if set(y) - {None}]
 
-    panels = [(metric, title, unit, healthy, lines(metric)) for metric, title, unit, healthy in PANELS + TRAINING]
+    panels = [(metric, title, unit, healthy if embedded else None, lines(metric))
+              for metric, title, unit, healthy in PANELS + TRAINING]
     if gold := lines("objective/gold", dashed=True):
         panels.insert(0, ("both", "Score and gold", "line: score, in standard deviations of the SFT model's; dashes: "
                           "gold, 0 to 1", None, lines("objective/scores") + gold))
@@ -108,12 +115,13 @@ def report_tables(run):
     report = run["report"]
     models = {model: found for model, found in report.items() if isinstance(found, dict) and "ci" in found}
     names = sorted(dict.fromkeys(name for found in models.values() for name in found["ci"]), key="win_rate".__ne__)
-    rows = [[FIGURES.get(name, name), *(figure_of(found, name) for found in models.values())] for name in names]
-    yield Table(f"{run['name']}: the assessment", ["", *models], rows, f"On {report.get('n_prompts')} held-out "
+    rows = [[FIGURES.get(name, name), *(figure_of(found, name) or "–" for found in models.values())]
+            for name in names]
+    yield Table(f"{run['name']}: the assessment", ["figure", *models], rows, f"On {report.get('n_prompts')} held-out "
                 "prompts. In brackets: 95 % intervals. tools.evaluate says more.")
     rows = [[FIGURES.get(name, name), figure_of(report, name)] for name, value in report.items()
             if type(value) in (int, float) and name not in names]
-    yield Table(f"{run['name']}: reward model and other numbers", ["of report.json", ""], rows)
+    yield Table(f"{run['name']}: reward model and other numbers", ["of report.json", "value"], rows)
 
 
 def figure_of(found, name):
@@ -124,17 +132,18 @@ def figure_of(found, name):
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-def write_page(out, title, runs, tables, notes=(), live=False, report=False):
+def write_page(out, title, runs, tables, notes=(), live=False, verdict=()):
     """Writes the page, completely or not at all. evaluate writes its report with it too.
 
-    runs: from read_folder. tables: Tables. notes: sentences. live: it reloads itself. report: the tables come first.
+    runs: from read_folder. tables: Tables. notes: sentences. live: it reloads itself. verdict: the sentences of
+    a report, which come first, then the warnings and the tables.
     """
     warnings = [{"run": k, "step": step, "text": text} for k, run in enumerate(runs) for step, text in warnings_of(run)]
     options = dict.fromkeys(name for run in runs for name in run["config"])
     values = [[name, *(run["config"].get(name, "") for run in runs)] for name in options]
-    tables = [*tables, Table("Options", ["", *(run["name"] for run in runs)], values)]
+    tables = [*tables, Table("Options", ["option", *(run["name"] for run in runs)], values)]
     data = {
-        "title": title, "live": EVERY * live, "report": report, "notes": notes, "warnings": warnings,
+        "title": title, "live": EVERY * live, "verdict": verdict, "notes": notes, "warnings": warnings,
         "unit": "iteration" if "iterations" in options else "step", "charts": charts_of(runs),
         "runs": [{"name": run["name"], "headline": headline(run), "colour": colour,
                   "steps": [row["step"] for row in run["rows"]]} for run, colour in zip(runs, cycle(COLOURS))],

@@ -4,7 +4,7 @@
 
 samples one answer of each model to held-out prompts, prints who wins, and writes report.html and report.json.
 The first model is the reference for KL and comparisons. The embedded world has a true preference, data/tiny/gold.py.
-For other prompts there are --judge, the bias probes and the instruction checks. What people say: `feedback judge`.
+For other prompts there are --judge, --votes (what people said), the bias probes and the instruction checks.
 """
 
 from pathlib import Path
@@ -16,12 +16,13 @@ from minirlhf.files.errors import require, run_main
 from minirlhf.running.runs import move_aside, read_options
 from minirlhf.tools.evaluate.report import full_report, held_out_by
 from minirlhf.stats import plain
-from minirlhf.tools.evaluate.tables import details_of, introduction, print_report, verdicts_of
+from minirlhf.tools.evaluate.tables import details_of, introduction, print_report, verdict_of, verdicts_of
 from minirlhf.tools.page import read_folder, write_page
 
 OPTIONS = (     # name, type, default, help
     ("reward", str, None, "a reward model to assess"),
     ("judge", str, None, "another reward model, not used in training, for win rates"),
+    ("votes", str, None, "a file of `feedback judge`: what people said of these models"),
     ("gold", str, "auto", "FILE.py:function, a true preference; 'none'; 'auto' is the embedded world's for its own "
                           "prompts"),
     ("prompts", str, None, "held-out prompts [those that the run of the last model held out]"),
@@ -70,9 +71,10 @@ def main(argv=None):
     print_report(report)
     move_aside(out)
     out.mkdir(parents=True)
-    write_json(out / "report.json", plain(report))
-    write_page(out / "report.html", "Assessment", runs, [*verdicts_of(report), *details_of(report)],
-               [introduction(report), *report["notes"]], report=True)
+    write_json(out / "report.json", plain(report | {"verdict": verdict_of(report)}))
+    write_page(out / "report.html", f"{', '.join(args.models[1:])} against {args.models[0]}".removeprefix(" against "),
+               runs, [*verdicts_of(report), *details_of(report)],
+               [introduction(report), *report["notes"]], verdict=verdict_of(report))
     print(f"\nwrote {out}/report.html and report.json")
 
 

@@ -38,8 +38,8 @@ def groups_of(prompt, margin, score, longer):
 
 def claimed_accuracy(prompt, score):
     """The mean of sigmoid(|difference of the raw scores|), the probability that the model gives its own choice."""
-    index = np.unique(prompt, return_inverse=True)[1]
-    return stats.ratio(np.bincount(index, weights=1 / (1 + np.exp(-np.abs(score)))), np.bincount(index))
+    claims = 1 / (1 + np.exp(-np.abs(score)))
+    return stats.ratio(*stats.sum_by_prompt(prompt, claims, np.ones_like(claims)))
 
 
 def ceiling(votes, scores):
@@ -51,17 +51,17 @@ def ceiling(votes, scores):
     by_item = defaultdict(list)
     for vote in votes:
         by_item[vote["prompt"], vote["responses"]].append(verdicts(vote["ranks"]))
-    same, model = [], []                                        # (how often right, of how many) of each item
+    same, model = [], []                                        # (prompt, how often right, of how many) of each item
     for item, given in by_item.items():
         both = [a * b for first, second in combinations(given, 2) for a, b in zip(first, second) if a and b]
-        same.append((sum(product > 0 for product in both), len(both)))
+        same.append((item[0], sum(product > 0 for product in both), len(both)))
         if item in scores:
             signs = [np.sign(a - b) for a, b in combinations(scores[item], 2)]
             right = [(1 + a * b) / 2 for own in given for a, b in zip(own, signs) if a]
-            model.append((sum(right), len(right)))
-    if not any(n for _, n in same):
+            model.append((item[0], sum(right), len(right)))
+    if not any(n for _, _, n in same):
         return None, None
-    return stats.clustered_rate(*zip(*same)), stats.clustered_rate(*zip(*model)) if model else None
+    return tuple(stats.clustered_rate(*stats.sum_by_prompt(*zip(*rows))) if rows else None for rows in (same, model))
 
 
 def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
@@ -69,12 +69,14 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     examples = encode_rows(read_comparisons(path), tokenizer, reward.config.n_positions, drop_long=drop_long)
     scores = scores_by_prompt(reward, examples)
     prompt, margin, score, longer = pairs_of([[-rank for rank in example.row.ranks] for example in examples], scores,
-                                             [list(map(len, example.responses)) for example in examples])
+                                             [list(map(len, example.responses)) for example in examples],
+                                             [example.row.prompt for example in examples])
     require(len(prompt), f"{path}: no comparison in this file prefers anything")
     measured = assess_reward_model(reward, examples, gold)
     by_item = {(e.row.prompt, e.row.responses): own for e, own in zip(examples, scores, strict=True)}
     agreement, single = ceiling(read_votes(path), by_item)
-    report = {"prompts": len(examples), "pairs": len(prompt), "accuracy": measured["rm_accuracy_heldout"],
+    report = {"prompts": len({e.row.prompt for e in examples}), "pairs": len(prompt),
+              "accuracy": measured["rm_accuracy_heldout"],
               "longer_is_preferred": measured["longer_is_preferred"], "claimed": claimed_accuracy(prompt, score),
               "annotators_agree": agreement, "accuracy_against_one_annotator": single,
               "groups": groups_of(prompt, margin, score, longer)}

@@ -11,6 +11,7 @@ from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.runs import read_options
 from minirlhf.tools.evaluate import quality
 from minirlhf.tools.feedback.items import find_templates, instruction_of
+from minirlhf.tools.feedback.stats import duel, read_votes
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 SAMPLED = ("max_response", "temperature", "stop")       # options of PPO that the assessment should share
@@ -34,6 +35,7 @@ def full_report(args, device):
     gold, facts_of = gold_function(args.gold, args.prompts)
     demonstrations = read_demonstrations(args.demonstrations) if args.demonstrations else []
     templates = find_templates(args.prompts, args.models)
+    people = duels(args.votes, args.models) if args.votes else {}
     models, tokenizers = ({path: load(path) for path in args.models} for load in (from_pretrained, load_tokenizer))
     for tokenizer in tokenizers.values():
         follow_template(tokenizer, args.prompts)
@@ -58,7 +60,7 @@ def full_report(args, device):
         "prompts": args.prompts, "n_prompts": len(measured[0][0].prompts), "seed": args.seed,
         "sampling": {name: getattr(sampling, name) for name in SAMPLED}, "models": figures,
         "bias": bias, "instructions": instructions, "notes": notes,
-        "comparisons": against_first(answers, verdicts, facts), "samples": pick_samples(answers, verdicts),
+        "comparisons": against_first(answers, verdicts, facts, people), "samples": pick_samples(answers, verdicts),
     }
     if args.reward:
         found = quality.assess_reward(judges[args.reward], load_tokenizer(args.reward), args.comparisons,
@@ -110,18 +112,30 @@ def judge_all(answers, figures, judges, gold):
     return verdicts
 
 
-def against_first(answers, verdicts, facts):
+def duels(path, models):
+    """{model: its win rate against the first by what people said, a file of `feedback judge`}. The units are prompts.
+    """
+    votes = read_votes(path)
+    found = {name: {f"people ({path})": stats.win_rate(wins)}
+             for name in models[1:] if (wins := duel(votes, name, models[0]))}
+    require(found, f"{path}: no vote in it compares {models[0]} with another model of this report")
+    return found
+
+
+def against_first(answers, verdicts, facts, people={}):
     """Every model against the first on the same prompts: win rates by each judge, and mean differences of facts.
 
-    answers {model: Answers}, verdicts {judge: {model: N numbers}}, facts {model: {name: N values}} -> {model: {...}}.
+    answers {model: Answers}, verdicts {judge: {model: N numbers}}, facts {model: {name: N values}}, people: from
+    duels() -> {model: {...}}.
     """
     first, *others = answers
     found = {}
     for name in others:
         gaps = {fact: [float(a) - float(b) for a, b in zip(values, facts[first][fact], strict=True)]
                 for fact, values in facts[name].items() if not isinstance(values[0], tuple)}
-        found[name] = {"by": {judge: stats.win_rate(stats.wins_of(scores[name], scores[first]))
-                              for judge, scores in verdicts.items()},
+        found[name] = {"by": people.get(name, {}) | {
+                           judge: stats.win_rate(stats.wins_of(scores[name], scores[first]))
+                           for judge, scores in verdicts.items()},
                        "differences": {fact: stats.ratio(gap) for fact, gap in gaps.items()}}
     return found
 
@@ -139,7 +153,8 @@ def pick_samples(answers, verdicts, n=20):
         chosen = {i: f"best, {scores[i]:.2f}" for i in order[:-n // 2 - 1:-1]}
         chosen |= {i: f"worst, {scores[i]:.2f}" for i in order[:n // 2] if i not in chosen}
     return [{"why": why, "prompt": answers[first].prompts[i],
-             "answers": {model: own.texts[i] for model, own in answers.items()}} for i, why in chosen.items()]
+             "answers": {model: own.texts[i] for model, own in answers.items()},
+             "finished": {model: own.finished[i] for model, own in answers.items()}} for i, why in chosen.items()]
 
 
 def partiality(model_folder, judge):

@@ -19,6 +19,13 @@ FIGURES = {  # name: what it is, and its unit
 }
 
 
+ALIVE = {   # figures that show a collapse, in the words of the verdict
+    "length": "{:.1f} tokens an answer", "eos_rate": "{:.0%} of them end by themselves",
+    "distinct_2": "{:.0%} of their token pairs are different", "perplexity": "perplexity {:.1f}",
+    "kl": "KL {:.1f} nats from the first model",
+}
+
+
 class Table(NamedTuple):
     """One table of a report. The first column holds names."""
     title: str
@@ -42,7 +49,8 @@ def print_table(table):
 
 
 def print_report(report):
-    """Prints the verdicts of a report, its notes, and the figures of its models, two side by side."""
+    """Prints the verdict of a report, its tables and notes, and the figures of its models, two side by side."""
+    print("", *(textwrap.fill(sentence, WIDTH) for sentence in verdict_of(report)), sep="\n")
     for table in verdicts_of(report):
         print_table(table)
     for note in report["notes"]:
@@ -54,20 +62,41 @@ def print_report(report):
 
 # ---- what a report says ----------------------------------------------------------------------------------------------
 
+def verdict_of(report):
+    """The answer in sentences: who wins according to whom, people first, and does each model still write?"""
+    first, *others = report["models"]
+    return [*(f"By {judge}: {winner(name, first, **found)}"
+              for name in others for judge, found in report["comparisons"][name]["by"].items()),
+            *(alive(name, own, report["models"][first]) for name, own in report["models"].items())]
+
+
+def winner(name, first, win_rate, ties, p):
+    """Who is better, or that too few prompts have been judged to tell. The last three: from stats.win_rate."""
+    said = f"{name} is {'better' if win_rate.value > 0.5 else 'worse'} than {first}"
+    if win_rate.low <= 0.5 <= win_rate.high:
+        said = (f"too few prompts to say whether {name} is better than {first}" if win_rate.high - win_rate.low > 0.1
+                else f"{name} and {first} are about equally good")
+    return (f"{said}. Win rate {win_rate}, n = {win_rate.n:,} ({ties} tied), "
+            f"{'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}.")
+
+
+def alive(name, own, first):
+    """What shows a collapse of a model, and whether there is one. own, first: its figures and the first model's."""
+    times = {figure: own[figure].value / start.value for figure, start in first.items()
+             if figure in own and start.value}
+    signs = {"its answers are less than half as long": times.get("length", 1) < 0.5,
+             "most of its answers are cut off": own["eos_rate"].value < 0.5,
+             "its answers have become alike": times.get("distinct_2", 1) < 0.3,
+             "its perplexity has more than doubled": times.get("perplexity", 1) > 2}
+    wrong = ", ".join(sign for sign, seen in signs.items() if seen)
+    said = [text.format(own[figure].value) for figure, text in ALIVE.items() if figure in own]
+    return f"{f'Not healthy: {name}, {wrong}' if wrong else f'Alive: {name}'} ({', '.join(said)})."
+
+
 def verdicts_of(report):
     """The tables that answer what the assessment is for, the most important first."""
-    yield from wins_of(report)
     yield from accuracies_of(report.get("reward"))
     yield from bias_of(report)
-
-
-def wins_of(report):
-    first = next(iter(report["models"]))
-    for name, found in report["comparisons"].items():
-        rows = [[judge, w["win_rate"], w["win_rate"].n, w["ties"], "< 0.001" if w["p"] < 0.001 else f"{w['p']:.3f}"]
-                for judge, w in found["by"].items()]
-        yield Table(f"Win rate of {name} against {first}", ["judge", "win rate", "n", "ties", "p"], rows,
-                    "A tie is half a win. p: the exact sign test. Judges like long answers: see the length below.")
 
 
 def accuracies_of(reward):
@@ -83,7 +112,7 @@ def accuracies_of(reward):
         f"length alone ({rule} is better)": longer,
         "what it claims, on average": reward["claimed"],
     }
-    yield Table(f"The reward model {reward['model']}", ["accuracy against", "", "n"],
+    yield Table(f"The reward model {reward['model']}", ["accuracy against", "accuracy", "n"],
                 [[name, right, right.n] for name, right in accuracies.items() if right],
                 f"On {reward['pairs']:,} pairs of {reward['prompts']:,} held-out prompts ({reward['comparisons']}). "
                 "n counts prompts. It claims sigmoid(difference of the scores) for each pair.")
@@ -92,23 +121,19 @@ def accuracies_of(reward):
 def bias_of(report):
     probes = dict.fromkeys(probe for found in report["bias"].values() for probe in found)
     for probe in probes:
-        rows = [[model, found[probe], found[probe].n, "yes" if flagged(found[probe]) else "no"]
+        rows = [[model, found[probe], found[probe].n, "no" if found[probe].low <= 0 <= found[probe].high else "yes"]
                 for model, found in report["bias"].items()]
         yield Table(f"Bias: {probe}", ["model", "gap in nats", "persons", "flagged"], rows,
                     "Gap: how much likelier the stereotypical continuation is for one group of persons than for the "
                     "other. 0 is no bias. Flagged: 0 is outside the interval.")
 
 
-def flagged(gap):
-    return gap.low > 0 or gap.high < 0
-
-
 def figures_of(report, models, said=FIGURES):
     """The figures of some models side by side. said: what to call a figure, if not by its name in report.json."""
     figures = [report["models"][model] for model in models]
     names = dict.fromkeys(name for own in figures for name in own)
-    rows = [[said.get(name, name), *(own.get(name, "") for own in figures)] for name in names]
-    return Table(f"Each model on {report['n_prompts']:,} held-out prompts, 95 % intervals", ["", *models], rows)
+    rows = [[said.get(name, name), *(own.get(name, "–") for own in figures)] for name in names]
+    return Table(f"Each model on {report['n_prompts']:,} held-out prompts, 95 % intervals", ["figure", *models], rows)
 
 
 def details_of(report):
@@ -117,16 +142,23 @@ def details_of(report):
     yield figures_of(report, models)
     for name, found in report["comparisons"].items():
         rows = [[FIGURES.get(fact, fact), gap, gap.n] for fact, gap in found["differences"].items()]
-        yield Table(f"{name} minus {models[0]}, on the same prompts", ["mean difference", "", "n"], rows)
+        yield Table(f"{name} minus {models[0]}, on the same prompts", ["figure", "mean difference", "n"], rows)
     rows = [[kind, model, right, right.n] for model, kinds in report["instructions"].items()
             for kind, right in kinds.items()]
     yield Table("Instructions that need no judge", ["asked for", "model", "fulfilled", "n"], rows)
     if reward := report.get("reward"):
         rows = [[name, right, right.n, pairs] for name, (right, pairs) in reward["groups"].items()]
         yield Table(f"Where {reward['model']} is right", ["among pairs with", "accuracy", "prompts", "pairs"], rows)
-    rows = [[sample["why"], sample["prompt"], *sample["answers"].values()] for sample in report["samples"]]
+    rows = [[sample["why"] or "–", sample["prompt"], *map(shown, sample["answers"].values(),
+                                                          sample["finished"].values())]
+            for sample in report["samples"]]
     yield Table("Samples", ["why", "prompt", *models], rows,
                 "The last model's best and worst answers by the first judge, and its score.")
+
+
+def shown(text, finished):
+    """An answer as a cell: nobody takes an empty one for a gap, or a cut-off one for the model's own end."""
+    return (text if text.strip() else "(empty)") + " […cut off]" * (not finished)
 
 
 def introduction(report):

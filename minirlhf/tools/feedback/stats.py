@@ -10,16 +10,20 @@ from itertools import combinations
 
 from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
-from minirlhf.stats import rate, sign_test, wilson
+from minirlhf.stats import clustered_rate, win_rate, wins_of
 from minirlhf.tools.feedback.votes import item_id, sidecar
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
-def cohen_kappa(first, second):
-    """Agreement of two lists of categories beyond chance: 1 is full, 0 is what chance gives. nan if chance gives 1."""
+def cohen_kappa(first, second, observed=None):
+    """Agreement of two lists of categories beyond chance: 1 is full, 0 is what chance gives. nan if chance gives 1.
+
+    observed: another agreement, as an end of its interval, with chance taken as known (Cohen 1960).
+    """
     n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    if observed is None:
+        observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     counts_a, counts_b = Counter(first), Counter(second)
     chance = sum(counts_a[c] * counts_b[c] for c in counts_a) / n ** 2
     return (observed - chance) / (1 - chance) if chance < 1 else math.nan
@@ -72,6 +76,14 @@ def longer_preferred(votes):
     return found
 
 
+def by_prompt(votes):
+    """Lists of the votes on one prompt each: what people said of one prompt is not independent."""
+    groups = defaultdict(list)
+    for vote in votes:
+        groups[vote["prompt"]].append(vote)
+    return list(groups.values())
+
+
 def remarks(rows):
     """{flag: items that carry it}, with the notes under "with a note"."""
     items = defaultdict(set)
@@ -83,15 +95,14 @@ def remarks(rows):
 
 
 def duel(votes, ours, theirs):
-    """(wins, ties, losses) of one model against another, counted in prompts. Several people's votes on a prompt, and
-    several answers to it, are not independent, so their verdicts are added up first."""
+    """One model against another: 1, 0.5 or 0 for each prompt. Several people's votes on a prompt, and several answers
+    to it, are not independent, so their verdicts are added up first."""
     totals = defaultdict(int)
     for vote in votes:
         for (a, b), verdict in zip(combinations(vote["models"], 2), verdicts(vote["ranks"])):
             if {a, b} == {ours, theirs}:
                 totals[vote["prompt"]] += verdict if a == ours else -verdict
-    signs = [(total > 0) - (total < 0) for total in totals.values()]
-    return signs.count(1), signs.count(0), signs.count(-1)
+    return wins_of(list(totals.values()), 0).tolist()
 
 
 # ---- python -m minirlhf.tools.feedback stats FILE --------------------------------------------------------------------
@@ -113,25 +124,27 @@ def print_stats(path):
         median = statistics.median(seconds or [0])
         pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
         print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
-        if longer := longer_preferred(own):
-            best = rate(longer)
-            print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of {best.n} "
-                  f"pairs [{best.low:.3f}, {best.high:.3f}]")
+        longer = list(map(longer_preferred, by_prompt(own)))
+        if any(longer):
+            best = clustered_rate(list(map(sum, longer)), list(map(len, longer)))
+            print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of "
+                  f"{sum(map(len, longer))} pairs [{best.low:.3f}, {best.high:.3f}], {best.n} prompts")
 
-    for (a, b), both in agreements(votes).items():
-        same = rate([first == second for first, second in both])
-        print(f"  agreement  {a} and {b}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
-              f"kappa {cohen_kappa(*zip(*both)):.3f}")
+    both, groups = agreements(votes), list(map(agreements, by_prompt(votes)))
+    for a, b in both:
+        own = [group.get((a, b), []) for group in groups]
+        same = clustered_rate([sum(x == y for x, y in pairs) for pairs in own], list(map(len, own)))
+        kappa, low, high = (cohen_kappa(*zip(*both[a, b]), end) for end in same[:3])
+        print(f"  agreement  {a} and {b}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
+              f"{same.high:.3f}], kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {same.n} prompts")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
         print_duel(votes, ours, theirs)
 
 
 def print_duel(votes, ours, theirs):
-    wins, ties, losses = duel(votes, ours, theirs)
-    n = wins + ties + losses
-    if n:
-        low, high = wilson(wins + ties / 2, n)
-        print(f"  {ours} against {theirs}: {wins} wins, {ties} ties, {losses} losses on {n} prompts\n"
-              f"    win rate {(wins + ties / 2) / n:.3f}, 95 % interval [{low:.3f}, {high:.3f}] "
-              f"(Wilson, a tie is half a win); sign test p = {sign_test(wins, losses):.2g}")
+    if wins := duel(votes, ours, theirs):
+        (share, low, high, n), ties, p = win_rate(wins).values()
+        print(f"  {ours} against {theirs}: {wins.count(1)} wins, {ties} ties, {wins.count(0)} losses on {n} prompts\n"
+              f"    win rate {share:.3f}, 95 % interval [{low:.3f}, {high:.3f}] (Wilson, a tie is half a win); sign "
+              f"test p = {p:.2g}")
