@@ -81,7 +81,8 @@ def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tm
 
 
 def load(tmp_path, text, beside="", name="reward"):
-    (tmp_path / "beside_it.py").write_text(beside)
+    if beside:
+        (tmp_path / "beside_it.py").write_text(beside)
     (tmp_path / f"{name}.py").write_text(text)
     return load_function(f"{tmp_path}/{name}.py:f")
 
