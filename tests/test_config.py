@@ -58,7 +58,11 @@ def test_a_message_is_one_line_of_bounded_length_whatever_it_quotes():
 @pytest.mark.parametrize("error, code, line", [
     (UserError("out/sft: no such folder"), 2, "error: out/sft: no such folder\n"),
     (OSError(28, "No space left on device", "out/x"), 2, "error: out/x: No space left on device\n"),
-    (KeyboardInterrupt(), 130, "\ninterrupted\n"), (KeyboardInterrupt("out/ppo is saved"), 130, "\nout/ppo is saved\n")])
+    (KeyboardInterrupt(), 130, "\ninterrupted\n"), (KeyboardInterrupt("out/ppo is saved"), 130, "\nout/ppo is saved\n"),
+    (KeyboardInterrupt("out/ppo is saved", 15), 143, "\nout/ppo is saved\n"),
+    (MemoryError(), 2, "error: out of memory. A lower --micro_batch, or else --batch_size, or a smaller file needs less\n"),
+    (RuntimeError("could not create a primitive"), 2, "error: could not create a primitive. A lower --micro_batch, or "
+     "else --batch_size, needs less memory\n")])
 def test_what_ends_a_script_is_one_line_and_an_exit_code(capsys, error, code, line):
     def main():
         raise error

@@ -1,6 +1,9 @@
 """Errors that the person at the keyboard can fix: one line on stderr, exit code 2, no traceback."""
 
 import contextlib
+import errno
+import io
+import signal
 import sys
 
 
@@ -38,18 +41,46 @@ def during(what):
         raise UserError(f"{what}: {error}") from error.__cause__
 
 
+class Terminal(io.FileIO):
+    """Where output goes, for as long as anyone reads it: after `| head` or a closed terminal, work goes on in silence."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):     # a full disk is an error
+                raise
+            return len(data)
+
+
+def forgiving(stream):
+    """sys.stdout or sys.stderr on a Terminal. A character that its encoding does not have is replaced by "?"."""
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream                                           # closed, or a notebook's or a test's own
+    stream.flush()
+    return io.TextIOWrapper(io.BufferedWriter(Terminal(stream.fileno(), "wb", closefd=False)), stream.encoding, "replace",
+                            line_buffering=stream.line_buffering or stream.write_through)
+
+
 def run_main(main):
-    """Runs a script's main(); what the person can fix becomes one line on stderr and exit code 2, Ctrl-C one and 130."""
+    """Runs a script's main(); what the person can fix becomes one line on stderr and exit code 2.
+
+    Ctrl-C becomes one line and 130, SIGTERM 143 and SIGHUP 129.
+    """
+    sys.stdout, sys.stderr = forgiving(sys.stdout), forgiving(sys.stderr)
     try:
         main()
     except UserError as error:
         end(f"error: {error}", 2)
     except OSError as error:                                    # a folder that cannot be made, moved or written to
         end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
+    except MemoryError:
+        end("error: out of memory. A lower --micro_batch, or else --batch_size, or a smaller file needs less", 2)
     except RuntimeError as error:
         end(f"error: {advice_on(error)}", 2)
     except KeyboardInterrupt as interrupt:
-        end(f"\n{str(interrupt) or 'interrupted'}", 130)
+        number = interrupt.args[1] if len(interrupt.args) > 1 else signal.SIGINT
+        end(f"\n{interrupt.args[0] if interrupt.args else 'interrupted'}", 128 + number)
 
 
 def end(line, code):
@@ -63,7 +94,8 @@ def advice_on(error):
     if "non-finite" in said:                                    # of clip_grad_norm_
         return ("the gradient is not finite. A lower --lr may help. Nothing is exported, and the checkpoint before "
                 "this step stays")
-    if "out of memory" in said or "can't allocate memory" in said:
+    if "out of memory" in said or "can't allocate memory" in said or "create a primitive" in said:
+        # oneDNN says that it "could not create a primitive"
         said = ". ".join(said.split(". ")[:2])                  # the rest is advice about PyTorch's allocator
         return f"{said}. A lower --micro_batch, or else --batch_size, needs less memory"
     raise error

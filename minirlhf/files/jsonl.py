@@ -15,6 +15,7 @@ from minirlhf.files.errors import UserError, require, shown
 from minirlhf.files.json_files import json_object, strict_json
 
 LONGEST = 1_000_000             # characters in a text, two hundred times what GPT-2 can read
+LONGEST_LINE = 10**9            # bytes; a few kilobytes of gzip can hold more than any memory
 # tiktoken 0.14 crashes on a million white-space characters in a row. (?<!\s) makes each run be looked at only once.
 LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")
 HALF_PAIR = re.compile("[\ud800-\udfff]")       # JSON can hold these halves of a character as "\ud800", UTF-8 cannot
@@ -44,7 +45,9 @@ def raw_lines(path):
         with open(path, "rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            for number, line in enumerate(gzip.open(file) if compressed else file, start=1):
+            lines = gzip.open(file) if compressed else file
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), start=1):
+                require(len(line) < LONGEST_LINE, f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes")
                 yield f"{path}:{number}", line
     except (OSError, EOFError, zlib.error) as error:
         place = f"{path}:{number + 1}" if Path(path).is_file() else path
