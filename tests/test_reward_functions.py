@@ -93,7 +93,8 @@ def load(tmp_path, text, beside="", name="reward"):
     "ids=None, prompts=None, completions=None", "prompts, responses, /",
 ])
 def test_prompts_and_responses_are_given_by_name_where_names_are_known(tmp_path, parameters):
-    function = load(tmp_path, f"def f({parameters}):\n    seen.append(dict(locals()))\n    return [1.0, 2.0, 3.0]\nseen = []\n")
+    body = "    seen.append(dict(locals()))\n    return [1.0, 2.0, 3.0]\n"
+    function = load(tmp_path, f"seen = []\ndef f({parameters}):\n{body}")
     call_reward(function, PROMPTS, RESPONSES)
     seen, = function.__globals__["seen"]
     given = {**seen, **seen.pop("kwargs", {}), **dict(zip("xy", seen.pop("both", ())))}
@@ -137,9 +138,13 @@ def test_files_with_dataclasses_helpers_and_pools_are_modules_like_others(tmp_pa
 @pytest.mark.parametrize("change", ["set_default_dtype(torch.bfloat16)", "set_grad_enabled(False)"])
 @pytest.mark.parametrize("place", ["", "def f(prompts, responses):\n    "])
 def test_a_file_that_changes_settings_of_torch_is_named(tmp_path, change, place):
-    with pytest.raises(UserError, match="reward.py:f changes settings of torch"):
-        call_reward(load(tmp_path, f"import torch\n{place}torch.{change}\n"), PROMPTS, RESPONSES, f"{tmp_path}/reward.py:f")
-    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    text = f"import torch\n{place}torch.{change}\n" + ("" if place else "def f(p, r):\n    return [1.0] * 3\n")
+    try:
+        with pytest.raises(UserError, match="reward.py:f changes torch's default dtype"):
+            call_reward(load(tmp_path, text), PROMPTS, RESPONSES, f"{tmp_path}/reward.py:f")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
 
 
 def check(folder, reward_tokens=7, reward_positions=20):

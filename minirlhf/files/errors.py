@@ -41,8 +41,11 @@ def during(what):
         raise UserError(f"{what}: {error}") from error.__cause__
 
 
+NO_MEMORY = "out of memory", "can't allocate memory", "MemoryError", "could not create a primitive"    # oneDNN's words
+
+
 class Terminal(io.FileIO):
-    """Where output goes, for as long as anyone reads it: after `| head` or a closed terminal, work goes on in silence."""
+    """Where output goes as long as anyone reads it. After `| head`, or without a terminal, work goes on in silence."""
 
     def write(self, data):
         try:
@@ -58,7 +61,8 @@ def forgiving(stream):
     if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
         return stream                                           # closed, or a notebook's or a test's own
     stream.flush()
-    return io.TextIOWrapper(io.BufferedWriter(Terminal(stream.fileno(), "wb", closefd=False)), stream.encoding, "replace",
+    terminal = io.BufferedWriter(Terminal(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(terminal, stream.encoding, "replace",
                             line_buffering=stream.line_buffering or stream.write_through)
 
 
@@ -74,9 +78,7 @@ def run_main(main):
         end(f"error: {error}", 2)
     except OSError as error:                                    # a folder that cannot be made, moved or written to
         end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
-    except MemoryError:
-        end("error: out of memory. A lower --micro_batch, or else --batch_size, or a smaller file needs less", 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         end(f"error: {advice_on(error)}", 2)
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[1] if len(interrupt.args) > 1 else signal.SIGINT
@@ -89,13 +91,12 @@ def end(line, code):
 
 
 def advice_on(error):
-    """What to do about a RuntimeError of PyTorch's, as one line. Any other is raised again, with its traceback."""
-    said = str(error).splitlines()[0]
+    """What to do about an error of PyTorch's, as one line. Any other is raised again, with its traceback."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
     if "non-finite" in said:                                    # of clip_grad_norm_
         return ("the gradient is not finite. A lower --lr may help. Nothing is exported, and the checkpoint before "
                 "this step stays")
-    if "out of memory" in said or "can't allocate memory" in said or "create a primitive" in said:
-        # oneDNN says that it "could not create a primitive"
+    if any(sign in said for sign in NO_MEMORY):
         said = ". ".join(said.split(". ")[:2])                  # the rest is advice about PyTorch's allocator
         return f"{said}. A lower --micro_batch, or else --batch_size, needs less memory"
     raise error

@@ -56,7 +56,7 @@ class Run:
         self.state = self._continue() if config.resume else self._begin(heldout)
         self.started = time.monotonic() - self.state.get("seconds", 0.0)
         self.saved_at, self.saving_takes = 0.0, 0.0
-        self.printed = self.state.get("step", 0), time.monotonic()       # after how many steps the last row was, and when
+        self.printed = self.state.get("step", 0), time.monotonic()   # after how many steps the last row was, and when
         if "TORCHELASTIC_RUN_ID" not in os.environ:                 # torchrun handles signals itself
             for number in STOPS:
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
@@ -106,7 +106,8 @@ class Run:
         inputs = read_if_there(self.folder, "run.json").get("inputs", {})
         return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
                 if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)] + [
-                f"--{name} has other contents" for name in inputs | self.inputs if inputs.get(name) != self.inputs.get(name)]
+                f"--{name} has other contents" for name in inputs | self.inputs
+                if inputs.get(name) != self.inputs.get(name)]
 
     def _write_run_json(self):
         write_json(self.folder / "run.json", {
@@ -179,11 +180,11 @@ class Run:
                 part.load_state_dict(self.state[name])
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{self.folder / 'state.pt'} is damaged: {name}: {error}") from error
-        numbers = sum(p.numel() for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+        models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        numbers = sum(p.numel() for model in models for p in model.parameters())
         size = 3 * 4 * numbers / 1e9                                # float32: the weights and Adam's two moments
-        if self.first and size > 1:
-            old = 0 if not self.state else (self.folder / "state.pt").stat().st_size / 1e9
-            room = shutil.disk_usage(self.folder).free / 1e9 + old
+        if self.first and not self.state and size > 1:
+            room = shutil.disk_usage(self.folder).free / 1e9
             print(f"{self.folder / 'state.pt'} will have about {size:.1f} GB")
             require(room > 2 * size, f"--out {self.folder}: its disk has room for {room:.1f} GB, and two checkpoints "
                     f"need {2 * size:.1f} GB, the old one and the one that replaces it")

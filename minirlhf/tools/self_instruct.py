@@ -108,9 +108,6 @@ def parse_block(block, k):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
-MOST_WORDS = 1000                       # of an instruction, where a word is what ROUGE-L compares
-
-
 def unreadable(task):
     """Whether a file of demonstrations cannot hold the task: half a surrogate pair, say, or 100,000 spaces."""
     try:
@@ -119,11 +116,11 @@ def unreadable(task):
         return True
 
 
-RULES = {       # why a task is rejected: whether it is, given the task and --banned. The first and the last two are ours.
+RULES = {       # why a task is rejected: whether it is, given the task and --banned. The first and last two are ours.
     "not a text that a tokenizer can read": lambda task, _: unreadable(task),
     "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
     "instruction of more than 150 words": lambda task, _: (
-        len(task.instruction.split()) > 150 or len(words_of(task.instruction)) > MOST_WORDS),
+        len(task.instruction.split()) > 150 or len(words_of(task.instruction)) > 1000),     # it may be one-two-three-...
     "instruction with a banned word": lambda task, banned: any(
         re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE)
         for word in filter(None, banned.split(","))),
@@ -166,7 +163,8 @@ def judge(rows, seeds, args):
             if isinstance(task, str):
                 yield {"request": row["request"], "verdict": task, "block": block}
                 continue
-            verdict, similar = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None), None
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None)
+            similar = None
             if not verdict:
                 words = words_of(task.instruction)
                 similar = next((known for known in pool if rouge_l(words, pool[known]) > args.most_similar), None)

@@ -59,10 +59,6 @@ class Server(ThreadingHTTPServer):
                     old.shutdown(socket.SHUT_RDWR)  # its thread then closes it
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request):
-        self.waiting.pop(request, None)
-        super().shutdown_request(request)
-
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):      # those mean that the browser went away

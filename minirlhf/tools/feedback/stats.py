@@ -123,8 +123,8 @@ def print_stats(path):
 
     for (a, b), both in agreements(votes).items():
         same = rate([first == second for first, second in both])
-        print(f"  agreement  {a or '(no name)'} and {b or '(no name)'}: {same.value:.3f} of {same.n} pairs [{same.low:.3f}, {same.high:.3f}], "
-              f"kappa {cohen_kappa(*zip(*both)):.3f}")
+        print(f"  agreement  {a or '(no name)'} and {b or '(no name)'}: {same.value:.3f} of {same.n} pairs "
+              f"[{same.low:.3f}, {same.high:.3f}], kappa {cohen_kappa(*zip(*both)):.3f}")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
         print_duel(votes, ours, theirs)
