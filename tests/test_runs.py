@@ -151,11 +151,11 @@ def test_a_damaged_checkpoint_is_an_error_and_stays(tmp_path, damage):
 @pytest.mark.parametrize("field, value", [
     ("seconds", None), ("seconds", "1"), ("seconds", -1.0), ("seconds", float("nan")), ("step", "2"), ("step", -3),
     ("step", 10**11), ("step", True), ("model", None), ("model", 7), ("model", {}), ("model", {"weight": "x"}),
-    ("model", {"weight": torch.zeros(2, 1)}),
+    ("model", {"weight": torch.zeros(2, 1)}), ("beta", "x"), ("beta", float("nan")),
 ])
 def test_a_checkpoint_with_a_wrong_field_is_damaged(tmp_path, field, value):
     file = begin(tmp_path, 3).folder / "state.pt"
-    state = torch.load(file) | {field: value}
+    state = torch.load(file, weights_only=True) | {field: value}
     torch.save({name: state[name] for name in state if state[name] is not None}, file)
     with pytest.raises(UserError, match="state.pt is damaged"):
         resume(tmp_path)[0].steps(100, "test")
@@ -215,6 +215,13 @@ def test_resume_reads_every_file_of_a_model_as_it_was(tmp_path, name):
     (tmp_path / "rm" / name).write_text("10.")
     with pytest.raises(UserError, match=f"--model/{name} has other contents"):
         resume(tmp_path, model=str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}])
+def test_text_in_a_report_is_named(tmp_path, value):
+    (tmp_path / "report.json").write_text(json.dumps({"seed": 1, "seconds": {"ppo": None}, "kl": value}))
+    with pytest.raises(UserError, match="report.json: kl is no number: "):
+        runs.read_report(tmp_path)
 
 
 def test_a_run_does_not_move_its_own_input_aside(tmp_path):

@@ -241,7 +241,8 @@ def read_state(file):
         # torch.load ignores the checksums of its zip file, so it would not notice a flipped bit in a weight.
         whole = zipfile.ZipFile(file).testzip() is None
         state = torch.load(file, map_location="cpu", weights_only=True)             # tensors and values, never code
-        if whole and type(state["step"]) is int and state["step"] > 0 and 0 <= state["seconds"] < math.inf:
+        numbers = state["seconds"], state.get("beta", 0.0)
+        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < math.inf for x in numbers):
             return state
     raise UserError(f"{file} is damaged. Without --resume a new run begins")
 
@@ -322,8 +323,12 @@ def read_run(folder):
 
 
 def read_report(folder):
-    """The report.json of a run's folder, {} if there is none."""
-    return read_if_there(folder, "report.json")
+    """The report.json of a run's folder, {} if there is none. UserError if it has text where numbers belong."""
+    report = read_if_there(folder, "report.json")
+    for name, value in report.items():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        require(not any(isinstance(x, str) for x in inside), f"{Path(folder) / 'report.json'}: {name} is no number: {value}")
+    return report
 
 
 def read_if_there(folder, name):
