@@ -2,11 +2,15 @@
 
     function(prompts: list[str], responses: list[str]) -> list[float]   (or a 1-d array or tensor)
 
+Parameters with names like these, or TRL's "completions", are given by name, in whatever order.
 A path given as FILE.py:function is the only code that any command here executes from a path.
 """
 
+import contextlib
 import importlib.util
+import inspect
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -22,23 +26,46 @@ from minirlhf.running.runs import read_report
 LARGEST = torch.finfo(torch.float32).max
 GOLD = ("a true preference to watch, never trained on: FILE.py:function, 'none', or 'auto', the "
         "embedded world's for its own data")
+SHARED = torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled
+ROLES = {role: names.split() for role, names in {
+    "prompts": "prompts prompt queries query questions question instructions instruction",
+    "responses": "responses response completions completion answers answer outputs output",
+}.items()}
 TINY_GOLD = Path(__file__).parent.parent / "data/tiny/gold.py"
 
 
 def load_function(spec):
-    """"path/to/file.py:name" -> that function. UserError if the file or the name is missing."""
+    """"path/to/file.py:name" -> that function. UserError if the file or the name is missing.
+
+    The file is a module like others, so it may import what lies beside it and use process pools.
+    """
     path, _, name = spec.rpartition(":")
     require(path.endswith(".py") and os.path.isfile(path),
             f"{spec}: not FILE.py:function with a file that exists")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        kind = type(error).__name__
-        raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
+    module_name, folder = Path(path).stem, str(Path(path).resolve().parent)
+    while module_name in sys.modules or module_name in sys.stdlib_module_names:
+        module_name += "_"                              # another module has this name already
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, folder)                          # stays there for later imports
+    with torch_unchanged(spec):
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            kind = type(error).__name__
+            raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
+
+
+@contextlib.contextmanager
+def torch_unchanged(name):
+    """UserError if what runs inside changes a setting of torch's that the training shares."""
+    before = [setting() for setting in SHARED]
+    yield
+    require(before == [setting() for setting in SHARED],
+            f"{name} changes torch's default dtype, its default device or whether it keeps "
+            "gradients, which are the training's too")
 
 
 def load_gold(spec, data_file):
@@ -57,14 +84,16 @@ def call_reward(function, prompts, responses, name="the reward function"):
 
     The function gets copies of the lists, so that it may sort or change them.
     """
-    try:
-        scores = plain(function(list(prompts), list(responses)))
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) on "
-            f"{len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
-        ) from error
+    positional, named = arguments(function, list(prompts), list(responses), name)
+    with torch_unchanged(name):
+        try:
+            scores = plain(function(*positional, **named))
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) "
+                f"on {len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
+            ) from error
     require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
             f"{name} must return a list of {len(prompts)} numbers, not {shown(scores)}")
     scores = [plain(score) for score in scores]
@@ -73,6 +102,29 @@ def call_reward(function, prompts, responses, name="the reward function"):
             raise UserError(
                 f"{name} gave {shown(score)} for the response {response!r} to {prompt!r}")
     return torch.tensor(scores, dtype=torch.float32)
+
+
+def arguments(function, prompts, responses, name):
+    """(positional arguments, named arguments) of a call. UserError if names contradict the order.
+
+    TRL's functions take completions first. With both names known the order does not matter.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):                     # some written in C do not tell
+        return (prompts, responses), {}
+    found = {role: next((known for known in parameters if known in ROLES[role]), None)
+             for role in ROLES}
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds and found["responses"]:
+        found["prompts"] = found["prompts"] or "prompts"
+    if all(found.values()) and inspect.Parameter.POSITIONAL_ONLY not in kinds:
+        return (), {found["prompts"]: prompts, found["responses"]: responses}
+    first, second = (*parameters, "", "")[:2]
+    require(first not in ROLES["responses"] and second not in ROLES["prompts"],
+            f"{name} takes ({', '.join(parameters)}), and it is unclear which are the prompts. "
+            "Name its parameters prompts and responses")
+    return (prompts, responses), {}
 
 
 def plain(value):

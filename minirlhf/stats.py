@@ -110,7 +110,7 @@ def t_limit(df):
 def t_probability(t, df):
     """The two-sided probability of a t at least this far from 0."""
     limits, within = student(df)
-    return float(1 - np.interp(abs(t), limits, within))
+    return float(1 - np.interp(abs(t), [0, *limits], [0, *within]))
 
 
 def difference_of_means(first, second):

@@ -1,14 +1,23 @@
 """The command line: a preset replaces defaults, a flag replaces both, and every mistake is one line that names the flag."""
 
 import dataclasses
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import train_ppo
 import train_rm
 import train_sft
+from minirlhf.files import jsonl
+from minirlhf.files.download import cache_folder
 from minirlhf.running.config import option, parse
 from minirlhf.files.errors import UserError, run_main
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass
@@ -58,13 +67,58 @@ def test_a_message_is_one_line_of_bounded_length_whatever_it_quotes():
 @pytest.mark.parametrize("error, code, line", [
     (UserError("out/sft: no such folder"), 2, "error: out/sft: no such folder\n"),
     (OSError(28, "No space left on device", "out/x"), 2, "error: out/x: No space left on device\n"),
-    (KeyboardInterrupt(), 130, "\ninterrupted\n"), (KeyboardInterrupt("out/ppo is saved"), 130, "\nout/ppo is saved\n")])
+    (KeyboardInterrupt(), 130, "\ninterrupted\n"), (KeyboardInterrupt("out/ppo is saved"), 130, "\nout/ppo is saved\n"),
+    (KeyboardInterrupt("out/ppo is saved", 15), 143, "\nout/ppo is saved\n"),
+    (MemoryError(), 2, "error: MemoryError. A lower --micro_batch, or else --batch_size, needs less memory\n"),
+    (RuntimeError("could not create a primitive"), 2, "error: could not create a primitive. A lower --micro_batch, or "
+     "else --batch_size, needs less memory\n")])
 def test_what_ends_a_script_is_one_line_and_an_exit_code(capsys, error, code, line):
     def main():
         raise error
     with pytest.raises(SystemExit) as stop:
         run_main(main)
     assert stop.value.code == code and capsys.readouterr().err == line
+
+
+PRINTS = """
+import sys
+from minirlhf.files.errors import run_main
+def main():
+    for i in range(20_000):
+        print("\u0442\u0435\u0441\u0442 \u00e9", i)
+        print(file=sys.stderr)
+    open(sys.argv[1], "w").write("all of it")
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("encoding, first", [("utf-8", "тест é 0"), ("cp1252", "???? é 0")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_closes_is_silence_and_loses_no_file(tmp_path, encoding, first, unbuffered):
+    """Also where the output's encoding does not have a character."""
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", PRINTS, tmp_path / "file"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline().decode(encoding).strip() == first
+    process.stdout.close()
+    assert process.stderr.read().strip() == b"" and process.wait(60) == 0
+    assert (tmp_path / "file").read_text() == "all of it"
+
+
+def test_no_home_is_one_line(tmp_path, monkeypatch):
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("MINIRLHF_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)        # no entry of any user
+    with pytest.raises(UserError, match="no home folder.*MINIRLHF_CACHE"):
+        cache_folder()
+
+
+def test_a_line_longer_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 1000)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"{}\n" + b" " * 10**6))
+    with pytest.raises(UserError, match="bomb.gz:2: a line of more than 1,000 bytes"):
+        list(jsonl.raw_lines(tmp_path / "bomb.gz"))
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo])

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools.feedback.__main__ import main, parse_args
 from minirlhf.tools.feedback.items import (Given, Policy, Sampler, find_templates, instruction_of, load_policies,
                                            read_items, turns_of)
-from minirlhf.tools.feedback.server import PAGE, Server
+from minirlhf.tools.feedback.server import MOST, PAGE, Handler, Server
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.stats import read_votes
 from minirlhf.tools.feedback.votes import Journal, item_id, lock, to_line
@@ -385,11 +386,28 @@ def test_bad_bodies_are_refused(server, tmp_path, body):
     assert rows_of(tmp_path) == []
 
 
-def test_a_page_without_the_token_is_not_given_out(server):
-    paths = ("/", "/?token=", "/?token=x", f"/votes.jsonl?token={server.token}", "/../feedback.py")
+def test_nothing_but_the_empty_page_is_given_out_without_the_token(server):
+    paths = ("/votes.jsonl", "/?token=", "/?token=x", f"/votes.jsonl?token={server.token}", "/../feedback.py")
     assert [get(server, path)[0] for path in paths] == [403] * 5
+    assert get(server, "/")[2] == PAGE.read_bytes() and server.token.encode() not in PAGE.read_bytes()
+    assert get(server, "/", Host="evil.example")[0] == 403
     assert get(server, f"/?token={server.token}", Host="evil.example")[0] == 403
     assert get(server, f"/?token={server.token}", Host=f"localhost:{server.server_port}")[0] == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_half_open_connections_lock_nobody_out(server, monkeypatch, sent):
+    held = []
+    for _ in range(3 * MOST):
+        held.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=30))
+        held[-1].sendall(sent)
+    assert post(server, "/next", ANN)[0] == 200 and len(server.waiting) <= MOST
+    monkeypatch.setattr(Handler, "timeout", 0.2)
+    time.sleep(0.3)                                     # all that are left have taken too long
+    assert held[-1] and post(server, "/next", ANN)[0] == 200
+    assert held[-1].recv(99) == b""
+    for connection in held:
+        connection.close()
 
 
 def test_text_of_a_model_is_data_to_the_page_never_html(server):

@@ -156,6 +156,7 @@ def test_ten_prompts_by_keyboard_and_mouse_with_undo_reload_and_kill_9(tmp_path,
     process, url = start(tmp_path, *command)
     browser.open(url)
     enter(browser, "Ann")
+    assert "token" in url and browser.run("return location.href") == url.partition("?")[0]
     given = [by_keys(browser, 1, ["2", "1", "4", "enter"], [2, 1, 4, 3]),               # the last one is implied
              by_mouse(browser, 2, [4, 3, 2, 1], [4, 3, 2, 1]),
              by_keys(browser, 3, ["t", "enter"], [1, 1, 1, 1]),

@@ -20,6 +20,7 @@ from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
 from minirlhf.tools.feedback.labelstudio import export_file, import_file
 from minirlhf.tools.feedback.items import read_items
+from minirlhf.tools.feedback.stats import print_stats
 from minirlhf.tools.feedback.votes import to_line
 from minirlhf.weights import save_pretrained
 
@@ -219,6 +220,33 @@ def test_a_later_annotation_of_the_same_person_replaces_the_earlier(tmp_path, ca
         rows = run_import(tmp_path, tasks("pairwise", *order))
         assert [(row["annotator"], row["ranks"]) for row in rows] == [("5", [2, 1])]
         assert "1 replaced by a later one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by, name", [
+    ({"completed_by": None}, ""), ({}, ""), ({"completed_by": ""}, ""), ({"completed_by": " "}, ""),
+    ({"completed_by": {}}, ""), ({"completed_by": {"email": "", "id": None}}, ""), ({"completed_by": 0}, "0"),
+    ({"completed_by": {"id": 0, "email": ""}}, "0"), ({"completed_by": "a@b.c"}, "a@b.c"),
+    ({"completed_by": {"id": 3, "email": "a@b.c"}}, "a@b.c"), ({"completed_by": {"id": 3}}, "3"),
+])
+def test_votes_without_a_name_stay_apart_and_only_those(tmp_path, capsys, by, name):
+    """Beside three votes of one person or of unknown ones, one of a person called 2, with a draft, a review and so on."""
+    value = tasks("pairwise", left(), left(), right(), right(completed_by=2), right(was_cancelled=True))
+    for annotation in value[0]["annotations"][:3]:
+        del annotation["completed_by"]
+        annotation.update(by, reviews=[{"accepted": False}], updated_at="2026-01-01T00:00:00Z")
+        annotation["result"][0]["meta"] = {"minirlhf": {"extra": {"annotator": "Alice"}}}       # it was copied
+    value[0].update(predictions=[left()], drafts=[left()])
+    rows = run_import(tmp_path, value)
+    assert sorted(row["annotator"] for row in rows) == sorted([name] * (1 if name else 3) + ["2"])
+    assert [row["ranks"] for row in rows if row["annotator"] == name] == [[1, 2], [1, 2], [2, 1]][2 if name else 0:]
+    print_stats(tmp_path / "out.jsonl")
+    said = capsys.readouterr().out
+    assert ("(no name) and (no name): 0.333 of 3 pairs" in said) == (not name)
+
+
+def test_a_name_that_is_none_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"task 7: completed_by is \[1\], neither a number nor a name"):
+        run_import(tmp_path, tasks("pairwise", left(completed_by=[1])))
 
 
 def test_leading_space_is_added_only_on_request_and_where_there_is_none(tmp_path):

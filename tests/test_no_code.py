@@ -104,7 +104,7 @@ def test_resume_and_explain_run_no_code_of_a_hostile_state(world):
     run_ppo(world)
     poison(world / "ppo/state.pt", world)
     for read in (lambda: run_ppo(world, "--resume"), lambda: Explainer(world / "ppo", "cpu")):
-        with pytest.raises(UserError, match="state.pt: damaged") as error:
+        with pytest.raises(UserError, match="state.pt is damaged") as error:
             read()
         assert "\n" not in str(error.value) and not (world / "ran").exists()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import types
 
 import numpy as np
@@ -68,7 +69,8 @@ def test_a_function_that_sorts_its_lists_moves_no_score_to_another_response():
 
 
 @pytest.mark.parametrize("text, spec, says", [
-    ("def f(:\n", "reward.py:f", "cannot be run: SyntaxError"), ("import nowhere\n", "reward.py:f", "cannot be run"),
+    ("def f(:\n", "reward.py:f", "cannot be run: SyntaxError"), ("exit()", "reward.py:f", "cannot be run: SystemExit"),
+    ("import nowhere\n", "reward.py:f", "cannot be run"),
     ("f = 3\n", "reward.py:f", "has no function 'f'"),
     ("", "reward.py", "not FILE.py:function with a file that exists"),
     ("", "nowhere.py:f", "not FILE.py:function with a file that exists"), ("", "a\0.py:f", "not FILE.py:function"),
@@ -77,6 +79,73 @@ def test_a_file_without_the_function_or_that_cannot_be_run_is_one_clear_error(tm
     (tmp_path / "reward.py").write_text(text)
     with pytest.raises(UserError, match=says):
         load_function(f"{tmp_path}/{spec}")
+
+
+def load(tmp_path, text, beside="", name="reward"):
+    if beside:
+        (tmp_path / "beside_it.py").write_text(beside)
+    (tmp_path / f"{name}.py").write_text(text)
+    return load_function(f"{tmp_path}/{name}.py:f")
+
+
+@pytest.mark.parametrize("parameters", [
+    "prompts, responses", "responses, prompts", "completions, prompts=None, **kwargs", "completions, **kwargs",
+    "*, completion, query", "prompts, completions, answers=None", "x, responses", "prompts, y", "x, y", "*both",
+    "ids=None, prompts=None, completions=None", "prompts, responses, /",
+])
+def test_prompts_and_responses_are_given_by_name_where_names_are_known(tmp_path, parameters):
+    body = "    seen.append(dict(locals()))\n    return [1.0, 2.0, 3.0]\n"
+    function = load(tmp_path, f"seen = []\ndef f({parameters}):\n{body}")
+    call_reward(function, PROMPTS, RESPONSES)
+    seen, = function.__globals__["seen"]
+    given = {**seen, **seen.pop("kwargs", {}), **dict(zip("xy", seen.pop("both", ())))}
+    first, second = [[value for name, value in given.items() if name[0] in start] for start in ("pqx", "rcy")]
+    assert first == [PROMPTS] and second == [RESPONSES]
+
+
+@pytest.mark.parametrize("parameters", ["completions, x", "x, prompts", "completions, *rest", "answers, prompts, /"])
+def test_names_that_contradict_the_order_are_refused(tmp_path, parameters):
+    function = load(tmp_path, f"def f({parameters}):\n    return [1.0, 2.0, 3.0]\n")
+    with pytest.raises(UserError, match="--gold takes .* unclear which are the prompts"):
+        call_reward(function, PROMPTS, RESPONSES, "--gold")
+
+
+POOL = """import multiprocessing
+def length(text):
+    return float(len(text))
+def f(prompts, responses):
+    with multiprocessing.get_context(METHOD).Pool(1) as pool:
+        return pool.map(length, responses)
+"""
+
+
+@pytest.mark.parametrize("name", ["reward", "queue"])
+@pytest.mark.parametrize("text", [
+    "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass W:\n    n: int = 2\n"
+    "def f(prompts, responses):\n    return [W().n] * 3\n",
+    "import beside_it\ndef f(prompts, responses):\n    return beside_it.scores\n",
+    "def f(prompts, responses):\n    import beside_it\n    return beside_it.scores\n",
+    POOL.replace("METHOD", "'fork'"),
+], ids=["dataclass", "helper", "late helper", "pool"])
+def test_files_with_dataclasses_helpers_and_pools_are_modules_like_others(tmp_path, monkeypatch, text, name):
+    monkeypatch.delitem(sys.modules, "beside_it", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    before = sys.modules.get("queue")
+    function = load(tmp_path, text, "scores = [2, 2, 2]", name)
+    assert call_reward(function, PROMPTS, RESPONSES).tolist() == [2, 2, 2]
+    assert sys.modules.get("queue") is before
+
+
+@pytest.mark.parametrize("change", ["set_default_dtype(torch.bfloat16)", "set_grad_enabled(False)"])
+@pytest.mark.parametrize("place", ["", "def f(prompts, responses):\n    "])
+def test_a_file_that_changes_settings_of_torch_is_named(tmp_path, change, place):
+    text = f"import torch\n{place}torch.{change}\n" + ("" if place else "def f(p, r):\n    return [1.0] * 3\n")
+    try:
+        with pytest.raises(UserError, match="reward.py:f changes torch's default dtype"):
+            call_reward(load(tmp_path, text), PROMPTS, RESPONSES, f"{tmp_path}/reward.py:f")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
 
 
 def check(folder, reward_tokens=7, reward_positions=20, insist=False):

@@ -1,5 +1,6 @@
 """Run folders, seeds and batches."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,7 +65,8 @@ def test_a_new_run_moves_the_old_folder_aside_and_deletes_nothing(tmp_path):
 def every_step_is_saved(monkeypatch):
     monkeypatch.setattr(runs, "SAVING", 1e9)
     yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in runs.STOPS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def begin(tmp_path, steps, total=100, **changes):
@@ -110,7 +112,7 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch, savin
         now[0] += saving
         saved.append(state["step"])
     monkeypatch.setattr(runs, "SAVING", 0.05)
-    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(runs.torch, "save", save)
     run = Run(Config(out=str(tmp_path / "run")))
     for step in run.steps(200, "test"):
@@ -137,24 +139,36 @@ def flip_a_bit(data):
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", flip_a_bit],
                          ids=["cut off", "empty", "a flipped bit"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_an_error_and_stays(tmp_path, damage):
     state = begin(tmp_path, 3).folder / "state.pt"
-    whole = state.read_bytes()
-    state.write_bytes(damage(whole))
-    _, weight, steps = resume(tmp_path)
-    assert weight == 2 and steps == [0, 1]
-    said = capsys.readouterr().out
-    assert f"{state} is damaged" in said and "continued at step 2" in said
-    assert resume(tmp_path)[1] == 2                             # the damaged one is out of the way
-    for file in (state, state.with_name("state.previous.pt")):
-        file.write_bytes(damage(whole))
-    with pytest.raises(UserError, match="state.pt and .*state.previous.pt: damaged"):
+    state.write_bytes(damage(state.read_bytes()))
+    before = {file.name: file.read_bytes() for file in state.parent.iterdir()}
+    with pytest.raises(UserError, match="state.pt is damaged. Without --resume a new run begins"):
         resume(tmp_path)
+    assert {file.name: file.read_bytes() for file in state.parent.iterdir()} == before
 
 
-def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path):
-    (begin(tmp_path, 3).folder / "state.pt").unlink()
-    assert resume(tmp_path)[1] == 2
+@pytest.mark.parametrize("field, value", [
+    ("seconds", None), ("seconds", "1"), ("seconds", -1.0), ("seconds", float("nan")), ("step", "2"), ("step", -3),
+    ("step", 10**11), ("step", True), ("model", None), ("model", 7), ("model", {}), ("model", {"weight": "x"}),
+    ("model", {"weight": torch.zeros(2, 1)}), ("beta", "x"), ("beta", float("nan")),
+])
+def test_a_checkpoint_with_a_wrong_field_is_damaged(tmp_path, field, value):
+    file = begin(tmp_path, 3).folder / "state.pt"
+    state = torch.load(file, weights_only=True) | {field: value}
+    torch.save({name: state[name] for name in state if state[name] is not None}, file)
+    with pytest.raises(UserError, match="state.pt is damaged"):
+        resume(tmp_path)[0].steps(100, "test")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    big = torch.nn.Linear(10_000, 10_000, bias=False, device="meta")        # 0.4 GB, with Adam's moments 1.2
+    for free, refused in ((3e9, False), (2e9, True)):
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        run = Run(Config(out=str(tmp_path / "run")))
+        with pytest.raises(UserError, match="room for 2.0 GB.* need 2.4 GB") if refused else contextlib.nullcontext():
+            run.restore(model=big)
+        assert "state.pt will have about 1.2 GB" in capsys.readouterr().out
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path):
@@ -191,6 +205,25 @@ def test_resume_refuses_inputs_with_other_contents(tmp_path):
     assert resume(tmp_path, data=str(data), allow_changes=True)[1] == resume(tmp_path, data=str(data))[1] == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model-00001-of-00002.bin",
+                                  "vocab.tiktoken", "merges.txt"])
+def test_resume_reads_every_file_of_a_model_as_it_was(tmp_path, name):
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / name).write_text("1.0")
+    begin(tmp_path, 1, model=str(tmp_path / "rm"))
+    assert resume(tmp_path, model=str(tmp_path / "rm"))[1] == 1
+    (tmp_path / "rm" / name).write_text("10.")
+    with pytest.raises(UserError, match=f"--model/{name} has other contents"):
+        resume(tmp_path, model=str(tmp_path / "rm"))
+
+
+@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}])
+def test_text_in_a_report_is_named(tmp_path, value):
+    (tmp_path / "report.json").write_text(json.dumps({"seed": 1, "seconds": {"ppo": None}, "kl": value}))
+    with pytest.raises(UserError, match="report.json: kl is no number: "):
+        runs.read_report(tmp_path)
+
+
 def test_a_run_does_not_move_its_own_input_aside(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="--model"):
@@ -219,15 +252,35 @@ def test_a_folder_in_use_is_neither_moved_nor_continued(tmp_path):
     assert resume(tmp_path)[1] == 1
 
 
-def test_ctrl_c_waits_for_the_step_and_saves_it(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_the_step_and_saves_it(tmp_path, monkeypatch, capfd, number):
     run = begin(tmp_path, 1)
     monkeypatch.setattr(runs, "SAVING", 1e-12)                  # no checkpoint would be due
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), number)
     assert "stopping after this step" in capfd.readouterr().err
     run.log(1, {"loss": 0.5})
     with pytest.raises(KeyboardInterrupt, match="after step 2 of 100.*--resume"):
-        run.checkpoint(2, model=torch.nn.Linear(1, 1, bias=False))
+        try:
+            run.checkpoint(2, model=torch.nn.Linear(1, 1, bias=False))
+        except KeyboardInterrupt as interrupt:
+            assert interrupt.args[1] == number
+            raise
     assert resume(tmp_path)[2] == [0, 1]
+
+
+def test_nohup_holds(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = begin(tmp_path, 1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    run.checkpoint(100)
+    assert not run.interrupted and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
+    run = begin(tmp_path, 1)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    run.checkpoint(2, model=torch.nn.Linear(1, 1, bias=False))
+    assert resume(tmp_path)[0].state["step"] == 2 and run.seconds() >= 0
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

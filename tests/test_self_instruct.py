@@ -128,9 +128,14 @@ GOOD = Task("Name the largest of these planets.", "Mars, Jupiter", "Jupiter")
     (None, {}),
     (None, {"instruction": "a " * 150}),
     (None, {"instruction": "Describe a mapmaker's filesystem at home."}),
+    (None, {"output": " " * 99_999 + "x"}),
+    ("tokenizer", {"output": "half \ud800"}),
+    ("tokenizer", {"instruction": "Say this" + " " * 100_000 + "now please."}),
+    ("tokenizer", {"input": "x" * 1_000_000}),
     ("3 words", {"instruction": "Name three planets."}),
     ("3 words", {"instruction": ""}),
     ("150 words", {"instruction": "a " * 151}),
+    ("150 words", {"instruction": "Sort this list: " + "-".join(map(str, range(100_000)))}),
     ("banned", {"instruction": "Please go to the kitchen and cook."}),
     ("banned", {"instruction": "Describe what the Image shows here."}),
     ("program", {"instruction": "Write a program that adds numbers."}),
@@ -191,6 +196,12 @@ class Stub(BaseHTTPRequestHandler):
         else:
             choice = {"text": good_text(), "finish_reason": "stop"}
         status, data = 200, json.dumps({"choices": [choice]})
+        if plan in REASONS:
+            data = json.dumps({"choices": [{**choice, "finish_reason": plan}]})
+        if plan == "dripping":
+            for byte in b"HTTP/1.1 100 Continue\r\n\r\n" * 20:
+                REALLY_SLEEP(0.005)
+                self.wfile.write(bytes([byte]))
         if isinstance(plan, int):
             status, data = plan, json.dumps({"error": {"message": f"wrong key {KEY}\nsecond line"}})
         elif plan in BODIES:
@@ -208,7 +219,11 @@ class Stub(BaseHTTPRequestHandler):
         pass
 
 
-BODIES = {"html": "<html>busy</html>", "empty": "", "list": "[1]", "no choices": '{"choices": []}',
+REASONS = None, "stop", "eos", "stop_sequence", "content_filter"
+BODIES = {"echo": json.dumps({"choices": [{"text": good_text().replace("Answer 0", f"{KEY} is it")}]}),
+          "half a key": json.dumps({"choices": [{"text": 1, "said": "x" * 12 + KEY}]}),
+          "surrogate": json.dumps({"choices": [{"text": good_text().replace("Answer 0", "\ud800")}]}),
+          "html": "<html>busy</html>", "empty": "", "list": "[1]", "no choices": '{"choices": []}',
           "number": '{"choices": [{"text": 3}]}', "null": '{"choices": [{"text": null, "finish_reason": "stop"}]}'}
 
 
@@ -268,10 +283,10 @@ def test_a_chat_server_gets_the_same_text_as_a_message(stub, seeds):
     assert path == "/v1/chat/completions" and chat["messages"] == [{"role": "user", "content": plain["prompt"]}]
 
 
-@pytest.mark.parametrize("plan", [500, 429, "cut", "html", "list", "slow"])
+@pytest.mark.parametrize("plan", [500, 429, "cut", "html", "list", "slow", "dripping"])
 def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, plan):
     stub.plan = [plan, plan]
-    rows, meta = ask(stub, seeds, "--timeout", "0.3" if plan == "slow" else "20")
+    rows, meta = ask(stub, seeds, "--timeout", "0.3" if plan in ("slow", "dripping") else "20")
     assert len(rows) == 3 and meta["counts"]["requests"] == 1, "a retry is not a request"
     assert len(stub.asked) == 3 and len({json.dumps(body) for _, body, _ in stub.asked}) == 1
     first, second = filter(None, stub.waits)
@@ -282,16 +297,27 @@ def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, pla
     ([401], 1, "HTTP 401: .*wrong key .the key."), ([400], 1, "HTTP 400"), ([404], 1, "HTTP 404 .--chat"),
     ([307], 1, "HTTP 307"), ([302], 1, "HTTP 302"),
     ([500] * 99, 5, "HTTP 500"), (["html"] * 99, 5, "JSON"), (["number"] * 99, 5, "no choices with a text"),
+    (["half a key"] * 99, 5, "no choices with a text"),
 ])
 def test_what_stays_wrong_is_one_line_without_the_key(stub, seeds, plan, calls, said):
     stub.plan = list(plan)
     with pytest.raises(UserError, match=said) as error:
         ask(stub, seeds)
-    assert len(stub.asked) == calls and KEY not in str(error.value) and "\n" not in str(error.value)
+    assert len(stub.asked) == calls and KEY[:6] not in str(error.value) and "\n" not in str(error.value)
     assert not (seeds.parent / "new" / "demonstrations.jsonl").exists()
     stub.plan.clear()
     rows, _ = ask(stub, seeds, "--resume")
     assert len(rows) == 3
+
+
+@pytest.mark.parametrize("plan, kept", [*((reason, 3) for reason in REASONS), ("surrogate", 2), ("echo", 3)])
+def test_only_length_is_cut_off_and_one_bad_task_is_one_rejected_task(stub, seeds, plan, kept):
+    stub.plan = [plan]
+    for resume in ([], ["--resume"]):
+        rows, meta = ask(stub, seeds, *resume)
+        assert len(rows) == kept == meta["counts"]["kept"] and meta["counts"]["blocks"] == 3
+    assert all(KEY not in path.read_text() for path in (seeds.parent / "new").iterdir())
+    assert len(stub.asked) == 1
 
 
 def test_a_dead_server_is_an_error_and_an_answer_without_text_is_counted(stub, seeds):

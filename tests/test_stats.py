@@ -7,7 +7,7 @@ import pytest
 
 from minirlhf.assess import distinct_2
 from minirlhf.stats import (clustered_rate, difference_of_means, difference_of_rates, rate, ratio, sign_test, t_limit,
-                            wilson, wins_of)
+                            t_probability, wilson, wins_of)
 
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
@@ -107,6 +107,7 @@ def test_the_jackknife_of_different_pairs_is_wide_enough():
 @pytest.mark.parametrize("df, limit", [(3, 3.182), (4, 2.776), (6, 2.447), (10, 2.228), (30, 2.042), (10_000, 1.960)])
 def test_the_limits_of_student_are_those_of_the_table(df, limit):
     assert t_limit(df) == pytest.approx(limit, abs=0.002)
+    assert t_probability(0, df) == 1 > t_probability(1e-9, df) and t_probability(-limit, df) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_a_ratio_is_the_ratio_and_carries_its_n():

@@ -34,7 +34,10 @@ TOKENIZER_FILES = ("generation_config.json", "special_tokens_map.json", "tokeniz
 
 def cache_folder():
     """Where downloads are kept: $MINIRLHF_CACHE, or ~/.cache/minirlhf."""
-    return Path(os.environ.get("MINIRLHF_CACHE") or "~/.cache/minirlhf").expanduser()
+    try:
+        return Path(os.environ.get("MINIRLHF_CACHE") or "~/.cache/minirlhf").expanduser()
+    except RuntimeError:
+        raise UserError("there is no home folder to keep downloads in: name a folder in MINIRLHF_CACHE") from None
 
 
 def model_folder(name, wanted=("config.json",)):

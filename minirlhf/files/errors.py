@@ -1,6 +1,9 @@
 """Errors that the person at the keyboard can fix: one line on stderr, exit code 2, no traceback."""
 
 import contextlib
+import errno
+import io
+import signal
 import sys
 
 
@@ -38,18 +41,48 @@ def during(what):
         raise UserError(f"{what}: {error}") from error.__cause__
 
 
+NO_MEMORY = "out of memory", "can't allocate memory", "MemoryError", "could not create a primitive"    # oneDNN's words
+
+
+class Terminal(io.FileIO):
+    """Where output goes as long as anyone reads it. After `| head`, or without a terminal, work goes on in silence."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):     # a full disk is an error
+                raise
+            return len(data)
+
+
+def forgiving(stream):
+    """sys.stdout or sys.stderr on a Terminal. A character that its encoding does not have is replaced by "?"."""
+    if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream                                           # closed, or a notebook's or a test's own
+    stream.flush()
+    terminal = io.BufferedWriter(Terminal(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(terminal, stream.encoding, "replace",
+                            line_buffering=stream.line_buffering or stream.write_through)
+
+
 def run_main(main):
-    """Runs a script's main(); what the person can fix becomes one line on stderr and exit code 2, Ctrl-C one and 130."""
+    """Runs a script's main(); what the person can fix becomes one line on stderr and exit code 2.
+
+    Ctrl-C becomes one line and 130, SIGTERM 143 and SIGHUP 129.
+    """
+    sys.stdout, sys.stderr = forgiving(sys.stdout), forgiving(sys.stderr)
     try:
         main()
     except UserError as error:
         end(f"error: {error}", 2)
     except OSError as error:                                    # a folder that cannot be made, moved or written to
         end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         end(f"error: {advice_on(error)}", 2)
     except KeyboardInterrupt as interrupt:
-        end(f"\n{str(interrupt) or 'interrupted'}", 130)
+        number = interrupt.args[1] if len(interrupt.args) > 1 else signal.SIGINT
+        end(f"\n{interrupt.args[0] if interrupt.args else 'interrupted'}", 128 + number)
 
 
 def end(line, code):
@@ -58,12 +91,12 @@ def end(line, code):
 
 
 def advice_on(error):
-    """What to do about a RuntimeError of PyTorch's, as one line. Any other is raised again, with its traceback."""
-    said = str(error).splitlines()[0]
+    """What to do about an error of PyTorch's, as one line. Any other is raised again, with its traceback."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
     if "non-finite" in said:                                    # of clip_grad_norm_
         return ("the gradient is not finite. A lower --lr may help. Nothing is exported, and the checkpoint before "
                 "this step stays")
-    if "out of memory" in said or "can't allocate memory" in said:
+    if any(sign in said for sign in NO_MEMORY):
         said = ". ".join(said.split(". ")[:2])                  # the rest is advice about PyTorch's allocator
         return f"{said}. A lower --micro_batch, or else --batch_size, needs less memory"
     raise error

@@ -53,9 +53,9 @@ def write_whole(file, parts):
 
 
 @contextlib.contextmanager
-def whole_file(file, previous=None):
+def whole_file(file):
     """A file to write bytes to, which takes its name only when all of it is on the disk. If the program crashes or the
-    disk is full, the old file stays as it was. With `previous` the old file is kept under that name.
+    disk is full, the old file stays as it was.
     """
     temporary = file.with_name(file.name + ".tmp")
     try:
@@ -63,8 +63,6 @@ def whole_file(file, previous=None):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        if previous and file.exists():
-            os.replace(file, previous)
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):

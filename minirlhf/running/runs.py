@@ -1,8 +1,8 @@
 """A run's folder: what a script writes while it trains, and how --resume continues from it.
 
 It holds the model (an export in the official layout), run.json (the resolved configuration), metrics.jsonl and, for
-PPO, samples.jsonl (only what is deterministic), state.pt (everything that --resume needs), state.previous.pt (the one
-before), heldout.jsonl (rows that the script itself held out of --data) and, at the end, report.json.
+PPO, samples.jsonl (only what is deterministic), state.pt (everything that --resume needs), heldout.jsonl (rows that
+the script itself held out of --data) and, at the end, report.json.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,8 @@ from minirlhf.running.processes import is_first
 HELD = {}           # {folder: the file descriptor that keeps it locked}
 LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
 SAVING = 0.05       # share of the time that may go into checkpoints
+MODEL_FILES = "config.json", "*.safetensors*", "pytorch_model*", "vocab*", "merges.txt", "tokenizer*"
+STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 LINES = 20          # about this many rows of metrics are printed during a run
 say = tqdm.write    # prints a line above the bar
 
@@ -36,7 +39,7 @@ class Run:
     """A run's folder. Made (or found, with --resume) after all input has been read and checked.
 
     Of several processes only the first writes. `rows` holds the metrics of all steps so far, as metrics.jsonl does.
-    Ctrl-C takes effect once the step is done and saved; a second one stops at once.
+    Ctrl-C, SIGTERM and SIGHUP take effect once the step is done and saved; a second one stops at once.
     """
 
     def __init__(self, config, heldout=()):
@@ -49,13 +52,15 @@ class Run:
         for name in ("model", "reward", "reference"):
             require(not getattr(config, name, "") or Path(getattr(config, name)).resolve() != self.folder.resolve(),
                     f"--out {config.out} is also the --{name}, which must stay. Choose another --out")
-        self.inputs, self.rows, self.warned, self.interrupted = hashes_of_inputs(config), [], set(), False
+        self.inputs, self.rows, self.warned, self.interrupted = hashes_of_inputs(config), [], set(), None
         self.state = self._continue() if config.resume else self._begin(heldout)
-        self.started = time.time() - self.state.get("seconds", 0.0)
+        self.started = time.monotonic() - self.state.get("seconds", 0.0)
         self.saved_at, self.saving_takes = 0.0, 0.0
-        self.printed = self.state.get("step", 0), time.time()       # after how many steps the last row was, and when
+        self.printed = self.state.get("step", 0), time.monotonic()   # after how many steps the last row was, and when
         if "TORCHELASTIC_RUN_ID" not in os.environ:                 # torchrun handles signals itself
-            signal.signal(signal.SIGINT, self._ctrl_c)
+            for number in STOPS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
+                    signal.signal(number, self._stop)
 
     def _begin(self, heldout):
         if self.first:
@@ -70,23 +75,21 @@ class Run:
 
     def _continue(self):
         """The saved state, after checking that this is the same run. Rows that were logged after it are cut off."""
-        files = [file for name in ("state.pt", "state.previous.pt") if (file := self.folder / name).exists()]
-        require(files, f"--resume: {self.folder} has no state.pt to continue from. Leave out --resume")
+        require((self.folder / "state.pt").exists(),
+                f"--resume: {self.folder} has no state.pt to continue from. Leave out --resume")
         if self.first:
             lock(self.folder)
         changed, report = self._changes(), self.folder / "report.json"
         hint = ", or add --allow_changes" if hasattr(self.config, "allow_changes") else ""
         require(not changed or getattr(self.config, "allow_changes", False),
                 f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same{hint}")
-        state, file = newest_state(files)
+        state = read_state(self.folder / "state.pt")
         step = state["step"]
         require(not report.exists() or getattr(self.config, "iterations", 0) > step,
                 f"--resume: {self.folder} is finished. A PPO run is extended by more --iterations with "
                 "--allow_changes")
         self.rows = [row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] < step]
         if self.first:
-            if file != files[0]:                                # or it would become the checkpoint before the next one
-                files[0].rename(self.folder / "state.damaged.pt")
             if report.exists():
                 report.rename(self.folder / f"report.{step}.json")
             for log in filter(Path.exists, map(self.folder.joinpath, LOGS)):
@@ -103,27 +106,30 @@ class Run:
         inputs = read_if_there(self.folder, "run.json").get("inputs", {})
         return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
                 if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)] + [
-                f"--{name} has other contents" for name in inputs if inputs[name] != self.inputs.get(name)]
+                f"--{name} has other contents" for name in inputs | self.inputs
+                if inputs.get(name) != self.inputs.get(name)]
 
     def _write_run_json(self):
         write_json(self.folder / "run.json", {
             "config": dataclasses.asdict(self.config), **templates(self.config), "inputs": self.inputs,
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
-    def _ctrl_c(self, *_):
+    def _stop(self, number, _):
         if self.interrupted:
             raise KeyboardInterrupt(
-                f"interrupted; --resume continues {self.folder} from its last checkpoint, if there is one")
-        self.interrupted = True
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+                f"interrupted; --resume continues {self.folder} from its last checkpoint, if there is one", number)
+        self.interrupted = number
+        with contextlib.suppress(OSError):                          # the terminal is gone
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
     def seconds(self):
         """Wall-clock seconds of this run, including those before a --resume."""
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def steps(self, total, name):
         """A progress bar over the steps that are left, on a terminal and in the first process only."""
         self.total, first = total, self.state.get("step", 0)
+        require(first <= total, f"{self.folder / 'state.pt'} is damaged: it is after step {first} of {total}")
         return tqdm(range(first, total), initial=first, total=total, desc=name, disable=None if self.first else True)
 
     def log(self, step, metrics, show=(), complaints=None):
@@ -144,8 +150,8 @@ class Run:
         """The newest values of these metrics, and the seconds that a step took since the row before."""
         newest = {name: value for row in self.rows for name, value in row.items()}
         cells = {name.rpartition("/")[2]: f"{newest[name]:.3f}" if name in newest else "" for name in show}
-        (done, then), self.printed = self.printed, (step + 1, time.time())
-        cells = {"step": str(step), **cells, "s/step": f"{(time.time() - then) / (step + 1 - done):.2f}"}
+        (done, then), self.printed = self.printed, (step + 1, time.monotonic())
+        cells = {"step": str(step), **cells, "s/step": f"{(time.monotonic() - then) / (step + 1 - done):.2f}"}
         if done == self.state.get("step", 0):
             say("".join(head.rjust(max(10, len(head) + 2)) for head in cells))
         say("".join(cell.rjust(max(10, len(head) + 2)) for head, cell in cells.items()))
@@ -165,9 +171,23 @@ class Run:
         return next((row[name] for row in reversed(self.rows) if name in row), math.nan)
 
     def restore(self, **parts):
-        """Loads models and optimizers from what the saved state holds under the same names."""
+        """Loads models and optimizers from what the saved state holds under the same names.
+
+        Also refuses to begin if the disk has no room for state.pt and the one that replaces it.
+        """
         for name, part in parts.items() if self.state else ():
-            part.load_state_dict(self.state[name])
+            try:
+                part.load_state_dict(self.state[name])
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{self.folder / 'state.pt'} is damaged: {name}: {error}") from error
+        models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        numbers = sum(p.numel() for model in models for p in model.parameters())
+        size = 3 * 4 * numbers / 1e9                                # float32: the weights and Adam's two moments
+        if self.first and not self.state and size > 1:
+            room = shutil.disk_usage(self.folder).free / 1e9
+            print(f"{self.folder / 'state.pt'} will have about {size:.1f} GB")
+            require(room > 2 * size, f"--out {self.folder}: its disk has room for {room:.1f} GB, and two checkpoints "
+                    f"need {2 * size:.1f} GB, the old one and the one that replaces it")
 
     def checkpoint(self, done, **parts):
         """Writes state.pt when it is due, after the last step, and after Ctrl-C, which then ends the run.
@@ -176,29 +196,30 @@ class Run:
         done. parts: models, optimizers, plain values; restore() finds them by these names. After the last step only the
         first of several processes is still needed, and the others end here.
         """
-        due = time.time() - self.saved_at >= self.saving_takes / SAVING
+        due = time.monotonic() - self.saved_at >= self.saving_takes / SAVING
         if self.first and (due or done == self.total or self.interrupted):
-            begun = time.time()
+            begun = time.monotonic()
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-            with whole_file(self.folder / "state.pt", previous=self.folder / "state.previous.pt") as file:
+            with whole_file(self.folder / "state.pt") as file:
                 torch.save({"step": done, "seconds": self.seconds(), **state}, file)
-            self.saved_at, self.saving_takes = time.time(), time.time() - begun
+            self.saved_at, self.saving_takes = time.monotonic(), time.monotonic() - begun
         if done == self.total:
-            signal.signal(signal.SIGINT, signal.default_int_handler)    # what follows can be repeated
+            for number in STOPS:                                    # what follows can be repeated
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             if not self.first:
                 sys.exit()
         if self.interrupted:
             raise KeyboardInterrupt(f"interrupted: {self.folder} is saved after step {done} of {self.total}; the same "
-                                    "command with --resume continues from there")
+                                    "command with --resume continues from there", self.interrupted)
 
     def report(self, values):
-        """report.json, which marks the run as finished. The checkpoint before the last one is no longer needed."""
+        """report.json, which marks the run as finished."""
         write_json(self.folder / "report.json", values)
-        (self.folder / "state.previous.pt").unlink(missing_ok=True)
 
 
 def hashes_of_inputs(config):
-    """{option: sha256} of the files that a run reads. With other contents, --resume would continue another run.
+    """{option, or option/file of a folder: sha256} of what a run reads. With other contents it would be another run.
 
     What lies in the run's own folder does not count: an earlier run's heldout.jsonl there is about to be moved aside.
     """
@@ -206,23 +227,24 @@ def hashes_of_inputs(config):
     for name in ("model", "reference", "reward", "data", "heldout", "gold"):
         spec = getattr(config, name, "")
         path = Path(spec.rsplit(":", 1)[0] if ".py:" in spec else spec)
-        file = path / "model.safetensors" if path.is_dir() else path
-        if spec and file.is_file() and file.parent.resolve() != Path(config.out).resolve():
-            found[name] = sha256_of(file)
+        if spec and path.is_dir():
+            inside = [file for pattern in MODEL_FILES for file in sorted(path.glob(pattern))]
+            found |= {f"{name}/{file.name}": sha256_of(file) for file in inside}
+        if path.is_file() and path.parent.resolve() != Path(config.out).resolve():
+            found[name] = sha256_of(path)
     return found
 
 
-def newest_state(files):
-    """(state, file) of the first of these files that is undamaged. Prints which are damaged; UserError if all are."""
-    for file in files:
-        with contextlib.suppress(Exception):                    # a damaged file fails in many ways
-            # torch.load ignores the checksums of its zip file, so it would not notice a flipped bit in a weight.
-            whole = zipfile.ZipFile(file).testzip() is None
-            state = torch.load(file, map_location="cpu", weights_only=True)         # tensors and values, never code
-            if whole and type(state["step"]) is int:
-                return state, file
-        print(f"{file} is damaged")
-    raise UserError(f"{' and '.join(map(str, files))}: damaged. Without --resume a new run begins")
+def read_state(file):
+    """What a state.pt holds, a dict with "step" and "seconds". UserError if it is damaged."""
+    with contextlib.suppress(Exception):                        # a damaged file fails in many ways
+        # torch.load ignores the checksums of its zip file, so it would not notice a flipped bit in a weight.
+        whole = zipfile.ZipFile(file).testzip() is None
+        state = torch.load(file, map_location="cpu", weights_only=True)             # tensors and values, never code
+        numbers = state["seconds"], state.get("beta", 0.0)
+        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < math.inf for x in numbers):
+            return state
+    raise UserError(f"{file} is damaged. Without --resume a new run begins")
 
 
 def lock(folder):
@@ -302,8 +324,12 @@ def read_run(folder):
 
 
 def read_report(folder):
-    """The report.json of a run's folder, {} if there is none."""
-    return read_if_there(folder, "report.json")
+    """The report.json of a run's folder, {} if there is none. UserError if it has text where numbers belong."""
+    report = read_if_there(folder, "report.json")
+    for name, value in report.items():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        require(not any(isinstance(x, str) for x in inside), f"{Path(folder) / 'report.json'}: {name} is no number: {value}")
+    return report
 
 
 def read_if_there(folder, name):

@@ -129,7 +129,7 @@ def run_script(script, *words, folder=None, log=None, **flags):
     on whatever its checks say: an experiment may want to see a run go wrong.
     """
     words = (*words, "--insist") if Path(script).name == "train_ppo.py" else words
-    argv, begun = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())], time.time()
+    argv, begun = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())], time.monotonic()
     with open(log or os.devnull, "a", encoding="utf-8") as file:
         print(f"\n$ python {script} {' '.join(argv)}", file=file if log else None, flush=True)
         done = subprocess.run([sys.executable, ROOT / script, *argv], cwd=folder, text=True,
@@ -137,7 +137,7 @@ def run_script(script, *words, folder=None, log=None, **flags):
         print(done.stderr, end="", file=file if log else sys.stderr)
     said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
     require(done.returncode == 0, f"{Path(script).name} stopped with exit code {done.returncode}: {said}")
-    return time.time() - begun
+    return time.monotonic() - begun
 
 
 def shared_models(seed, out):
@@ -157,7 +157,7 @@ def run_patch(patch, row, models, folder, log):
     row: how the run is known: patch (for a mystery not its name), seed, iterations (0: as many as the patch says) and
     code, a hash. models: from shared_models. folder: of its runs. log: a file, None for the terminal.
     """
-    tree, begun = folder / "tree", time.time()
+    tree, begun = folder / "tree", time.monotonic()
     copy_tree(patch, tree)
     (tree / "out").mkdir()
     for kind, model in models.items():                          # where the scripts look for them
@@ -173,7 +173,7 @@ def run_patch(patch, row, models, folder, log):
             return row | {"failed": str(error)}
         link.unlink(missing_ok=True)                            # a script after this one builds on what it made
         link.symlink_to(last)
-    seconds = round(time.time() - begun)
+    seconds = round(time.monotonic() - begun)
     report = read_report(last) if "ppo" in read_report(last) else measure(last, models, row["seed"])
     shutil.rmtree(tree)
     figures = report["ppo"] | {"win_rate": report["win_rate"], "kl": report["kl"]}

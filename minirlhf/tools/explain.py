@@ -16,7 +16,7 @@ from minirlhf.reward_functions import FunctionReward
 from minirlhf.generate import at_response, decode, response_logits
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.files.errors import require
-from minirlhf.running.runs import newest_state, read_run
+from minirlhf.running.runs import read_run, read_state
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
 
 FIRST_LOOK = 5          # tokens that the block above the table shows: the first four, and the last
@@ -40,7 +40,7 @@ class Explainer:
                 f"{folder} is not a PPO run, and --explain needs one, such as out/ppo")
         require((folder / "state.pt").exists(),
                 f"--explain: {folder} has no state.pt, where a PPO run keeps its value model")
-        self.cfg, (state, _) = SimpleNamespace(**config), newest_state([folder / "state.pt"])
+        self.cfg, state = SimpleNamespace(**config), read_state(folder / "state.pt")
         self.beta, self.device, self.tokenizer = state["beta"], device, load_tokenizer(folder)
         self.policy = from_pretrained(folder).to(device)
         self.reference = from_pretrained(self.cfg.reference or self.cfg.model).to(device)

@@ -20,17 +20,18 @@ import http.client
 import os
 import random
 import re
+import threading
 import time
 import urllib.request
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minirlhf.files import instructions
-from minirlhf.files.jsonl import read_objects, text_field
+from minirlhf.files.jsonl import read_objects, text, text_field
 from minirlhf.files.json_files import json_object, write_json, write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.answers import respond
@@ -107,9 +108,19 @@ def parse_block(block, k):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
-RULES = {       # why a task is rejected: whether it is, given the task and --banned. The last two are ours.
+def unreadable(task):
+    """Whether a file of demonstrations cannot hold the task: half a surrogate pair, say, or 100,000 spaces."""
+    try:
+        return not text("".join((instructions.TEMPLATE_WITH_INPUT, *task)), "task", "new task")
+    except UserError:
+        return True
+
+
+RULES = {       # why a task is rejected: whether it is, given the task and --banned. The first and last two are ours.
+    "not a text that a tokenizer can read": lambda task, _: unreadable(task),
     "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
-    "instruction of more than 150 words": lambda task, _: len(task.instruction.split()) > 150,
+    "instruction of more than 150 words": lambda task, _: (
+        len(task.instruction.split()) > 150 or len(words_of(task.instruction)) > 1000),     # it may be one-two-three-...
     "instruction with a banned word": lambda task, banned: any(
         re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE)
         for word in filter(None, banned.split(","))),
@@ -152,10 +163,12 @@ def judge(rows, seeds, args):
             if isinstance(task, str):
                 yield {"request": row["request"], "verdict": task, "block": block}
                 continue
-            words = words_of(task.instruction)
-            similar = next((text for text, other in pool.items() if rouge_l(words, other) > args.most_similar), None)
             verdict = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None)
-            verdict = verdict or (TOO_SIMILAR if similar else KEPT)
+            similar = None
+            if not verdict:
+                words = words_of(task.instruction)
+                similar = next((known for known in pool if rouge_l(words, pool[known]) > args.most_similar), None)
+                verdict = TOO_SIMILAR if similar else KEPT
             if verdict == KEPT:
                 pool[task.instruction] = words
             yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
@@ -220,17 +233,37 @@ class Endpoint:
         for wait in WAITS:
             time.sleep(wait)
             try:
-                status, data = self.post(prompt, number)
+                status, data = self.post_in_time(prompt, number)
                 if status == 200:
-                    return answer_of(json_object(data, "its answer", "file"))
+                    written, complete = answer_of(json_object(data, "its answer", "file"))
+                    return self.without_key(written), complete
                 hint = " (--chat is for servers without completions)" if status == 404 else ""
                 problem = f"HTTP {status}{hint}: {data.decode(errors='replace')}"
                 if status < 500 and status not in (408, 429):
                     break
             except (OSError, http.client.HTTPException, UserError) as error:        # among them a cut answer
                 problem = str(getattr(error, "reason", error))
-        said = problem.replace(self.key or "\0", "(the key)")[:300]                 # some servers repeat it
-        raise UserError(f"{self.url}, request {number}: {said}. --resume goes on from here")
+        raise UserError(f"{self.url}, request {number}: {self.without_key(problem)[:300]}. --resume goes on from here")
+
+    def without_key(self, said):
+        """A text without the key, which some servers repeat."""
+        return said.replace(self.key or "\0", "(the key)")
+
+    def post_in_time(self, prompt, number):
+        """As post(), but TimeoutError after --timeout, also when a byte comes now and then."""
+        answer = Future()
+
+        def work():
+            try:
+                answer.set_result(self.post(prompt, number))
+            except Exception as error:
+                answer.set_exception(error)
+        threading.Thread(target=work, daemon=True).start()      # one that never ends does not keep the program
+        try:
+            status, data = answer.result(self.args.timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {self.args.timeout:g} seconds") from None
+        return status, self.without_key(data.decode("latin-1")).encode("latin-1")
 
     def post(self, prompt, number):
         """The server's answer: (HTTP status, bytes)."""
@@ -249,7 +282,7 @@ def answer_of(value):
     match value:
         case ({"choices": [{"message": {"content": str(text) | (None as text)}} as choice, *_]}
               | {"choices": [{"text": str(text) | (None as text)} as choice, *_]}):
-            return text or "", choice.get("finish_reason") == "stop"
+            return text or "", choice.get("finish_reason") != "length"
     raise UserError(f"its answer has no choices with a text: {shown(value)}")
 
 

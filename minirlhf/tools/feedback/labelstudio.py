@@ -67,7 +67,7 @@ def import_file(path, out, leading_space=False):
         with during(f"{path}: task {task.get('id', index)}"):
             votes += task_votes(task, leading_space, dropped)
     for n, (_, row) in enumerate(sorted(votes, key=lambda vote: vote[0])):
-        rows[row["prompt"], tuple(row["responses"]), str(row.get("annotator", n))] = row
+        rows[row["prompt"], tuple(row["responses"]), row["annotator"] or n] = row       # each vote without a name stays
     dropped["replaced by a later one of the same annotator"] += len(votes) - len(rows)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"
     require(rows, f"{path}: no usable annotation in {len(tasks)} tasks ({reasons})")
@@ -111,14 +111,21 @@ def task_votes(task, leading_space, dropped):
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        by = annotation.get("completed_by")
-        by = by.get("email") or by.get("id") if isinstance(by, dict) else by
-        extra = {**need(ours, dict, "extra", default={}), "order": order, "annotator": str(by),
+        extra = {**need(ours, dict, "extra", default={}), "order": order, "annotator": annotator_of(annotation),
                  "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
         votes.append((str(annotation.get("updated_at") or annotation.get("created_at") or ""), row))
     return votes
+
+
+def annotator_of(annotation):
+    """Who made it: e-mail address or number, as text; "" if unknown. A copy keeps the `meta` of the one it was made
+    from, so that is not looked at."""
+    by = annotation.get("completed_by")
+    by = by.get("email") or by.get("id") if isinstance(by, dict) else by
+    require(by is None or type(by) in (int, str), f"completed_by is {shown(by)}, neither a number nor a name")
+    return "" if by is None else str(by).strip()
 
 
 def task_texts(data):

@@ -2,7 +2,8 @@
 
 Three checks keep everyone else out. The token is new at every start and only in the address that the terminal shows, so
 other users of this machine do not have it. The Host header must be ours, which stops web sites whose name was pointed
-at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin.
+at 127.0.0.1. Requests that a page of another site sends are refused because of their Origin. The page itself, which
+says nothing, is given to all who ask this machine. It takes the token out of the address bar and keeps it per tab.
 """
 
 import base64
@@ -13,7 +14,9 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
+import time
 import webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,12 +29,16 @@ PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 64 * 1024    # bytes of a request; a response of 1,024 tokens has about 5,000
 
 
+MOST = 64               # connections that may be without a complete request. One more ends the oldest of them
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, port, session):
         super().__init__(("127.0.0.1", port), Handler)
+        self.waiting = {}                           # connection without a complete request -> since when
         self.session, self.page = session, PAGE.read_bytes()
         self.token = secrets.token_hex(16)
         self.url = f"http://127.0.0.1:{self.server_port}/?token={self.token}"
@@ -42,6 +49,15 @@ class Server(ThreadingHTTPServer):
         self.policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
                        f"frame-ancestors 'none'; script-src 'sha256-{hashes['script']}'; "
                        f"style-src 'sha256-{hashes['style']}'")
+
+    def process_request(self, request, client_address):
+        self.waiting[request] = time.monotonic()
+        for old, since in list(self.waiting.items()):
+            if len(self.waiting) > MOST or time.monotonic() - since > Handler.timeout:
+                self.waiting.pop(old, None)
+                with contextlib.suppress(OSError):
+                    old.shutdown(socket.SHUT_RDWR)  # its thread then closes it
+        super().process_request(request, client_address)
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
@@ -70,20 +86,24 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def check(self, token):
-        """Raises UserError unless the request comes from our own page, or from the address in the terminal."""
+        """Raises UserError unless the request comes from our own page, or from the address in the terminal.
+
+        token: the one that came with the request, None where none is needed.
+        """
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         given = self.headers.get_all("Host", [])
         require(len(given) == 1 and given[0].lower() in hosts, "wrong host")
         origin, site = self.headers.get("Origin", f"http://{given[0]}"), self.headers.get("Sec-Fetch-Site", "none")
         require(origin == f"http://{given[0]}" and site in ("same-origin", "none"),
                 "requests from other sites are refused")
-        require(secrets.compare_digest(token.encode(), self.server.token.encode()),
+        require(token is None or secrets.compare_digest(token.encode(), self.server.token.encode()),
                 "the token is missing or from before a restart: open the address that the terminal shows now")
+        self.server.waiting.pop(self.connection, None)
 
     def do_GET(self):
-        path, _, token = self.path.partition("?token=")
+        path, given, token = self.path.partition("?token=")
         try:
-            self.check(token)
+            self.check(token if given else None)
             require(path == "/", "nothing here")
             self.answer(200, "text/html; charset=utf-8", self.server.page)
         except UserError as error:

@@ -40,7 +40,7 @@ def read_votes(path):
         row = comparison(value, where)
         models = value.get("models")
         base = {**value, "item": item_id(row.prompt, row.responses), "prompt": row.prompt, "responses": row.responses,
-                "ranks": row.ranks, "annotator": str(value.get("annotator", "")),
+                "ranks": row.ranks, "annotator": "" if value.get("annotator") is None else str(value["annotator"]),
                 "models": models if is_list_of(str, models, len(row.ranks)) else []}
         rankings = value["annotators"] if isinstance(value.get("annotators"), list) else []
         several = [{**base, "annotator": f"annotator {i}", "ranks": tuple(ranks)}
@@ -55,14 +55,17 @@ def verdicts(ranks):
 
 
 def agreements(votes):
-    """{(name, name): [(verdict of one, verdict of the other), ...]} on all pairs of answers that both have judged."""
+    """{(name, name): [(verdict of one, verdict of the other), ...]} on all pairs of answers that both have judged.
+
+    Votes without a name on one item are those of different people.
+    """
     by_item = defaultdict(dict)
-    for vote in votes:
-        by_item[vote["item"]][vote["annotator"]] = verdicts(vote["ranks"])
+    for n, vote in enumerate(votes):
+        by_item[vote["item"]][vote["annotator"], 0 if vote["annotator"] else n] = verdicts(vote["ranks"])
     both = defaultdict(list)
     for given in by_item.values():
         for a, b in combinations(sorted(given), 2):
-            both[a, b] += zip(given[a], given[b])
+            both[a[0], b[0]] += zip(given[a], given[b])
     return dict(both)
 
 
@@ -135,7 +138,7 @@ def print_stats(path):
         own = [group.get((a, b), []) for group in groups]
         same = clustered_rate([sum(x == y for x, y in pairs) for pairs in own], list(map(len, own)))
         kappa, low, high = (cohen_kappa(*zip(*both[a, b]), end) for end in same[:3])
-        print(f"  agreement  {a} and {b}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
+        print(f"  agreement  {a or '(no name)'} and {b or '(no name)'}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
               f"{same.high:.3f}], kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {same.n} prompts")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
