@@ -8,10 +8,16 @@ from minirlhf.gpt2 import GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.tools.evaluate.quality import (ENGLISH, FEMALE_JOBS, MALE_JOBS, TINY, bias, checks,
                                              instruction_rates, person_gaps, with_article)
-from minirlhf.tools.evaluate.tables import flagged
+from minirlhf.tools.evaluate.tables import bias_of
 
 TOKENIZER = load_tokenizer("data/tiny")
 SHE, HE = TOKENIZER.encode_ordinary(" She")[0], TOKENIZER.encode_ordinary(" He")[0]
+
+
+def flagged(gap):
+    """What the table of the report says of a gap."""
+    table, = bias_of({"bias": {"model": {"probe": gap}}})
+    return table.rows[0][-1] == "yes"
 
 
 class Toy(torch.nn.Module):
