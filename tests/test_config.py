@@ -114,11 +114,11 @@ def test_no_home_is_one_line(tmp_path, monkeypatch):
         cache_folder()
 
 
-def test_a_line_longer_than_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "LONGEST_LINE", 1000)
+def test_a_file_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "LARGEST", 1000)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"{}\n" + b" " * 10**6))
-    with pytest.raises(UserError, match="bomb.gz:2: a line of more than 1,000 bytes"):
-        list(jsonl.raw_lines(tmp_path / "bomb.gz"))
+    with pytest.raises(UserError, match="bomb.gz: more than 1,000 bytes when unpacked"):
+        jsonl.read_bytes(tmp_path / "bomb.gz")
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo])

@@ -58,7 +58,7 @@ def plain_examples(tokenizer):
     examples = []
     for number, line in enumerate((HERE / "plain.txt").read_text().splitlines(), start=1):
         first, rest = re.fullmatch(r"(\w+)(.+)", line).groups()
-        row = Row(f"plain.txt:{number}", first, (rest,))
+        row = Row(f"plain.txt:{number}", line, (rest,))         # each sentence counts, also with the same first word
         examples.append(Example(row, tokenizer.encode_ordinary(first), [tokenizer.encode_ordinary(rest)]))
     return examples
 
