@@ -94,7 +94,7 @@ PRESETS = {
         value_lr=1e-5,
         dtype="bfloat16",
     ),
-    "smollm2": dict(        # a laptop, 135M: few large steps, because rollouts take most of the time
+    "smollm2": dict(        # a laptop, 135M: few large steps, since rollouts take most of the time
         iterations=36,
         batch_size=32,
         missing_eos=-1.0,
