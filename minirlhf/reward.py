@@ -56,7 +56,7 @@ def preferred(ranks):
 
 
 def pair_loss(scores, ranks):
-    """-log sigmoid(score_i - score_j), a mean over each prompt's pairs (Ouyang 2022, equation 1)."""
+    """-log sigmoid(score_i - score_j), a mean over the pairs of a prompt (Ouyang 2022, eq. 1)."""
     better = preferred(ranks)
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])               # (N, K, K)
     return (losses.masked_fill(~better, 0).sum(dim=(1, 2)) / better.sum(dim=(1, 2))).mean()

@@ -48,7 +48,7 @@ def test_two_steps_of_each_script_with_the_gpt2_preset(folder, dtype, capsys):
     # The 512 samples of the normalisation would take most of the time: 4 are enough here.
     run("train_rm", "--model", sft, "--data", folder / "comparisons.jsonl", "--out", rm, "--dtype", dtype)
     run("train_ppo", "--model", sft, "--reward", rm, "--data", folder / "prompts.jsonl", "--out", ppo, "--dtype", dtype,
-        "--iterations", 2, "--minibatches", 2, "--max_response", 24)
+        "--iterations", 2, "--minibatches", 2, "--max_response", 24, "--insist")
     for out in (sft, rm, ppo):
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert len(rows) == 2 and (out / "report.json").exists()

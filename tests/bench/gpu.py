@@ -210,7 +210,7 @@ def training(table, args, best):
 
 def ppo(table, args):
     """The preset gpt2 at the first size: episodes a second, seconds of each phase, peak of memory."""
-    cfg, prompt = train_ppo.Config(**{"device": args.device, **train_ppo.PRESETS["gpt2"], **args.preset}), 64
+    cfg, prompt = train_ppo.Config(**{"device": args.device, "stop": "", **train_ppo.PRESETS["gpt2"], **args.preset}), 64
     what = f"PPO, gpt2 preset, {args.sizes[0]}"
     free()
     last = list(ppo_iteration.iterations(args.sizes[0], cfg, prompt, args.iterations))[-1]

@@ -20,7 +20,8 @@ def ours(args):
     """Seconds of each iteration but the first, which allocates."""
     import train_ppo
     cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=4,
-                           max_response=args.new, device=args.device, dtype=args.dtype, lr=1e-6, value_lr=1e-6)
+                           max_response=args.new, device=args.device, dtype=args.dtype, lr=1e-6, value_lr=1e-6,
+                           temperature=1.0, stop="")
     return [sum(phases.values()) for phases in iterations(args.size, cfg, args.prompt, 1 + args.iterations)][1:]
 
 
