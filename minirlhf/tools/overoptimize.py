@@ -9,6 +9,7 @@ best of n samples. Gold (what people want) and proxy (what the reward model says
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from minirlhf.data import read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.files.errors import UserError, require, run_main
+from minirlhf.files.errors import require, run_main
 from minirlhf.running.runs import move_aside, read_report, read_rows, write_json
 from minirlhf.assess import Sampling, answer, gold_function, scores_of
 from minirlhf.stats import ratio
@@ -157,17 +158,10 @@ def train(args, count, lines):
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
-def new_picture():
-    """An empty figure of matplotlib, which only tests/requirements.txt has."""
-    try:
-        from matplotlib.figure import Figure                    # not pyplot, which wants a window
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install -r tests/requirements.txt") from None
-    return Figure(figsize=(12, 5), layout="constrained")
-
-
-def draw(figure, report, out):
+def draw(report, out):
     """Gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
+    from matplotlib.figure import Figure                        # not pyplot, which wants a window
+    figure = Figure(figsize=(12, 5), layout="constrained")
     for axis, law in zip(figure.subplots(1, 2, sharey=True), FORMULAS):
         for n, (count, row) in enumerate(report["labels"].items()):
             draw_law(axis, law, row, f"C{n}", f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f})")
@@ -237,7 +231,7 @@ def main(argv=None):
     for name, default, help in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
     args = parser.parse_args(argv)
-    picture = new_picture()                             # raises UserError without matplotlib
+    require(find_spec("matplotlib"), "the picture needs matplotlib: pip install -r tests/requirements.txt")
     device, out = pick_device(args.device), Path(args.out)
     gold, _ = gold_function(args.gold, args.data)
     require(gold is not None,
@@ -254,7 +248,7 @@ def main(argv=None):
     report = experiment(args, lines, gold, device)
     write_json(out / "report.json", report)
     print("\n" + "\n".join(describe(report)))
-    draw(picture, report, out / "overoptimization.png")
+    draw(report, out / "overoptimization.png")
 
 
 if __name__ == "__main__":
