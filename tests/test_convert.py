@@ -107,7 +107,7 @@ def test_letters_arrive_and_foreign_columns_can_be_named(text, flags, capsys):
     ("[", ":1: ", "not JSON"), ("[]", "", "the fields found (none)"), ("", ": ", "the file is empty"),
     ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', ":2: ", "has the fields prompt, but the first row has"),
     ('{"prompt": "a", "response": 3}\n', ":1: ", "response must be a string"),
-    ('{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}', ":1: ", "all be lists"),
+    ('{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}', ": ", "0 usable prompts"),
     ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}', ":1: ",
      "content must be a string"),
     ('{"messages": [{"role": ["user"]}]}', ":1: ", "response must be a string"),
@@ -142,15 +142,16 @@ def test_what_cannot_be_converted_is_one_line(text, place, named):
                                                                   "ranks": [2, 1]}),
     ({"prompt": "p", "responses": ["a", " b"], "best": 1}, {"prompt": "p", "responses": ["a", " b"], "best": 1}),
     ({"prompt": "p"}, {"prompt": "p"}),
-    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
-                        {"from": "gpt", "value": "Yo"}]},
-     {"prompt": "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "response": " Yo"}),
     ({"prompt": HH, "response": " So.", "chosen": " So.", "rejected": " No."}, PAIR | {"prompt": HH}),     # rm-static
     ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")], "chosen": [user("Hi"), assistant("a")],
       "rejected": [user("Hi"), assistant("b")], "score_chosen": 8.0},                                   # UltraFeedback
      {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}),
     ({"prompt": "Hi", "messages": [user("Hi"), assistant("a")]},
      {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " a"}),
+    ({"prompt": "Hi", "completion": [assistant("Hello"), user("Why?"), assistant("So.")]},
+     {"prompt": HH, "response": " So."}),
+    ({"prompt": [user("Hi"), assistant("Hello"), user("Why?")], "completion": [user("Why?"), assistant("So.")]},
+     {"prompt": HH, "response": " So."}),
 ])
 def test_every_format_becomes_the_row_written_here(row, expected):
     assert converted("rows.jsonl", [row]) == [expected]
@@ -217,10 +218,12 @@ def test_comparisons_that_teach_nothing_are_dropped_and_counted(capsys):
 
 
 def test_a_list_of_messages_without_an_answer_is_dropped(capsys):
-    rows = [{"messages": [user("Hi")]}, {"messages": [user("Hi"), assistant("Yo")]}, {"messages": [assistant("Yo")]}]
+    rows = [{"messages": [user("Hi")]}, {"messages": [user("Hi"), assistant("Yo")]}, {"messages": [assistant("Yo")]},
+            {"messages": [user("Hi\n\nAssistant: Yo"), assistant("Yo")]}]
     assert converted("chat.jsonl", rows) == [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Yo"}]
     printed = capsys.readouterr().out
     assert "1  dropped: no answer in a list of messages" in printed and "1  dropped: empty prompt" in printed
+    assert "1  dropped: a message holds a dialogue itself" in printed
 
 
 # ---- what would be silently wrong ------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_a_side_that_repeats_another_prompt_is_dropped(capsys):
         converted("rows.jsonl", [{"prompt": [user("Q?")], "chosen": [user("Who?"), assistant("a")],
                                   "rejected": [user("Q?"), assistant("b")]},
                                  {"prompt": "Other", "chosen": Q + " a", "rejected": Q + " b"}])
-    assert capsys.readouterr().out.count("1  dropped: ") == 2
+    assert "2  dropped: a side is a dialogue that does not hold its prompt" in capsys.readouterr().out
 
 
 def test_a_turn_of_weight_zero_is_no_demonstration():
@@ -294,7 +297,7 @@ def test_labels_leave_as_pairs_for_trl_with_a_card_that_names_no_person():
         {"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in (
             (" a", " b"), (" a", " c"), (" a", " b"), (" a", " c"), (" b", " c"))]
     card = Path("new/rows.card.md").read_text()
-    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2", "agreement | 0.667 of 3 pairs",
+    for line in ("rows | 5 on 1 prompts, made of 2 ", "people | 2",
                  "2026-03-01 to 2026-03-04", "licence |"):
         assert line in card
     assert "Ann" not in card

@@ -7,7 +7,7 @@ from pathlib import Path
 OURS = (("prompt", "response"), ("prompt", "chosen", "rejected"), ("prompt", "responses", "ranks"),
         ("prompt", "responses", "best"), ("prompt",))
 OTHERS = (("question", "answer"), ("instruction", "input", "output"), ("instruction", "output"),
-          ("instruction", "instances"), ("prompt", "completion"), ("messages",), ("conversations",),
+          ("instruction", "instances"), ("prompt", "completion"), ("messages",),
           ("chosen", "rejected"), ("prompt", "messages"), ("prompt", "response", "chosen", "rejected"),
           ("prompt", "messages", "chosen", "rejected"))
 # Data sets that hold a text twice, and the fields that are used: UltraChat, rm-static, UltraFeedback (binarized).

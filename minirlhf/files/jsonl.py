@@ -64,14 +64,11 @@ def read_objects(path, data=None):
 def array_objects(path, data):
     try:
         values = strict_json(data)
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
-    except ValueError as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+    except ValueError as error:                                 # UnicodeDecodeError has no line, but a start
+        line = getattr(error, "lineno", 1 + data.count(b"\n", 0, getattr(error, "start", 0)))
+        raise UserError(f"{path}:{line}: not JSON in UTF-8 ({error})") from None
     for i, value in enumerate(values):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}[{i}]: a row must be an object, not {shown(value)}")
+        require(isinstance(value, dict), f"{path}[{i}]: a row must be an object, not {shown(value)}")
         yield f"{path}[{i}]", value
 
 

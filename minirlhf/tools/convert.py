@@ -13,7 +13,6 @@ response, and everything before it is the prompt. Rows with an instruction use S
 
 import csv
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from itertools import permutations
@@ -26,21 +25,16 @@ from minirlhf.files.formats import ASSISTANT, HUMAN, OTHERS, OURS, USED, UTF_16,
 from minirlhf.files.json_files import read_json, write_json, write_whole
 from minirlhf.files.jsonl import is_dialogue, keep, read_bytes, read_objects, text_field
 from minirlhf.running.config import Parser
-from minirlhf.tools.feedback.stats import agreements
+from minirlhf.tools.feedback.votes import to_line
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
-RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response",
-           "conversations": "response"}
-SPEAKERS = {"human": "user", "gpt": "assistant"}                # ShareGPT's names
-MADE_OF = {"messages": "messages -> prompt, response", "conversations": "conversations -> prompt, response",
+RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
+MADE_OF = {"messages": "messages -> prompt, response",
            "chosen": "chosen, rejected -> prompt, chosen, rejected",
            "instruction": "instruction and input -> prompt in Stanford's template, output -> response, without a space "
                           "in front"}
-DIALOGUES = (r'rows hold dialogues, "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, all before it '
-             "is the prompt")
 CUT = "answers are followed by more messages, which are left out"
 COPIES = "responses begin with a copy of their prompt, which is left out"
-UNSURE = "responses begin with their prompt and are kept so, since not all of the file do"
 # Each begins where a word begins, and repeats are bounded, so that a million characters take no time.
 PERSONAL = {"an e-mail address": r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w",
             "a phone number": r"(?<![\w.])(\+|\(?0\d|\(\d)[\d ()/-]{6,16}\d(?!\w)"
@@ -82,7 +76,8 @@ def decoded(data, encoding, path):
     except LookupError:
         raise UserError(f"--encoding {encoding}: there is no such encoding. Try cp1252, mac_roman or utf-16") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not {encoding} ({error.reason}). --encoding names another one") from None
+        raise UserError(f"{path}:{1 + data.count(10, 0, error.start)}: not {encoding} ({error.reason}). "
+                        "--encoding names another one") from None
 
 
 def csv_text(data, path):
@@ -130,7 +125,7 @@ def check_format(names, where):
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
-def convert(fields, value, where, counts, repeated=False):
+def convert(fields, value, where, counts, repeated):
     """One row -> a row of ours. Raises Dropped, but for instructions it returns the reason as a string.
 
     repeated: whether every response of the file begins with its prompt.
@@ -138,25 +133,27 @@ def convert(fields, value, where, counts, repeated=False):
     if "instruction" in fields:
         return instructions.demonstration(value, where, Counter())
     row = renamed(fields, value)
-    if any(map(is_dialogue, row.values())):
-        row = split_dialogues(row, where, counts)
-    row |= {name: text_field(row, name, where) for name in row if name in TEXTS}
-    if "prompt" not in row:
-        row = split_dialogues(row, where, counts)
-    return useful(only_answers(row, where, counts, repeated), where, counts)
+    if any(map(is_dialogue, sides_of(row).values())) and isinstance(row.get("prompt"), str):
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    row |= {name: as_text(part, where, counts, name == "prompt") for name, part in row.items() if is_dialogue(part)}
+    row |= {name: text_field(row, name, where) for name in TEXTS if name in row}
+    prompt, sides = row.get("prompt", ASSISTANT), sides_of(row)
+    if prompt.endswith(ASSISTANT) or sides and all(side.startswith(HUMAN) for side in sides.values()):
+        counts["rows hold dialogues: the last answer is the response, and all before it is the prompt"] += 1
+        row = {"prompt": "", **row}
+        row |= split_dialogues(row["prompt"], sides, counts)
+    else:
+        for name, side in sides.items():
+            if side.startswith(prompt) and prompt.strip():
+                counts[COPIES if repeated else "responses begin with their prompt and are kept"] += 1
+                row[name] = side.removeprefix(prompt) if repeated else side
+    return useful(row, where, counts)
 
 
 def renamed(fields, value):
     """The fields that are used, under our names."""
     kept = (*fields, "finished") if fields in OURS[1:4] else fields
-    return {RENAMED.get(name, name): as_messages(value[name]) for name in kept if name in value}
-
-
-def as_messages(value):
-    """ShareGPT's {"from", "value"} -> {"role", "content"}. Anything else as it is."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) and "from" in turn for turn in value):
-        return value
-    return [{"role": SPEAKERS.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in value]
+    return {RENAMED.get(name, name): value[name] for name in kept if name in value}
 
 
 def sides_of(row):
@@ -171,67 +168,43 @@ def repeats_prompt(row):
             and all(isinstance(side, str) and side.startswith(prompt) for side in sides))
 
 
-def only_answers(row, where, counts, repeated):
-    """The row with responses that hold neither the prompt nor, in a dialogue, the human's next turn."""
-    prompt, sides = row["prompt"], sides_of(row)
-    if sides and all(side.startswith(HUMAN) and ASSISTANT in side for side in sides.values()):      # whole dialogues
-        row |= split_dialogues(sides, where, counts)
-        if prompt.strip() not in row["prompt"]:
-            raise Dropped("the responses are dialogues that do not hold the prompt")
-        counts[COPIES] += len(sides)
-        return row
-    for name, side in sides.items():
-        if side.startswith(prompt) and prompt.strip():
-            counts[COPIES if repeated else UNSURE] += 1
-            side = side.removeprefix(prompt) if repeated else side
-        row[name], _, after = side.partition(HUMAN) if ASSISTANT in prompt else (side, "", "")
-        counts[CUT] += bool(after)
-    return row
+def as_text(messages, where, counts, is_prompt):
+    """Messages as a dialogue in HH-RLHF's form, which ends before the answer (a prompt) or with the last answer."""
+    # OpenAI's fine-tuning format marks with a weight of 0 what must not be learned.
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+    if not is_prompt and not answers:
+        raise Dropped("no answer in a list of messages")
+    used = messages if is_prompt else messages[:answers[-1] + 1]
+    counts[CUT] += len(used) < len(messages)
+    texts = [text_field(message, "content", where) for message in used]
+    if any(mark in text for mark in (HUMAN, ASSISTANT) for text in texts):
+        raise Dropped("a message holds a dialogue itself")
+    names = [{"user": "Human"}.get(message["role"], message["role"].capitalize()) for message in used]
+    turns = [f"\n\n{name}: {text}" for name, text in zip(names, texts)]
+    return "".join(turns) + ASSISTANT if is_prompt else "".join(turns[:-1]) + ASSISTANT + texts[-1]
 
 
-def split_dialogues(row, where, counts):
-    """Dialogues, as texts or as lists of messages -> a row. Each side continues the list in "prompt", if any."""
-    if isinstance(row.get("prompt"), str) and all(map(is_dialogue, sides_of(row).values())):
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    require(len(set(map(is_dialogue, row.values()))) == 1,
-            f"{where}: {' and '.join(row)} must all be texts, or all be lists of messages")
-    counts[DIALOGUES] += 1
-    start = row.pop("prompt", [])
-    sides = {name: split_dialogue(start, side, where, counts) for name, side in row.items()}
-    prompts = {prompt for prompt, _ in sides.values()} or {as_text(start, where)}
+def split_dialogues(prompt, sides, counts):
+    """Dialogues as texts -> {"prompt", and the last answer of each side}. A side continues the prompt or repeats it."""
+    found = {name: last_answer(whole_dialogue(prompt, side, counts)) for name, side in sides.items()}
+    counts[CUT] += sum(bool(after) for _, _, after in found.values())
+    prompts = {before for before, _, _ in found.values()} or {prompt}
     if len(prompts) > 1:
         raise Dropped("the two sides have different prompts")
-    return {"prompt": prompts.pop(), **{name: response for name, (_, response) in sides.items()}}
+    return {"prompt": prompts.pop(), **{name: answer for name, (_, answer, _) in found.items()}}
 
 
-def split_dialogue(start, side, where, counts):                 # -> (prompt, response)
-    if isinstance(side, str):
-        prompt, response, after = last_answer(side)
-        counts[CUT] += bool(after)
-        return prompt, response
-    side = without_copy(start, side, counts)
-    # OpenAI's fine-tuning format marks with a weight of 0 what must not be learned.
-    answers = [i for i, message in enumerate(side) if message["role"] == "assistant" and message.get("weight") != 0]
-    if not answers:
-        raise Dropped("no answer in a list of messages")
-    counts[CUT] += answers[-1] < len(side) - 1
-    return as_text(start + side[:answers[-1]], where), text_field(side[answers[-1]], "content", where)
-
-
-def without_copy(start, side, counts):
-    """The messages of a side without the prompt's, or the last of them, at its beginning."""
-    prompt, said = ([(message["role"], message.get("content")) for message in part] for part in (start, side))
-    copied = next((n for n in range(len(prompt), 0, -1) if said[:n] == prompt[-n:]), 0)
-    if side[copied:] and start and side[copied]["role"] == start[-1]["role"]:
-        raise Dropped("a side does not continue its prompt: the same speaker follows")
-    counts[COPIES] += copied > 0
-    return side[copied:]
-
-
-def as_text(messages, where):
-    speakers = [{"user": "Human"}.get(message["role"], message["role"].capitalize()) for message in messages]
-    turns = [f"\n\n{speaker}: {text_field(message, 'content', where)}" for speaker, message in zip(speakers, messages)]
-    return "".join(turns) + ASSISTANT
+def whole_dialogue(prompt, side, counts):
+    """The prompt and a side as one text, in which nothing is said twice."""
+    before, answer, after = last_answer(side)
+    if not before or side.startswith(ASSISTANT) or not side.startswith("\n\n"):
+        return prompt + side.removeprefix(ASSISTANT)
+    counts[COPIES] += bool(prompt)
+    if prompt.endswith(before):                                 # the side repeats only the prompt's last turns
+        return prompt + answer + after
+    if prompt.strip() not in before:
+        raise Dropped("a side is a dialogue that does not hold its prompt")
+    return side
 
 
 def useful(row, where, counts):
@@ -295,8 +268,8 @@ CARD = """# {name}
 |---|---|
 | rows | {rows:,} on {prompts:,} prompts, made of {read:,} that were read |
 | people | {people} |
-| agreement | {agreement} |
 | dates | {dates} |
+| agreement | TO FILL IN: what `python -m minirlhf.tools.feedback stats FILE` prints |
 | guidelines | TO FILL IN: what the people were asked to do, word for word |
 | licence | TO FILL IN: who may use this for what, and whether the people agreed |
 """
@@ -304,15 +277,10 @@ CARD = """# {name}
 
 def card(name, kept, values):
     """What others need to know about the data, in Markdown. Names of people are not in it."""
-    votes = [{"item": str([value.get("prompt"), value["responses"]]), "annotator": str(value["annotator"]),
-              "ranks": comparison(value, name).ranks} for value in values if {"responses", "annotator"} <= set(value)]
-    same = [first == second for both in agreements(votes).values() for first, second in both]
     people = {str(value["annotator"]) for value in values if value.get("annotator")}
-    dates = sorted(value["time"][:10] for value in values if isinstance(value.get("time"), str))
-    agreement = f"{sum(same) / len(same):.3f} of {len(same):,} pairs that two people judged" if same else "unknown"
+    dates = sorted(value["time"][:10] for value in values if isinstance(value.get("time"), str)) or ["unknown"]
     return CARD.format(name=name, rows=len(kept), read=len(values), prompts=len({row["prompt"] for row in kept}),
-                       people=len(people) or "unknown", agreement=agreement,
-                       dates=f"{dates[0]} to {dates[-1]}" if dates else "unknown")
+                       people=len(people) or "unknown", dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))))
 
 
 def templates_of(fields, rows):
@@ -324,18 +292,17 @@ def templates_of(fields, rows):
 
 
 def write(files, rows, heldout, templates):
-    """Writes the rows, those with a held-out prompt to the second file, and meta.json if there are templates."""
+    """Writes the rows, those with a held-out prompt to the second file, and the folder's templates."""
     meta = files[0].with_name("meta.json")
     require(not meta.exists() or read_json(meta).get("template") == templates.get("template"),
             f"{meta}: other data here have another template. Choose an --out in another folder")
     meta.parent.mkdir(parents=True, exist_ok=True)
     if templates and not meta.exists():
         write_json(meta, templates)
-        print(f"{meta} has the template. It holds for all data in this folder")
-    for file, second in zip(files, (False, True)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if (row["prompt"] in heldout) == second]
-        write_whole(file, map(str.encode, lines))
-        print(f"{len(lines):>8,}  rows written to {file}")
+    for file, is_test in zip(files, (False, True)):
+        own = [row for row in rows if (row["prompt"] in heldout) == is_test]
+        write_whole(file, map(to_line, own))
+        print(f"{len(own):>8,}  rows written to {file}")
 
 
 def columns_of(text):
@@ -371,15 +338,14 @@ def main(argv=None):
     print("\n".join(f"{n:>8,}  {what}" for what, n in counts.items() if n or what == "read"))
     for sentence in warnings(kept):
         print(f"warning: {sentence}")
-    templates = templates_of(fields, kept)
     kept = [new for row in kept for new in trl_rows(row)] if args.format == "trl" else kept
     prompts = {row["prompt"] for row in kept}
     heldout = held_out_prompts(prompts, one_in) if one_in and prompts else set()
     require(heldout != prompts, f"{args.file}: nothing is written, {len(prompts)} usable prompts are too few")
-    write(files, kept, heldout, templates)
+    write(files, kept, heldout, templates_of(fields, kept))
     if args.format == "trl":
         write_whole(card_file, [card(args.out.name, kept, [value for _, value in rows]).encode()])
-        print(f"{card_file} describes them. Fill in its two gaps before you give the data away")
+        print(f"{card_file} describes them. Fill in its gaps before you give the data away")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ best of n samples. Gold (what people want) and proxy (what the reward model says
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from minirlhf.data import read_prompts
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
-from minirlhf.files.errors import UserError, require, run_main
+from minirlhf.files.errors import require, run_main
 from minirlhf.running.runs import move_aside, read_report, read_rows, write_json
 from minirlhf.assess import Sampling, answer, gold_function, scores_of
 from minirlhf.stats import ratio
@@ -157,38 +158,28 @@ def train(args, count, lines):
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
-def new_picture():
-    """An empty figure of matplotlib, which only tests/requirements.txt has."""
-    try:
-        from matplotlib.figure import Figure                    # not pyplot, which wants a window
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install -r tests/requirements.txt") from None
-    return Figure(figsize=(12, 5), layout="constrained")
-
-
-def draw(figure, report, out):
+def draw(report, out):
     """Gold (points, and the fitted law as a line) and proxy (dashed) against sqrt(KL)."""
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, law in zip(axes, FORMULAS):
+    from matplotlib.figure import Figure                        # not pyplot, which wants a window
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axis, law in zip(figure.subplots(1, 2, sharey=True), FORMULAS):
         for n, (count, row) in enumerate(report["labels"].items()):
             draw_law(axis, law, row, f"C{n}", f"{count} labels (accuracy {row['rm_accuracy_gold']:.2f})")
-        axis.plot([], [], color="0.3", marker="o", label="gold, and its fitted law; dotted: its turnover")
-        axis.plot([], [], color="0.3", linestyle="--", label="proxy: what the reward model says")
-        axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.set(title=FORMULAS[law], xlabel="d = sqrt(KL to the SFT model), sqrt(nats per sequence)")
+        axis.set(title=f"{FORMULAS[law]}\npoints: gold, line: its law, dotted: its turnover, dashed: the reward model",
+                 xlabel="d = sqrt(KL to the SFT model), sqrt(nats per sequence)",
+                 ylabel="reward above the SFT model, in its standard deviations")
         axis.legend(loc="lower left", frameon=False)
-    axes[0].set_ylabel("reward above the SFT model, in its standard deviations")
     figure.savefig(out, dpi=110)
 
 
 def draw_law(axis, law, row, colour, label):
     """The points of one reward model and the law that was fitted to them."""
-    (d, gold, proxy), found = (row[law][name] for name in ("d", "gold", "proxy")), row["laws"][law]
-    if law == "bon":                                            # these have intervals: (value, low, high)
-        (gold, low, high), (proxy, _, _) = zip(*gold), zip(*proxy)
-        axis.vlines(d, low, high, color=colour)
-    axis.plot(d, gold, color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
-    axis.plot(d, proxy, color=colour, linestyle="--", linewidth=1)
+    d, found = row[law]["d"], row["laws"][law]
+    # Best-of-n has intervals, (value, low, high). A point of PPO is a value alone.
+    gold, proxy = (np.reshape(row[law][name], (len(d), -1)) for name in ("gold", "proxy"))
+    axis.vlines(d, gold.min(axis=1), gold.max(axis=1), color=colour)
+    axis.plot(d, gold[:, 0], color=colour, linestyle="none", marker="o", markersize=3, alpha=0.5)
+    axis.plot(d, proxy[:, 0], color=colour, linestyle="--", linewidth=1)
     x = np.linspace(0, max(d), 201)[1:]
     axis.plot(x, x * (found["a"] - found["b"] * (x if law == "bon" else np.log(x))), color=colour,
               label=f"{label}, R² {found['r2']:.3f}")
@@ -240,7 +231,7 @@ def main(argv=None):
     for name, default, help in OPTIONS:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} [{default}]")
     args = parser.parse_args(argv)
-    picture = new_picture()                             # raises UserError without matplotlib
+    require(find_spec("matplotlib"), "the picture needs matplotlib: pip install -r tests/requirements.txt")
     device, out = pick_device(args.device), Path(args.out)
     gold, _ = gold_function(args.gold, args.data)
     require(gold is not None,
@@ -257,7 +248,7 @@ def main(argv=None):
     report = experiment(args, lines, gold, device)
     write_json(out / "report.json", report)
     print("\n" + "\n".join(describe(report)))
-    draw(picture, report, out / "overoptimization.png")
+    draw(report, out / "overoptimization.png")
 
 
 if __name__ == "__main__":
