@@ -145,7 +145,8 @@ def embedded_run(table, args, folder):
             lines = (ROOT / f"data/tiny/{data}.jsonl").read_text().splitlines(keepends=True)[:100]
             Path(folder, f"{data}.jsonl").write_text("".join(lines))
             length = "--iterations" if name == "ppo" else "--epochs"
-            flags[name] = [*flags[name], "--data", f"{folder}/{data}.jsonl", "--heldout", "", length, "1"]
+            flags[name] += ["--data", f"{folder}/{data}.jsonl", "--heldout", "", length, "1"]
+            flags[name] += ["--insist"] * (name == "ppo")       # a model of two steps does not end its answers
     start = time.perf_counter()
     for name in flags:
         command = [sys.executable, f"train_{name}.py", "--out", f"{folder}/{name}", "--device", args.device]
