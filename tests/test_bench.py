@@ -105,7 +105,7 @@ def test_the_memory_by_arithmetic_is_what_steps_take(monkeypatch, script, tokens
     monkeypatch.syspath_prepend(str(BENCH))
     from memory import peak_bytes
     (steps, Config), ids = script, list(range(97, 97 + tokens))
-    cfg = Config(**options)
+    cfg = Config(**options, temperature=1.0, stop="")
     examples = [Example(Row("x:1", "x"), ids, [] if script is PPO else [ids])] * cfg.batch_size
     with LiveBytes() as memory:
         models = steps(cfg, examples)
