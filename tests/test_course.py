@@ -43,7 +43,7 @@ def check_explain(lines):
     score = row(lines, "score")[0]
     assert lines[0].split()[-4:] == ["V(state)", "reward", "return", "advantage"]
     assert 12 <= len(logp) <= 40 and -25 < sum(logp) < -2 and sum(ref_logp) < sum(logp)
-    assert abs(sum(reward) - (score - 0.05 * sum(kl))) < 0.03 and 0.5 < score < 2.5
+    assert abs(sum(reward) - (score - 0.05 * sum(kl))) < 0.03 and 0.5 < score < 3.2
     assert abs(max(reward) - score) < 0.2 and reward[-1] == max(reward)     # the score is at the end
 
 

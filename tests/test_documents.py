@@ -1,4 +1,4 @@
-"""The documents against the code: links resolve, commands parse, and the diffs of a README apply and run."""
+"""The documents against the code: links resolve, commands parse, and the README's reward function works."""
 
 import contextlib
 import functools
@@ -199,47 +199,7 @@ def test_the_reward_function_of_the_readme_works():
     assert scores[0] > scores[1] and scores[2] == 0
 
 
-# ---- diffs -----------------------------------------------------------------------------------------------------------
-
-DIFFS = [(str(document.relative_to(ROOT)), block) for document in DOCUMENTS
-         for language, block in code_blocks(document.read_text()) if language == "diff"]
-
-
-def diff_id(value):
-    return re.search(r"^--- a/(.*)$", value, flags=re.MULTILINE)[1] if "--- a/" in value else value
-
-
-def hunks(diff):
-    """{file: [(old lines, new lines)]} of a unified diff; a blank line is context."""
-    found, file = {}, None
-    for line in diff.splitlines():
-        if line.startswith("--- a/"):
-            file = line.removeprefix("--- a/")
-        elif line.startswith("+++ b/"):
-            assert line == f"+++ b/{file}"
-        elif line.startswith("@@ "):
-            found.setdefault(file, []).append(([], []))
-        else:
-            old, new = found[file][-1]
-            kind, text = line[:1] or " ", line[1:]
-            assert kind in " -+", line
-            if kind != "+":
-                old.append(text)
-            if kind != "-":
-                new.append(text)
-    return found
-
-
-def apply(diff, folder):
-    """Changes the files in the folder. The old lines of each hunk must occur exactly once, wherever that is."""
-    for file, pieces in hunks(diff).items():
-        text = "\n" + (folder / file).read_text()
-        for old, new in pieces:
-            old, new = ("\n" + "".join(f"{line}\n" for line in lines) for lines in (old, new))
-            assert text.count(old) == 1, f"{file}: the old lines are in it {text.count(old)} times, not once:{old}"
-            text = text.replace(old, new)
-        (folder / file).write_text(text[1:])
-
+# ---- for other tests ------------------------------------------------------------------------------------------------
 
 def copy_of_the_tree(folder):
     """The scripts, the code, and the first rows of the embedded world."""
@@ -255,27 +215,3 @@ def copy_of_the_tree(folder):
 def run(folder, *command):
     done = subprocess.run([sys.executable, *command, "--device", "cpu"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("document, diff", DIFFS, ids=diff_id)
-def test_diffs_apply_and_compile(document, diff, tmp_path):
-    for file in hunks(diff):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
-    apply(diff, tmp_path)
-    for file in hunks(diff):
-        compile((tmp_path / file).read_text(), file, "exec")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document, diff", DIFFS, ids=diff_id)
-def test_diffs_run(document, diff, tmp_path):
-    """Every script whose code the diff changes takes a step or two."""
-    folder = copy_of_the_tree(tmp_path)
-    apply(diff, folder)
-    loss = re.findall(r'"(\w+)": \1_loss', "\n".join(line for line in diff.splitlines() if line.startswith("+")))
-    run(folder, "train_sft.py", "--epochs", "2")
-    if hunks(diff).keys() - {"train_sft.py"}:
-        run(folder, "train_rm.py", "--epochs", "2", *(["--loss", loss[-1]] if loss else []))
-    if hunks(diff).keys() - {"train_sft.py", "train_rm.py"}:
-        run(folder, "train_ppo.py", "--iterations", "1", "--batch_size", "4", "--epochs", "1")
