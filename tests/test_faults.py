@@ -32,6 +32,12 @@ run_main({script}.main)
 OFTEN, SELDOM = 1e9, 1e-12              # runs.SAVING: a checkpoint after every step, or after the first and the last only
 
 
+def default_signals():
+    """As from a terminal: in the background, or under nohup, a shell has these ignored, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Process:
     """A script in a process of its own, with what it has said so far."""
 
@@ -40,7 +46,7 @@ class Process:
         with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
             start = START.format(root=str(ROOT), script=script.removesuffix(".py"), saving=saving)
             command = [*prefix, sys.executable, "-c", start, *map(str, flags)]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err,
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, preexec_fn=default_signals,
                                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
 
     def said(self):
