@@ -28,7 +28,7 @@ LINES = {   # how many lines of code a patch may add
 SHORT = {   # flags with which a script takes a few seconds on eight rows
     "train_sft.py": ["--epochs", "1"],
     "train_rm.py": ["--epochs", "1"],
-    "train_ppo.py": ["--iterations", "2", "--batch_size", "8", "--max_response", "8"],
+    "train_ppo.py": ["--iterations", "2", "--batch_size", "8", "--max_response", "8", "--insist"],
 }
 
 
