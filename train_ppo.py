@@ -67,7 +67,7 @@ class Config:
     # Updates
     epochs: int = option(4, "passes over each rollout (Ziegler 2019: 4)", least=1)
     minibatches: int = option(2, "optimizer steps per pass", least=1)
-    micro_batch: int = option(24, "sequences per forward pass; 0 is the whole minibatch", least=0)
+    micro_batch: int = option(24, "sequences per forward pass; 0: all of them at once", least=0)
     lr: float = option(6e-4, "policy learning rate, falls to 0 (Ziegler 2019: 1e-5)", least=0)
     value_lr: float = option(1e-3, "value learning rate, likewise", least=0)
     lam: float = option(0.95, "lambda of GAE (Ziegler 2019: 0.95)", least=0)
@@ -83,11 +83,10 @@ class Config:
 
 
 PRESETS = {
-    "gpt2": dict(           # one GPU, 124M: temperature and learning rate of Ziegler 2019
+    "gpt2": dict(           # one GPU, 124M: the learning rate of Ziegler 2019
         iterations=400,
         batch_size=128,
         max_response=64,
-        temperature=0.7,
         minibatches=8,
         micro_batch=8,
         lr=1e-5,
@@ -117,7 +116,7 @@ class Rollout(NamedTuple):
     response_mask: torch.Tensor     # (B, R) bool, True at sampled tokens
     finished: torch.Tensor          # (B,) bool, True where the response ended by itself
     scores: torch.Tensor            # (B,) in standard deviations of SFT samples
-    logprobs: torch.Tensor          # (B, R) nats, under the policy that sampled
+    logprobs: torch.Tensor          # (B, R) nats, of the policy, from a full pass
     ref_logprobs: torch.Tensor      # (B, R) nats, under the reference
     entropy: torch.Tensor           # (B, R) nats
     rewards: torch.Tensor           # (B, R) -beta * KL, and the score at the last token
@@ -185,9 +184,9 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
     """Step 7: several passes over the rollout. Returns means per token over all its minibatches.
 
     PPO reuses each rollout several times. After the first step the policy is no longer the one that
-    sampled the data, so each token is reweighted by the probability ratio, and the clip keeps each
-    pass from moving the policy too far. Policy and value model share no weights. Each has its own
-    optimizer, so no coefficient is needed to weigh their losses.
+    sampled the data, so each token is reweighted by the probability ratio, and the clip takes away
+    the gain of moving further from the sampling policy. Policy and value model share no weights.
+    Each has its own optimizer, so no coefficient is needed to weigh their losses.
     """
     P, lengths = rollout.P, rollout.response_mask.sum(dim=1).cpu()
     sums = defaultdict(float)
@@ -239,7 +238,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     device = start(cfg)
-    take_over(cfg)
+    take_over(cfg)          # options that are left open become those of the SFT run
     tokenizer = load_tokenizer(cfg.model)
     parse_stop(cfg.stop, tokenizer)                     # a wrong --stop is an error now, not later
 
@@ -293,7 +292,7 @@ def main(argv=None):
         metrics |= update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
                           iteration)
 
-        # 8. Log, print the best and the worst sample, update beta, save a checkpoint.
+        # 8. Log, stop if the policy has collapsed, print samples, update beta, save a checkpoint.
         run.log(iteration, metrics, health.SHOWN, health.complaints)
         if not cfg.insist:
             health.check_collapse(run, policy, tokenizer)

@@ -56,7 +56,7 @@ class Config:
     lr: float = option(2e-3, "learning rate, falls linearly to 0", least=0)
 
     # Normalisation: how PPO will sample
-    temperature: float = option(0.0, "sampling temperature; 0: as the SFT run", least=0)
+    temperature: float = option(0.0, "sampling temperature; 0, not greedy: as the SFT run", least=0)
     stop: str = option("auto", "what ends a sample, like '.,8'; empty: EOS; auto: as the SFT run")
 
     # Running
@@ -73,7 +73,6 @@ PRESETS = {
         batch_size=32,
         micro_batch=8,
         lr=2e-5,
-        temperature=0.7,
         dtype="bfloat16",
     ),
     "smollm2": dict(        # a laptop, 135M. A pretrained model needs no reminder of its language.

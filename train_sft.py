@@ -56,7 +56,7 @@ class Config:
     epochs: int = option(7, "passes over the data", least=1)
     batch_size: int = option(64, "demonstrations per step", least=1)
     micro_batch: int = option(16, "demonstrations per forward pass; 0 is the whole batch", least=0)
-    lr: float = option(4e-3, "learning rate: rises for 50 steps, while falling linearly to 0",
+    lr: float = option(4e-3, "learning rate: a warm-up of 50 steps times a linear fall to 0",
                        least=0)
 
     # Running
@@ -72,6 +72,7 @@ PRESETS = {
         batch_size=32,
         micro_batch=8,
         lr=2e-5,
+        temperature=0.7,    # as Ziegler 2019, and so in all later stages
         dtype="bfloat16",
     ),
     "smollm2": dict(    # a laptop, 135M: the recipes of data/README.md
@@ -98,7 +99,8 @@ def new_model(cfg, vocab_size):
 def sft_loss(model, examples, device):
     """Summed negative log-likelihood of the responses, in nats, and their number of tokens.
 
-    An Example has prompt ids and K lists of response ids. A demonstration has one, so K = 1.
+    An Example has prompt ids, K lists of response ids, and the row of the file as text. A
+    demonstration has one response, so K = 1.
     """
     prompts = [example.prompt for example in examples]
     responses = [example.responses[0] for example in examples]
@@ -123,7 +125,7 @@ def main(argv=None):
     model = None if is_new else from_pretrained(cfg.model, cfg.dtype)
     positions = LONGEST_NEW if is_new else model.config.n_positions
     examples, heldout = load_examples(cfg, read_demonstrations, tokenizer, positions)
-    settle_limits(cfg, examples + heldout, positions)
+    settle_limits(cfg, examples + heldout, positions)       # fills in what is 0 in cfg
     model = (new_model(cfg, tokenizer.n_vocab) if is_new else model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)

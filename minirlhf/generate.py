@@ -14,7 +14,7 @@ from minirlhf.ppo import token_logprobs
 
 # ---- batches -------------------------------------------------------------------------------------
 
-ORDER, NORMALISE, SAMPLE, MINIBATCH = 2, 3, 4, 5    # what a draw is for: no two share a stream
+ORDER, NORMALISE, SAMPLE, MINIBATCH = 2, 3, 4, 5    # what a draw is for: part of its seed
 
 
 def generator(*numbers):
@@ -115,7 +115,10 @@ def decode(tokenizer, ids):
 # token_logprobs.
 
 def at_response(x, P):
-    """Columns that predict the response: (B, T, ...) -> (B, R, ...). P - 1 predicts token P."""
+    """Columns that predict the response: (B, T, ...) -> (B, R, ...). P - 1 predicts token P.
+
+    The value model is read there, too.
+    """
     return x[:, P - 1:-1]
 
 

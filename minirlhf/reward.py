@@ -2,7 +2,8 @@
 
 Shapes: B batch    T time    C n_embd    N prompts    K answers per prompt
 
-The reward model is read at the last token, the value model at every token.
+The reward model is read at the last token. The value of a response token is read one token before
+it: the reward still expected before that token is chosen.
 """
 
 import math
