@@ -198,6 +198,10 @@ class Stub(BaseHTTPRequestHandler):
         status, data = 200, json.dumps({"choices": [choice]})
         if plan in REASONS:
             data = json.dumps({"choices": [{**choice, "finish_reason": plan}]})
+        if plan == "dripping":
+            for byte in b"HTTP/1.1 100 Continue\r\n\r\n" * 20:
+                REALLY_SLEEP(0.005)
+                self.wfile.write(bytes([byte]))
         if isinstance(plan, int):
             status, data = plan, json.dumps({"error": {"message": f"wrong key {KEY}\nsecond line"}})
         elif plan in BODIES:
@@ -279,10 +283,10 @@ def test_a_chat_server_gets_the_same_text_as_a_message(stub, seeds):
     assert path == "/v1/chat/completions" and chat["messages"] == [{"role": "user", "content": plain["prompt"]}]
 
 
-@pytest.mark.parametrize("plan", [500, 429, "cut", "html", "list", "slow"])
+@pytest.mark.parametrize("plan", [500, 429, "cut", "html", "list", "slow", "dripping"])
 def test_what_a_retry_may_cure_is_tried_again_with_longer_waits(stub, seeds, plan):
     stub.plan = [plan, plan]
-    rows, meta = ask(stub, seeds, "--timeout", "0.3" if plan == "slow" else "20")
+    rows, meta = ask(stub, seeds, "--timeout", "0.3" if plan in ("slow", "dripping") else "20")
     assert len(rows) == 3 and meta["counts"]["requests"] == 1, "a retry is not a request"
     assert len(stub.asked) == 3 and len({json.dumps(body) for _, body, _ in stub.asked}) == 1
     first, second = filter(None, stub.waits)

@@ -34,7 +34,7 @@ def read_jsonl(path):
             yield f"{path}:{number}", json_object(line, f"{path}:{number}")
 
 
-# ---- other people's files: JSONL or one JSON array, perhaps compressed --------------------------------------------------
+# ---- other people's files: JSONL or one JSON array, perhaps compressed -----------------------------------------------
 
 def read_bytes(path):
     """The bytes of a file, which may be compressed with gzip, without the mark at the beginning of UTF-8."""

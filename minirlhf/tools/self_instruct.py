@@ -20,10 +20,11 @@ import http.client
 import os
 import random
 import re
+import threading
 import time
 import urllib.request
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -107,8 +108,6 @@ def parse_block(block, k):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 KEPT, CUT_OFF, MALFORMED, TOO_SIMILAR = "kept", "cut off", "not in the form of the list", "too similar to another"
-
-
 def unreadable(task):
     """Whether a file of demonstrations cannot hold the task: half a surrogate pair, say, or 100,000 spaces."""
     try:
@@ -121,7 +120,7 @@ RULES = {       # why a task is rejected: whether it is, given the task and --ba
     "not a text that a tokenizer can read": lambda task, _: unreadable(task),
     "instruction of 3 words or fewer": lambda task, _: len(task.instruction.split()) <= 3,
     "instruction of more than 150 words": lambda task, _: (
-        len(task.instruction.split()) > 150 or len(words_of(task.instruction)) > 1000),     # it may be one-two-three-...
+        len(task.instruction.split()) > 150 or len(words_of(task.instruction)) > 1000),    # it may be one-two-three-...
     "instruction with a banned word": lambda task, banned: any(
         re.search(rf"\b{re.escape(word)}\b", task.instruction, re.IGNORECASE)
         for word in filter(None, banned.split(","))),
@@ -164,11 +163,12 @@ def judge(rows, seeds, args):
             if isinstance(task, str):
                 yield {"request": row["request"], "verdict": task, "block": block}
                 continue
-            words = words_of(task.instruction)
-            broken = next((reason for reason, is_broken in RULES.items() if is_broken(task, args.banned)), None)
-            similar = None if broken else next(
-                (known for known in pool if rouge_l(words, pool[known]) > args.most_similar), None)
-            verdict = broken or (TOO_SIMILAR if similar else KEPT)
+            verdict = next((reason for reason, broken in RULES.items() if broken(task, args.banned)), None)
+            similar = None
+            if not verdict:
+                words = words_of(task.instruction)
+                similar = next((known for known in pool if rouge_l(words, pool[known]) > args.most_similar), None)
+                verdict = TOO_SIMILAR if similar else KEPT
             if verdict == KEPT:
                 pool[task.instruction] = words
             yield {"request": row["request"], "verdict": verdict, **task._asdict(), "similar_to": similar}
@@ -207,7 +207,10 @@ class Model:
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Returns every answer as it is. A redirect is not followed, because it would send the key to another address."""
 
-    http_response = https_response = lambda self, request, response: response
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 class Endpoint:
@@ -217,7 +220,7 @@ class Endpoint:
         self.args, self.url, self.key = args, args.endpoint.rstrip("/"), os.environ.get(KEY_VARIABLE, "").strip()
         require(re.fullmatch(r"https?://[^/@\s]+(/.*)?/v1", self.url), "--endpoint must be http(s)://HOST/v1, and "
                 f"without a password. The key comes from ${KEY_VARIABLE}")
-        require(re.fullmatch("[A-Za-z0-9._~+/=-]*", self.key), f"${KEY_VARIABLE} has characters that are in no key")
+        require(re.fullmatch("[!-~]*", self.key), f"${KEY_VARIABLE} has characters that are in no key")
         self.opener = urllib.request.build_opener(AnyStatus)
 
     def write(self, prompts, start):
@@ -230,19 +233,40 @@ class Endpoint:
         for wait in WAITS:
             time.sleep(wait)
             try:
-                status, data = self.post(prompt, number)
+                status, data = self.post_in_time(prompt, number)
                 if status == 200:
-                    return answer_of(json_object(data, "its answer", "file"))
+                    written, complete = answer_of(json_object(data, "its answer", "file"))
+                    return self.without_key(written), complete
                 hint = " (--chat is for servers without completions)" if status == 404 else ""
                 problem = f"HTTP {status}{hint}: {data.decode(errors='replace')}"
                 if status < 500 and status not in (408, 429):
                     break
             except (OSError, http.client.HTTPException, UserError) as error:        # among them a cut answer
                 problem = str(getattr(error, "reason", error))
-        raise UserError(f"{self.url}, request {number}: {problem[:300]}. --resume goes on from here")
+        raise UserError(f"{self.url}, request {number}: {self.without_key(problem)[:300]}. --resume goes on from here")
+
+    def without_key(self, said):
+        """A text without the key, which some servers repeat."""
+        return said.replace(self.key or "\0", "(the key)")
+
+    def post_in_time(self, prompt, number):
+        """As post(), but TimeoutError after --timeout, also when a byte comes now and then."""
+        answer = Future()
+
+        def work():
+            try:
+                answer.set_result(self.post(prompt, number))
+            except Exception as error:
+                answer.set_exception(error)
+        threading.Thread(target=work, daemon=True).start()      # one that never ends does not keep the program
+        try:
+            status, data = answer.result(self.args.timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {self.args.timeout:g} seconds") from None
+        return status, self.without_key(data.decode("latin-1")).encode("latin-1")
 
     def post(self, prompt, number):
-        """The server's answer: (HTTP status, bytes), without the key, which some servers repeat."""
+        """The server's answer: (HTTP status, bytes)."""
         args, path, asked = self.args, "/completions", {"prompt": prompt}
         if args.chat:
             path, asked = "/chat/completions", {"messages": [{"role": "user", "content": prompt}]}
@@ -251,7 +275,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url + path, to_line(body), headers)
         with self.opener.open(request, timeout=args.timeout) as reply:
-            return reply.status, reply.read(LARGEST).replace(self.key.encode() or b"\0", b"(the key)")
+            return reply.status, reply.read(LARGEST)
 
 
 def answer_of(value):

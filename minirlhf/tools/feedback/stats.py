@@ -138,7 +138,8 @@ def print_stats(path):
         own = [group.get((a, b), []) for group in groups]
         same = clustered_rate([sum(x == y for x, y in pairs) for pairs in own], list(map(len, own)))
         kappa, low, high = (cohen_kappa(*zip(*both[a, b]), end) for end in same[:3])
-        print(f"  agreement  {a or '(no name)'} and {b or '(no name)'}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
+        print(f"  agreement  {a or '(no name)'} "
+              f"and {b or '(no name)'}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
               f"{same.high:.3f}], kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {same.n} prompts")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
