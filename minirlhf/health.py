@@ -87,7 +87,8 @@ def check_collapse(run, policy, tokenizer):
     if reason := collapse(run.rows):
         kept = f"An earlier policy is in {good}" if good.exists() else "No earlier policy was kept"
         raise UserError(f"iteration {step}: the policy has collapsed: {reason}. {kept}. A lower "
-                        "--lr, a higher --beta or more comparisons may help. --insist goes on")
+                        "--lr, a higher --beta or more comparisons may help. --resume --insist "
+                        "goes on")
     if run.first and step % 10 == 9 and not collapse(run.rows, allowance=0.7):
         save_pretrained(policy, good)
         save_tokenizer(tokenizer, good)

@@ -93,6 +93,8 @@ def test_a_collapsed_run_ends_and_names_the_policy_of_before(world, monkeypatch)
     with pytest.raises(UserError, match="collapsed: responses have shrunk.*good"):
         train_ppo.main(ppo_flags(world, "--no-insist", "--iterations", 40, "--lr", 0, "--value_lr", 0))
     assert (world / "ppo/good/model.safetensors").exists() and not (world / "ppo/model.safetensors").exists()
+    train_ppo.main(ppo_flags(world, "--resume", "--iterations", 40, "--lr", 0, "--value_lr", 0))        # as the error says
+    assert len(read_metrics(world / "ppo")) == 40 and (world / "ppo/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("text, expected", [

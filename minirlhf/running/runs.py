@@ -105,7 +105,7 @@ class Run:
         before, now = read_run(self.folder), dataclasses.asdict(self.config)
         inputs = read_if_there(self.folder, "run.json").get("inputs", {})
         return [f"--{name} {before.get(name)!r} -> {now[name]!r}" for name in now
-                if name not in ("out", "resume", "allow_changes") and now[name] != before.get(name)] + [
+                if name not in ("out", "resume", "allow_changes", "insist") and now[name] != before.get(name)] + [
                 f"--{name} has other contents" for name in inputs | self.inputs
                 if inputs.get(name) != self.inputs.get(name)]
 

@@ -211,7 +211,9 @@ def training(table, args, best):
 
 def ppo(table, args):
     """The preset gpt2 at the first size: episodes a second, seconds of each phase, peak of memory."""
-    cfg, prompt = train_ppo.Config(**{"device": args.device, "stop": "", **train_ppo.PRESETS["gpt2"], **args.preset}), 64
+    from_sft = dict(temperature=0.7, stop="")             # what a run takes over from its SFT model
+    cfg = train_ppo.Config(**{"device": args.device, **from_sft, **train_ppo.PRESETS["gpt2"], **args.preset})
+    prompt = 64
     what = f"PPO, gpt2 preset, {args.sizes[0]}"
     free()
     last = list(ppo_iteration.iterations(args.sizes[0], cfg, prompt, args.iterations))[-1]
