@@ -126,7 +126,7 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, cfg, beta,
+def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, stop, cfg, beta,
                  iteration):
     """Steps 1 to 6: one response to each prompt of the batch, and all that the update needs."""
     # 1. Sample one response per prompt. The random numbers are drawn for the whole batch, so that a
@@ -135,9 +135,8 @@ def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer,
     prompts, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
     rng = generator(cfg.seed, SAMPLE, iteration)
     uniforms = shard(torch.rand(cfg.batch_size, cfg.max_response, generator=rng)).to(device)
-    sampler = sampling_copy(policy) if cfg.dtype == "bfloat16" else policy
     responses, response_mask, finished = generate(
-        sampler, prompts, prompt_mask, uniforms, parse_stop(cfg.stop, tokenizer), cfg.temperature)
+        sampling_copy(policy), prompts, prompt_mask, uniforms, stop, cfg.temperature)
     prompt_texts = [example.row.prompt for example in shard(batch)]
     texts = [decode(tokenizer, response[mask].tolist())
              for response, mask in zip(responses.cpu(), response_mask.cpu())]
@@ -240,7 +239,7 @@ def main(argv=None):
     device = start(cfg)
     take_over(cfg)          # options that are left open become those of the SFT run
     tokenizer = load_tokenizer(cfg.model)
-    parse_stop(cfg.stop, tokenizer)                     # a wrong --stop is an error now, not later
+    stop = parse_stop(cfg.stop, tokenizer)
 
     # The four networks. The value head starts at zero (Ziegler 2019). The reward may also be a
     # Python function. Then the value model starts as the policy. All of them stay in eval(): with
@@ -278,8 +277,8 @@ def main(argv=None):
     for iteration in run.steps(cfg.iterations, "ppo"):
         # 1 to 6. Sample responses, score them, and estimate the advantage of every token.
         batch = batch_at(examples, cfg.batch_size, iteration, cfg.seed, ORDER)
-        rollout = make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, cfg,
-                               beta, iteration)
+        rollout = make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, stop,
+                               cfg, beta, iteration)
         gold_scores = call_reward(gold, rollout.prompts, rollout.texts, "--gold") if gold else None
         metrics = health.rollout_metrics(rollout, beta, gold_scores)
         if iteration == 0 and not cfg.insist:

@@ -75,7 +75,7 @@ def respond(model, prompts, limit, stop, rng, temperature=1.0, batch_size=128, p
     prompts, a list of (response ids as a list, finished); the EOS is among the ids.
     """
     device = next(model.parameters()).device
-    model = sampling_copy(model) if model.dtype == "bfloat16" else model
+    model = sampling_copy(model)
     uniforms = torch.rand(len(prompts), limit, generator=rng)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [None] * len(prompts)

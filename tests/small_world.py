@@ -149,7 +149,7 @@ class Networks:
         """Steps 1 to 6 on as many prompts as the batch has."""
         beta = self.cfg.beta if beta is None else beta
         return train_ppo.make_rollout(examples(self.cfg.batch_size), self.policy, self.reference, self.reward_model,
-                                      self.value_model, TOKENIZER, self.cfg, beta, iteration)
+                                      self.value_model, TOKENIZER, (TOKENIZER.eot_token, 0), self.cfg, beta, iteration)
 
     def update(self, lr=0.1, iteration=0):
         """One call of update() with plain gradient descent; returns its metrics."""

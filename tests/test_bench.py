@@ -89,7 +89,7 @@ def ppo_steps(cfg, examples):
     optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in (models[0], models[3])]
     tokenizer = SimpleNamespace(eot_token=-1, n_vocab=5000, decode=str)      # no token ends a response
     for iteration in range(2):
-        rollout = train_ppo.make_rollout(examples, *models, tokenizer, cfg, cfg.beta, iteration)
+        rollout = train_ppo.make_rollout(examples, *models, tokenizer, (-1, 0), cfg, cfg.beta, iteration)
         train_ppo.update(rollout, models[0], models[3], *optimizers, cfg, iteration)
     return models
 

@@ -120,7 +120,7 @@ def rollout_of(module, n_prompts, K, **changes):
                         **changes)
     scores = GivenScores(torch.randn(B, generator=torch.Generator().manual_seed(0)))
     return networks.policy, cfg, module.make_rollout(examples(n_prompts) * K, networks.policy, networks.reference,
-                                                     scores, TOKENIZER, cfg, 0.1, 0)
+                                                     scores, TOKENIZER, (TOKENIZER.eot_token, 0), cfg, 0.1, 0)
 
 
 def to_go(rollout):

@@ -13,7 +13,8 @@ from minirlhf import answers, health
 from minirlhf import generate as sampling
 from minirlhf.files.errors import UserError, run_main
 from minirlhf.gpt2 import GPT2
-from minirlhf.running.device import start
+from minirlhf.running import cpu
+from minirlhf.running.device import sampling_copy, start
 from minirlhf.weights import from_pretrained
 from small_world import CPU, Networks, config, examples, letters_gpt2, ppo_flags, script_flags, small_world
 
@@ -159,6 +160,18 @@ def test_under_bfloat16_the_sampler_holds_bfloat16_matrices_and_samples_from_flo
     assert {dtypes[name] for name in matrices} == {torch.bfloat16} and networks.rollout.response_mask.any()
     assert {dtype for name, dtype in dtypes.items() if name not in matrices} == drawn == {torch.float32}
     assert {p.dtype for p in networks.policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copy_to_sample_from_says_the_same_as_the_model(dtype, monkeypatch):
+    """Both with oneDNN's order of the weights, where there is an AVX-512, and without."""
+    model, ids = letters_gpt2(), torch.arange(12).view(2, 6)
+    model.dtype = dtype
+    for product in (torch.nn.functional.linear, cpu.linear if cpu.AVX512 else torch.nn.functional.linear):
+        monkeypatch.setattr(torch.nn.functional, "linear", product)
+        copied = sampling_copy(model)
+        with torch.no_grad():
+            torch.testing.assert_close(copied.logits(copied(ids)), model.logits(model(ids)), rtol=1e-5, atol=1e-5)
 
 
 # ---- errors of PyTorch that become one line ----------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_sampling_waits_once_a_token_and_an_update_once_a_forward_pass(device):
         letters_gpt2(0), letters_gpt2(0), ScalarHeadModel(letters_gpt2(1)), ScalarHeadModel(letters_gpt2(2)))]
     optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in (policy, value_model)]
 
-    rollout = train_ppo.make_rollout(examples(12), *models, TOKENIZER, cfg, 0.05, 0)
+    rollout = train_ppo.make_rollout(examples(12), *models, TOKENIZER, (TOKENIZER.eot_token, 0), cfg, 0.05, 0)
     assert device.waits.total() <= rollout.response_mask.shape[1] + 2       # and twice for the texts
     device.waits.clear()
     metrics = train_ppo.update(rollout, policy, value_model, *optimizers, cfg, 0)

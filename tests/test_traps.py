@@ -147,7 +147,7 @@ def three_token_rollout(policy, reference, B, temperature):
     cfg = config(max_response=3, micro_batch=0, batch_size=B, temperature=temperature)
     batch = [Example(Row("x:1", "ab"), [0, 1], [])] * B
     return train_ppo.make_rollout(batch, policy, reference, GivenScores(torch.ones(B)), ScalarHeadModel(reference),
-                                  tokenizer, cfg, 0.1, 0)
+                                  tokenizer, (2, 0), cfg, 0.1, 0)
 
 
 def sequences(model, temperature, eos=2, longest=3):

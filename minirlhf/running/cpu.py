@@ -40,8 +40,17 @@ def fast_cpu():
         F.linear = linear
 
 
+def packed(weight):
+    """The weight (O, I), where oneDNN is used in the order in which it reads it, for products without a gradient."""
+    if F.linear is not linear or weight.device.type != "cpu":
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)     # best for 32 rows, and good for others
+
+
 def linear(x, weight, bias=None):
-    """F.linear: x (..., I), weight (O, I), bias (O,) or None -> (..., O)."""
+    """F.linear: x (..., I), weight (O, I) as it is or packed, bias (O,) or None -> (..., O)."""
+    if weight.is_mkldnn:
+        return product(x.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     # One output column gains nothing. PyTorch's own function reports operands that do not fit.
     fits = x.dim() > 1 and x.numel() > 0 and x.shape[-1] == weight.shape[1] and len(weight) > 1

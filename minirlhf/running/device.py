@@ -2,14 +2,16 @@
 
 import atexit
 import copy
+import functools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from minirlhf.files.errors import require
-from minirlhf.running.cpu import fast_cpu
+from minirlhf.running.cpu import fast_cpu, packed
 from minirlhf.running.processes import is_first
 
 DEVICES = ("cuda", "mps", "cpu")
@@ -63,9 +65,19 @@ def set_precision(device, dtype):
 
 
 def sampling_copy(model):
-    """A copy to sample from in bfloat16. Autocast would convert every matrix again for every token; these are it."""
-    copied = copy.deepcopy(model)
+    """A copy of a language model to sample from, in which every matrix is prepared once, and not again for every token.
+
+    Under bfloat16 the matrices of the blocks are converted. On a CPU they and the head are put into the order in which
+    oneDNN reads them. All other parameters are shared with the model.
+    """
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    head = getattr(copied, "lm_head", None) or copied.wte                    # GPT-2's is the embedding
+    n, bias = model.config.n_tokens, getattr(head, "bias", None)
+    copied.logits = functools.partial(F.linear, weight=packed(head.weight[:n]), bias=None if bias is None else bias[:n])
+    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     for module in copied.h.modules():
         if isinstance(module, torch.nn.Linear):
-            module.bfloat16()
+            module.weight = torch.nn.Parameter(packed(module.weight.detach().to(dtype)), requires_grad=False)
+            if module.bias is not None:
+                module.bias = torch.nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return copied

@@ -19,7 +19,7 @@ def ours(args):
     device = pick_device(args.device)                           # as the scripts do: fast products
     model, ids = our_model(args.size, device, args.dtype), random_ids(args.size, args.batch, args.prompt, device)
     uniforms = torch.rand(args.batch, args.new, generator=torch.Generator().manual_seed(0)).to(device)
-    sampler = sampling_copy(model) if args.dtype == "bfloat16" else model       # as train_ppo.py does
+    sampler = sampling_copy(model)                              # as train_ppo.py does
     return lambda: generate(sampler, ids, torch.ones_like(ids, dtype=torch.bool), uniforms, stop=(-1, 0))
 
 

@@ -48,7 +48,8 @@ def iterations(size, cfg, prompt, n):
     reward.requires_grad_(False)
     for iteration in range(n):
         begun = now()
-        rollout = train_ppo.make_rollout(batch, policy, reference, reward, value, Tokenizer(), cfg, cfg.beta, iteration)
+        rollout = train_ppo.make_rollout(batch, policy, reference, reward, value, Tokenizer(), (-7, 0), cfg, cfg.beta,
+                                         iteration)
         middle = now()
         train_ppo.update(rollout, policy, value, *optimizers, cfg, iteration)
         assert rollout.response_mask.shape == (cfg.batch_size, cfg.max_response) and rollout.response_mask.all()
