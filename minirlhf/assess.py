@@ -62,12 +62,15 @@ def scores_of(reward_model, prompts, responses):
     return found
 
 
+def units_of(examples):
+    return stats.units([e.row.prompt for e in examples], [e.row.responses for e in examples])
+
+
 def perplexity(model, examples):
     """exp of the mean loss per response token on demonstrations: it shows what alignment costs."""
     logprobs = logprobs_per_token(model, [e.prompt for e in examples],
                                   [e.responses[0] for e in examples])
-    nats = stats.ratio(*stats.sum_by_prompt([e.row.prompt for e in examples],
-                                            [-row.sum() for row in logprobs],
+    nats = stats.ratio(*stats.sum_by_prompt(units_of(examples), [-row.sum() for row in logprobs],
                                             [len(row) for row in logprobs]))
     return stats.Estimate(*map(math.exp, nats[:3]), nats.n)
 
@@ -85,8 +88,8 @@ def scores_by_prompt(reward_model, examples):
 def pairs_of(goodness, scores, lengths, prompts=None):
     """All pairs of answers in one row that differ in goodness, as four arrays over pairs.
 
-    The first three have a list of K numbers per row. prompts: the text of each row's prompt, if
-    several rows may share one. Returns the number of the prompt, and goodness, score and length of
+    The first three have a list of K numbers per row. prompts: the unit of each row, from
+    units_of(), if several rows may share one. Returns the number of the prompt, and goodness, score and length of
     the better answer, less those of the other one.
     """
     texts = range(len(goodness)) if prompts is None else prompts
@@ -112,7 +115,7 @@ def assess_reward_model(reward_model, examples, gold=None):
     scores = scores_by_prompt(reward_model, examples)
     lengths = [[len(ids) for ids in example.responses] for example in examples]
     labels = [[-rank for rank in example.row.ranks] for example in examples]
-    texts = [example.row.prompt for example in examples]
+    texts = units_of(examples)
     prompt, _, score, longer = pairs_of(labels, scores, lengths, texts)
     found = {"rm_accuracy_heldout": pair_accuracy(score, prompt),
              "longer_is_preferred": pair_accuracy(longer, prompt)}

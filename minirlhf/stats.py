@@ -61,6 +61,26 @@ def rate(yes):
     return Estimate(right / n, *wilson(right, n), n)
 
 
+def units(prompts, answers):
+    """What is independent, as a name for each row: its prompt, since its rows have that in common.
+
+    Where all rows share one prompt, it says nothing, and rows that share an answer are one unit.
+    """
+    if len(set(prompts)) > 1:
+        return list(prompts)
+    above = {answer: answer for row in answers for answer in row}
+
+    def top(answer):
+        while above[answer] != answer:
+            answer = above[answer]
+        return answer
+
+    for row in answers:
+        for answer in row:
+            above[top(answer)] = top(row[0])
+    return [top(row[0]) for row in answers]
+
+
 def sum_by_prompt(prompts, *columns):
     """Each column's sums over the rows of one prompt: arrays, one number per different prompt."""
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train_rm
+from minirlhf import stats
 from minirlhf.assess import pair_accuracy, pairs_of
 from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.reward_functions import TINY_GOLD, load_function
@@ -102,8 +103,12 @@ def test_the_ceiling_by_hand():
     assert ceiling(votes[:1], {}) == (None, None)
 
 
-def test_the_interval_counts_prompts_however_the_answers_are_written():
-    """As rankings, as a row per pair, or with each row four times: the same verdicts on the same prompts."""
+@pytest.mark.parametrize("one_prompt", [False, True])
+def test_the_interval_counts_prompts_however_the_answers_are_written(one_prompt):
+    """As rankings, as a row per pair, or with each row four times: the same verdicts on the same prompts.
+
+    Where every row has the same prompt, as "Movie review:", what counts are the sets of answers.
+    """
     rng = np.random.default_rng(0)
     good, scores = rng.normal(size=(2, 40, 4))
     pairs = [(n, [i, j]) for n in range(40) for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))]
@@ -111,7 +116,9 @@ def test_the_interval_counts_prompts_however_the_answers_are_written():
     found = []
     for rows in written:
         columns = [[list(values[n][chosen]) for n, chosen in rows] for values in (good, scores, scores)]
-        prompt, _, score, _ = pairs_of(*columns, [f"prompt {n}" for n, _ in rows])
+        prompts = ["Movie review:" if one_prompt else f"prompt {n}" for n, _ in rows]
+        own = stats.units(prompts, [[f"answer {n} {i}" for i in chosen] for n, chosen in rows])
+        prompt, _, score, _ = pairs_of(*columns, own)
         found.append((*pair_accuracy(score, prompt), *claimed_accuracy(prompt, score)))
     assert found[0][3] == found[0][7] == 40
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])

@@ -19,7 +19,7 @@ from itertools import combinations, product
 import numpy as np
 
 from minirlhf import stats
-from minirlhf.assess import assess_reward_model, logprobs_per_token, pair_accuracy, pairs_of, scores_by_prompt
+from minirlhf.assess import assess_reward_model, logprobs_per_token, pair_accuracy, pairs_of, scores_by_prompt, units_of
 from minirlhf.data import encode_rows, read_comparisons
 from minirlhf.files.errors import require
 from minirlhf.tools.feedback.stats import read_votes, verdicts
@@ -51,14 +51,14 @@ def ceiling(votes, scores):
     by_item = defaultdict(list)
     for vote in votes:
         by_item[vote["prompt"], vote["responses"]].append(verdicts(vote["ranks"]))
-    same, model = [], []                                        # (prompt, how often right, of how many) of each item
-    for item, given in by_item.items():
+    same, model = [], []                                        # (unit, how often right, of how many) of each item
+    for unit, (item, given) in zip(stats.units(*zip(*by_item)) if by_item else [], by_item.items()):
         both = [a * b for first, second in combinations(given, 2) for a, b in zip(first, second) if a and b]
-        same.append((item[0], sum(product > 0 for product in both), len(both)))
+        same.append((unit, sum(product > 0 for product in both), len(both)))
         if item in scores:
             signs = [np.sign(a - b) for a, b in combinations(scores[item], 2)]
             right = [(1 + a * b) / 2 for own in given for a, b in zip(own, signs) if a]
-            model.append((item[0], sum(right), len(right)))
+            model.append((unit, sum(right), len(right)))
     if not any(n for _, _, n in same):
         return None, None
     return tuple(stats.clustered_rate(*stats.sum_by_prompt(*zip(*rows))) if rows else None for rows in (same, model))
@@ -70,12 +70,12 @@ def assess_reward(reward, tokenizer, path, gold=None, drop_long=False):
     scores = scores_by_prompt(reward, examples)
     prompt, margin, score, longer = pairs_of([[-rank for rank in example.row.ranks] for example in examples], scores,
                                              [list(map(len, example.responses)) for example in examples],
-                                             [example.row.prompt for example in examples])
+                                             units_of(examples))
     require(len(prompt), f"{path}: no comparison in this file prefers anything")
     measured = assess_reward_model(reward, examples, gold)
     by_item = {(e.row.prompt, e.row.responses): own for e, own in zip(examples, scores, strict=True)}
     agreement, single = ceiling(read_votes(path), by_item)
-    report = {"prompts": len({e.row.prompt for e in examples}), "pairs": len(prompt),
+    report = {"prompts": len(set(units_of(examples))), "pairs": len(prompt),
               "accuracy": measured["rm_accuracy_heldout"],
               "longer_is_preferred": measured["longer_is_preferred"], "claimed": claimed_accuracy(prompt, score),
               "annotators_agree": agreement, "accuracy_against_one_annotator": single,

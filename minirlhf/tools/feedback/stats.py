@@ -10,7 +10,7 @@ from itertools import combinations
 
 from minirlhf.data import comparison, read_jsonl
 from minirlhf.files.jsonl import is_list_of
-from minirlhf.stats import clustered_rate, win_rate, wins_of
+from minirlhf.stats import clustered_rate, units, win_rate, wins_of
 from minirlhf.tools.feedback.votes import item_id, sidecar
 
 
@@ -82,8 +82,8 @@ def longer_preferred(votes):
 def by_prompt(votes):
     """Lists of the votes on one prompt each: what people said of one prompt is not independent."""
     groups = defaultdict(list)
-    for vote in votes:
-        groups[vote["prompt"]].append(vote)
+    for unit, vote in zip(units([vote["prompt"] for vote in votes], [vote["responses"] for vote in votes]), votes):
+        groups[unit].append(vote)
     return list(groups.values())
 
 
