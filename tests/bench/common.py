@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SIZES = {"124M": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
          "774M": dict(vocab_size=50257, n_positions=1024, n_embd=1280, n_layer=36, n_head=20),
-         "tiny": dict(vocab_size=1024, n_positions=128, n_embd=128, n_layer=4, n_head=4)}
+         "tiny": dict(vocab_size=1024, n_positions=128, n_embd=128, n_layer=4, n_head=4),
+         "smollm2": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+                         rope_theta=100_000.0, tie_word_embeddings=True)}
 
 
 def arguments(doc, **defaults):
@@ -37,11 +40,20 @@ def arguments(doc, **defaults):
 
 def our_model(size, device="cpu", dtype="float32"):
     from minirlhf.gpt2 import GPT2, GPT2Config
+    from minirlhf.llama import Llama, LlamaConfig
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPT2(GPT2Config(**SIZES[size]))
+        model = (Llama(LlamaConfig("llama", **SIZES[size], n_tokens=49152)) if size == "smollm2" else
+                 GPT2(GPT2Config(**SIZES[size])))
     model.dtype = dtype
     return model
+
+
+def their_config(size, **more):
+    """The same architecture for transformers, without an EOS."""
+    import transformers
+    kind = transformers.LlamaConfig if size == "smollm2" else transformers.GPT2Config
+    return kind(**SIZES[size], bos_token_id=None, eos_token_id=None, **more)
 
 
 def random_ids(size, B, T, device="cpu"):
@@ -50,8 +62,8 @@ def random_ids(size, B, T, device="cpu"):
 
 def n_weights(size):
     """Weights of all matrices that a token goes through, the head included."""
-    c = SIZES[size]
-    return 12 * c["n_layer"] * c["n_embd"]**2 + c["vocab_size"] * c["n_embd"]
+    named = our_model(size, "meta").named_parameters()
+    return sum(p.numel() for name, p in named if p.dim() == 2 and name != "wpe.weight")
 
 
 def now():

@@ -7,7 +7,7 @@ The peer's environment: tests/bench/transformers.txt. Random weights, temperatur
 
 import importlib.metadata
 
-from common import SIZES, arguments, best_seconds, compare, n_weights, our_model, random_ids, report
+from common import arguments, best_seconds, compare, n_weights, our_model, random_ids, report, their_config
 
 import torch
 
@@ -24,9 +24,9 @@ def ours(args):
 
 
 def transformers(args):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval()
+    model = AutoModelForCausalLM.from_config(their_config(args.size)).eval()
     model.to(args.device, getattr(torch, args.dtype))
     ids = random_ids(args.size, args.batch, args.prompt, args.device)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,

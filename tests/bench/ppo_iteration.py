@@ -1,4 +1,4 @@
-"""One PPO iteration, rollout to last optimizer step, 4 epochs, a separate value network: us against TRL. One row of the table:
+"""One PPO iteration, rollout to last optimizer step, a separate value network: us against TRL. One row of the table:
 
     python tests/bench/ppo_iteration.py --peer_python PEER/bin/python --size 124M --batch 16 --dtype float32
 
@@ -10,7 +10,7 @@ import importlib.metadata
 import tempfile
 import time
 
-from common import SIZES, arguments, compare, now, our_model, random_ids, report
+from common import SIZES, arguments, compare, n_weights, now, our_model, random_ids, report, their_config
 
 from minirlhf.running.device import start
 import torch
@@ -19,7 +19,7 @@ import torch
 def ours(args):
     """Seconds of each iteration but the first, which allocates."""
     import train_ppo
-    cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=4,
+    cfg = train_ppo.Config(batch_size=args.batch, micro_batch=args.micro_batch, minibatches=1, epochs=args.epochs,
                            max_response=args.new, device=args.device, dtype=args.dtype, lr=1e-6, value_lr=1e-6,
                            temperature=1.0, stop="")
     return [sum(phases.values()) for phases in iterations(args.size, cfg, args.prompt, 1 + args.iterations)][1:]
@@ -67,9 +67,9 @@ def trl(args):
         tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0")), pad_token=f"t{V - 1}",
         eos_token=f"t{V - 2}")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None, pad_token_id=V - 1, num_labels=1)
-    policy, reference = (transformers.GPT2LMHeadModel(config) for _ in range(2))
-    value, reward = (transformers.GPT2ForSequenceClassification(config) for _ in range(2))
+    config = their_config(args.size, pad_token_id=V - 1, num_labels=1)
+    policy, reference = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
+    value, reward = (transformers.AutoModelForSequenceClassification.from_config(config) for _ in range(2))
     rows = random_ids(args.size, args.batch * (1 + args.iterations), args.prompt).clamp(max=V - 3).tolist()
     ends = []
 
@@ -80,7 +80,8 @@ def trl(args):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         PPOTrainer(
             args=PPOConfig(output_dir=folder, per_device_train_batch_size=args.micro_batch,
-                           gradient_accumulation_steps=args.batch // args.micro_batch, num_mini_batches=1, num_ppo_epochs=4,
+                           gradient_accumulation_steps=args.batch // args.micro_batch, num_mini_batches=1,
+                           num_ppo_epochs=args.epochs,
                            total_episodes=len(rows), response_length=args.new, temperature=1.0, learning_rate=1e-6,
                            local_rollout_forward_batch_size=args.micro_batch, num_sample_generations=0,
                            use_cpu=args.device == "cpu", gradient_checkpointing=False, bf16=args.dtype == "bfloat16",
@@ -93,15 +94,16 @@ def trl(args):
 
 def floors(args, peaks, dtype):
     """2 FLOP per weight and token forward, 6 with the way back. Blocks: five passes forward (sampling, log-probabilities of
-    policy and reference, values, scores), 4 epochs of two networks; the head only where a response is, and not for scalars."""
-    c = SIZES[args.size]
-    blocks, head = 12 * c["n_layer"] * c["n_embd"]**2, c["vocab_size"] * c["n_embd"]
+    policy and reference, values, scores), the epochs of two networks; the head only where a response is, and not for
+    scalars."""
+    head = our_model(args.size, "meta").wte.weight.numel()
+    blocks, n = n_weights(args.size) - head, args.epochs
     tokens, responses = args.batch * (args.prompt + args.new), args.batch * args.new
-    return {"arithmetic": (blocks * tokens * (2 * 5 + 6 * 4 * 2) + head * responses * (2 * 3 + 6 * 4)) / peaks[dtype]}
+    return {"arithmetic": (blocks * tokens * (2 * 5 + 6 * n * 2) + head * responses * (2 * 3 + 6 * n)) / peaks[dtype]}
 
 
 def main():
-    args = arguments(__doc__, batch=16, micro_batch=16, prompt=32, new=32, iterations=2)
+    args = arguments(__doc__, batch=16, micro_batch=16, prompt=32, new=32, iterations=2, epochs=4)
     if args.worker:
         torch.set_num_threads(args.threads)
         seconds = {"ours": ours, "trl": trl}[args.worker](args)

@@ -8,7 +8,7 @@ The peer's environment: tests/bench/transformers.txt. --dtype bfloat16 is autoca
 import contextlib
 import importlib.metadata
 
-from common import SIZES, arguments, best_seconds, compare, n_weights, our_model, random_ids, report
+from common import arguments, best_seconds, compare, n_weights, our_model, random_ids, report, their_config
 
 import torch
 
@@ -21,9 +21,9 @@ def ours(args):
 
 
 def transformers(args):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SIZES[args.size], bos_token_id=None, eos_token_id=None)).eval()   # eval: no dropout
+    model = AutoModelForCausalLM.from_config(their_config(args.size)).eval()       # eval: no dropout
     model.to(args.device)
     return model, lambda ids: model(ids, labels=ids).loss
 
@@ -45,8 +45,8 @@ def measure(args, model, loss_of):
 
 def floors(args, peaks, dtype):
     """6 FLOP per weight and token: 2 forward, 4 backward; and the two products of causal attention."""
-    c, n = SIZES[args.size], args.batch * args.tokens
-    return {"arithmetic": 6 * n * (n_weights(args.size) + c["n_layer"] * c["n_embd"] * args.tokens) / peaks[dtype]}
+    c, n = our_model(args.size, "meta").config, args.batch * args.tokens
+    return {"arithmetic": 6 * n * (n_weights(args.size) + c.n_layer * c.n_embd * args.tokens) / peaks[dtype]}
 
 
 def main():
