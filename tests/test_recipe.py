@@ -1,12 +1,13 @@
-"""data/README.md, "From a CSV to an aligned model": its commands, one after the other, on a shop's questions.
+"""The recipes of the documents with a real model: their commands, one after the other, with SmolLM2 and less of the rest.
 
-The CSV is as Excel saves one: cp1252, semicolons, emptied columns, line ends within cells, a question asked twice. Three
-simulated annotators rank what the model samples. In the slow tests the model is SmolLM2 and everything else a tenth.
+The CSV of a shop's questions is as Excel saves one: cp1252, semicolons, emptied columns, line ends within cells, a
+question asked twice. Three simulated annotators rank what the model samples.
 """
 
 import importlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -21,6 +22,7 @@ from minirlhf.tools.feedback.votes import comparison_row, to_line
 from smollm2 import smollm2                                                     # noqa: F401, a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
+FILMS = Path(os.environ.get("MINIRLHF_REAL_DATA") or "nowhere") / "hutto_ICWSM_2014.tar.gz"
 FACTS = {           # what people ask about: the house's answer
     "return a kettle": "You can send it back within 30 days. Put the slip into the box and drop it at any post office.",
     "descale my machine": "Fill the tank with water and one sachet of descaler. Hold the steam button for five seconds.",
@@ -52,7 +54,7 @@ def write_csv(path, seed, rows=150):
     for question, topic in asked[:rows - 1] + [asked[0]]:
         answer = rng.choice(["Hello, thanks for asking.\r\n", ""]) + FACTS[topic]
         lines.append(";".join('"' + cell + '"' for cell in (question, answer)) + ";;")
-    path.write_bytes("\r\n".join([*lines, ";;;"]).encode("cp1252"))
+    Path(path).write_bytes("\r\n".join([*lines, ";;;"]).encode("cp1252"))
 
 
 def worth(prompt, answer, finished):
@@ -73,16 +75,15 @@ def vote(items, votes, seed, noise=0.15, most=None):
             ranks = [1 + sum(other > score for other in scores) for score in scores]
             row = comparison_row(item["prompt"], texts, ranks, item["finished"], item=item["item"], models=item["models"])
             rows.append(row | {"annotator": person, "seconds": 20.0, "time": f"2026-01-01T00:00:{len(rows) % 60:02}"})
-    votes.write_text("".join(map(to_line, rows)), encoding="utf-8")
+    Path(votes).write_bytes(b"".join(map(to_line, rows)))
 
 
-def recipe(folder):
-    """The commands of the guide as lists of words, in a folder of its own. "sample" takes the place of the page."""
-    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
-    section = text.split("## From a CSV to an aligned model")[1].split("\n## ")[0]
-    for command in re.findall(r"^    python (.*)$", section, flags=re.MULTILINE):
-        command = command.replace("feedback rank", "feedback sample").replace("questions.csv", "my/questions.csv")
-        yield [re.sub("^my/", f"{folder}/", word) for word in command.split()]
+def recipe(file, heading):
+    """The commands of a document below a heading: (what to run, its arguments)."""
+    section = (ROOT / file).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    for command in re.findall(r"^    python (.*)$", section.replace("\\\n", ""), flags=re.MULTILINE):
+        name, *arguments = command.removeprefix("-m ").split()
+        yield name, arguments
 
 
 def main_of(name):
@@ -94,12 +95,13 @@ def main_of(name):
     raise AssertionError(f"{name} is no command")
 
 
-def follow(folder, flags, capsys, seed=1, noise=0.15):
-    """Runs the guide, and PPO once more with --insist if it refuses. Returns {command: what it printed}."""
+def follow(commands, flags, capsys, after={}):
+    """Runs commands, with more flags for some, and PPO again with --insist if it refuses.
+
+    after: {command: what is done when it has ended}. Returns {command: what it printed}.
+    """
     printed = {}
-    write_csv(folder / "questions.csv", seed)
-    for words in recipe(folder):
-        name, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    for name, arguments in commands:
         label = f"{name} {arguments[0]}" if name.endswith("feedback") else name
         arguments = arguments + flags.get(label, [])
         try:
@@ -108,30 +110,55 @@ def follow(folder, flags, capsys, seed=1, noise=0.15):
             assert label == "train_ppo.py" and "--insist" in str(error), error
             printed["refused"] = str(error)
             main_of(name)([*arguments, "--insist"])
-        if label.endswith("sample"):
-            vote(folder / "comparisons.items.jsonl", folder / "comparisons.jsonl", seed, noise)
+        after.get(label, lambda: None)()
         printed[label] = capsys.readouterr().out
     return printed
 
 
-@pytest.mark.slow
-def test_the_recipe_from_a_csv_to_a_judged_model(smollm2, tmp_path, capsys, monkeypatch):     # noqa: F811
+@pytest.fixture
+def few_samples(monkeypatch, tmp_path):
+    """Scores are normalised on 32 answers in place of 512, and the current folder is a fresh one."""
     monkeypatch.setattr(answers, "SAMPLES", 32)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_recipe_from_a_csv_to_a_judged_model(smollm2, capsys, monkeypatch, few_samples):        # noqa: F811
     monkeypatch.setattr(sys, "stdin", io.StringIO("How do I return a kettle?\n"))
+    write_csv(Path("questions.csv"), seed=1)
+    commands = [(name, ["sample" if word == "rank" else word for word in arguments])     # in place of the page
+                for name, arguments in recipe("data/README.md", "From a CSV to an aligned model")]
     few = ["--max_response", "48"]
-    printed = follow(tmp_path, {
+    printed = follow(commands, {
         "train_sft.py": ["--model", str(smollm2), "--epochs", "1"],
         "minirlhf.tools.feedback sample": [*few, "--n", "15"],
-        "train_ppo.py": [*few, "--iterations", "2", "--batch_size", "8"]}, capsys)
-    converted = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+        "train_ppo.py": [*few, "--iterations", "2", "--batch_size", "8"]}, capsys,
+        {"minirlhf.tools.feedback sample": lambda: vote("my/comparisons.items.jsonl", "my/comparisons.jsonl", seed=1)})
+    converted = [json.loads(line) for line in Path("my/questions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(converted) == 150 and {row["response"].strip().split("\n")[-1] for row in converted} == set(FACTS.values())
-    assert "with another answer" in printed["minirlhf.tools.convert"]
-    sft = json.loads((tmp_path / "sft/run.json").read_text())["config"]
-    ppo = json.loads((tmp_path / "ppo/run.json").read_text())["config"]
-    assert (ppo["temperature"], ppo["stop"], ppo["max_prompt"]) == (sft["temperature"], sft["stop"], sft["max_prompt"])
+    assert re.search(r"\d prompts .*with another answer", printed["minirlhf.tools.convert"])
+    sft, ppo = (json.loads(Path(f"my/{name}/run.json").read_text())["config"] for name in ("sft", "ppo"))
+    assert [ppo[name] for name in ("temperature", "stop", "max_prompt")] == [
+        sft[name] for name in ("temperature", "stop", "max_prompt")]
     assert re.search("^(go|no-go): held-out loss", printed["train_sft.py"], re.MULTILINE)
     assert "kappa" in printed["minirlhf.tools.feedback stats"]
-    judged = json.loads((tmp_path / "rm/report.json").read_text())["rm_accuracy_heldout_ci"]
-    assert ("refused" in printed) == (judged[0] <= 0.5 or "length alone" in printed.get("refused", "")
-                                      or "of the first responses" in printed.get("refused", ""))
-    assert (tmp_path / "report/report.html").exists() and printed["minirlhf.tools.chat"].strip()
+    assert ("refused" in printed) == ("no-go" in printed["train_rm.py"] or "first responses" in printed.get("refused", ""))
+    assert Path("my/report/report.html").exists() and printed["minirlhf.tools.chat"].strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FILMS.is_file(), reason="$MINIRLHF_REAL_DATA has no hutto_ICWSM_2014.tar.gz")
+def test_the_recipe_of_the_films(smollm2, capsys, few_samples):                                     # noqa: F811
+    """At a twentieth of its size."""
+    def cut():
+        for file in Path("out/data/films").glob("*.jsonl"):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            file.write_text("".join(lines[:len(lines) // 20]), encoding="utf-8")
+    printed = follow(recipe("README.md", "A real model and real people"), {
+        "data/films/prepare.py": ["--source", str(FILMS)],
+        "train_sft.py": ["--model", str(smollm2)],
+        "train_ppo.py": ["--iterations", "2", "--batch_size", "8"]}, capsys, {"data/films/prepare.py": cut})
+    assert re.search("^(go|no-go): held-out loss", printed["train_sft.py"], re.MULTILINE)
+    assert ("refused" in printed) == ("no-go" in printed["train_rm.py"])
+    report = json.loads(Path("out/films/ppo/report.json").read_text())
+    assert 0 < report["kl"] < 5 and report["ppo"]["eos_rate"] > 0.5
