@@ -107,6 +107,14 @@ def test_encode_adds_exactly_one_eos_and_text_can_never_inject_one():
     assert encode(TOKENIZER, "p", "")[1] == [EOS]
 
 
+def test_prompt_and_response_are_tokenised_apart():
+    """Together "a drum" + "s" would be other tokens, and the response would begin within one."""
+    prompt, response = encode(TOKENIZER, "Tell me of a dr", "um.")
+    assert prompt == TOKENIZER.encode_ordinary("Tell me of a dr")
+    assert response == [*TOKENIZER.encode_ordinary("um."), EOS]
+    assert prompt + response[:-1] != TOKENIZER.encode_ordinary("Tell me of a drum.")
+
+
 def test_an_unfinished_answer_is_read_back_without_eos(tmp_path):
     row, = read_comparisons(write(tmp_path, PAIR | {"best": 0, "finished": [True, False]}))
     example, = encode_rows([row], TOKENIZER, positions=50)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from minirlhf.generate import at_response, generate, right_pad
 from minirlhf.reward import ScalarHeadModel
 from minirlhf.reward_functions import FunctionReward
 from minirlhf.weights import from_pretrained, scalar_from_pretrained
-from small_world import (EOS, Networks, config, examples, generate_with_logprobs, letters_gpt2, move_away, ppo_flags,
-                         recorded, rows_of, run_ppo, script_flags, skip_first_ratio_check, small_world)
+from small_world import (CPU, EOS, Networks, config, examples, generate_with_logprobs, letters_gpt2, move_away,
+                         ppo_flags, recorded, rows_of, run_ppo, script_flags, skip_first_ratio_check, small_world)
 from test_ppo import gae_by_definition
 
 
@@ -307,6 +308,18 @@ def test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_sampl
     answers = respond(sft, prompts, 10, (EOS, 0), torch.Generator().manual_seed(7))
     scores = model.normalised_scores(*right_pad([prompt + ids for prompt, (ids, _) in zip(prompts, answers)]))
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_the_samples_that_a_reward_model_is_normalised_on_have_its_temperature_and_length(temperature, monkeypatch):
+    """The temperature that the SFT model was asked at, and at most as many tokens as the longest answer."""
+    asked, sft, answers = [], letters_gpt2(0), letters_gpt2(1)
+    monkeypatch.setattr("minirlhf.answers.generate", lambda model, prompts, mask, uniforms, stop, temperature=1.0: (
+        asked.append((uniforms.shape[1], temperature)), generate(model, prompts, mask, uniforms, stop, temperature))[1])
+    compared = [Example(Row("x:1", "ab", ("c", "de")), [97, 98], [[99, EOS], [100, 101, EOS]])] * 3
+    cfg = SimpleNamespace(seed=1, temperature=temperature)
+    train_rm.normalise(ScalarHeadModel(answers), sft, compared, (EOS, 0), cfg, CPU)
+    assert set(asked) == {(3, temperature)}
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
