@@ -8,6 +8,7 @@ import pytest
 
 from minirlhf.files.errors import UserError
 from minirlhf.tools import experiment
+from small_world import run_ppo, small_world, write_jsonl
 from test_documents import ROOT
 
 DIFF = """An idea.
@@ -145,13 +146,32 @@ def test_finished_runs_are_not_run_again_unless_the_code_changed(tmp_path, monke
     monkeypatch.setattr(experiment, "shared_models", lambda *_: {"sft": tmp_path, "rm": tmp_path})
     monkeypatch.setattr(experiment, "run_patch", lambda patch, row, *_: ran.append((row["code"], row["seed"]))
                         or rows_of(row["patch"], {row["seed"]: 0.5})[0] | row)
-    monkeypatch.setattr(experiment.page, "main", lambda argv: None)
     (tmp_path / "out").mkdir()
     for seeds, changed in ((["1"], {}), (["1", "2"], {}), (["1", "2"], {}), (["1"], {"algo_grpo": "c"})):
         code |= changed
         experiment.main(["run", "algo_grpo", "--seeds", *seeds, "--out", str(tmp_path / "out")])
     assert ran == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("c", 1)]
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_quiet_mystery_has_no_warnings_on_its_page_and_its_log_in_a_file(tmp_path, monkeypatch):
+    """Its runs are replaced by one of the small world, whose KL is made to deserve a warning."""
+    small_world(tmp_path)
+    row, = run_ppo(tmp_path)
+    write_jsonl(tmp_path / "ppo/metrics.jsonl", [row | {"objective/kl": -5.0}])
+
+    def run_patch(patch, row, models, folder, log):
+        shutil.copytree(tmp_path / "ppo", folder / "ppo")
+        assert (log is not None) == quiet
+        return rows_of(row["patch"], {1: 0.5})[0] | row
+    monkeypatch.setattr(experiment, "shared_models", lambda *_: {})
+    monkeypatch.setattr(experiment, "run_patch", run_patch)
+    for quiet in (False, True):
+        out = tmp_path / str(quiet)
+        out.mkdir()
+        experiment.main(["mystery", "2", "--out", str(out), *["--quiet"] * quiet])
+        page = (out / "mystery_2.html").read_text()
+        assert '"title":"default, mystery 2"' in page and ("a KL is not negative" in page) == (not quiet)
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def read_results(file):
     return [row for _, row in read_jsonl(file)] if file.exists() else []
 
 
-def run_missing(patches, rows, out, at_once):
+def run_missing(patches, rows, out, at_once, quiet=False):
     """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done -> all of its lines."""
     done, seeds = read_results(out / "results.jsonl"), sorted({row["seed"] for row in rows})
     rows = [row for row in rows if not any(row.items() <= each.items() for each in done)]
@@ -206,7 +206,7 @@ def run_missing(patches, rows, out, at_once):
 
     def run_one(row):
         folder = folder_of(row, out)
-        log = folder / "log.txt" if at_once > 1 else None
+        log = folder / "log.txt" if quiet or at_once > 1 else None
         return run_patch(patches[row["patch"]], row, models[row["seed"]], folder, log)
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -268,6 +268,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="[1]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
     parser.add_argument("--iterations", type=int, default=0, help="of PPO [as the script says; for `mystery` 20]")
+    parser.add_argument("--quiet", action="store_true",
+                        help="no log and no warnings, on the terminal and on the page: your diagnosis comes first")
     parser.add_argument("--out", default="out/experiments", help="the folder of all runs [out/experiments]")
     args = parser.parse_args(argv)
     require(args.names or args.command == "list", f"`{args.command}` needs "
@@ -298,11 +300,14 @@ def compare(patches, args):
         code = {label: copy_tree(patch, Path(empty, label)) for label, patch in patches.items()}
     rows = [{"patch": label, "seed": seed, "iterations": args.iterations, "code": code[label]}
             for seed, label in product(args.seeds, patches)]
-    done = run_missing(patches, rows, out, args.jobs)
+    done = run_missing(patches, rows, out, args.jobs, args.quiet)
     own = [each for each in done if any(row.items() <= each.items() for row in rows)]
     print("\n".join(["", *table(own, patches)]))
-    runs = [str(folder_of(row, out) / "ppo") for row in rows[:len(patches)]]
-    page.main([*filter(os.path.isdir, runs), "--out", str(out / f"{list(patches)[-1]}.html")])
+    folders = {row["patch"]: folder_of(row, out) / "ppo" for row in rows[:len(patches)]}
+    runs = [page.read_folder(folder) | {"name": label} for label, folder in folders.items() if folder.is_dir()]
+    file, names = out / f"{list(patches)[-1]}.html", ", ".join(patches).replace("_", " ")
+    page.write_page(file, names, runs, [table for run in runs for table in page.report_tables(run)], warn=not args.quiet)
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":
