@@ -26,6 +26,7 @@ from minirlhf.files.json_files import write_whole
 from minirlhf.files.tokenizer import load_tokenizer
 from minirlhf.generate import decode, generator
 from minirlhf.files.errors import run_main
+from minirlhf.tools.feedback.clean import CONSENSUS, consensus, ranking
 from minirlhf.weights import from_pretrained
 
 MAX_RESPONSE = 48   # tokens; a story has at most 34
@@ -36,10 +37,6 @@ KINDS = {
     "short": "likes short answers, whatever they say",
     "adversarial": "ranks as a careful one does, but the worst first",
 }
-CONSENSUS = {
-    "sum": "by the sum of the ranks",
-    "majority": "by how many other answers most annotators rank below it, less those that most rank above",
-}
 
 
 class Panel(NamedTuple):
@@ -47,12 +44,6 @@ class Panel(NamedTuple):
     annotators: tuple[str, ...] = ("careful", "careful", "careful")
     noise: float = NOISE
     consensus: str = "sum"
-
-
-def ranking(values: list[float]) -> list[int]:
-    """The rank of each value. The largest gets 1, and equal values share a rank."""
-    order = sorted(set(values), reverse=True)
-    return [1 + order.index(value) for value in values]
 
 
 def judge(kind: str, truth: list[float], responses: list[str], rng: random.Random, noise: float) -> list[float]:
@@ -63,19 +54,6 @@ def judge(kind: str, truth: list[float], responses: list[str], rng: random.Rando
         return [-len(response) for response in responses]
     sign = {"careful": 1, "adversarial": -1}[kind]
     return [sign * (value + rng.gauss(0, noise)) for value in truth]
-
-
-def consensus(rankings: list[list[int]], rule: str) -> list[int]:
-    """One ranking out of those of all annotators (see CONSENSUS)."""
-    if rule == "sum":
-        return ranking([-sum(ranks) for ranks in zip(*rankings)])
-
-    def verdict(i, j):
-        votes = sum((ranks[i] < ranks[j]) - (ranks[i] > ranks[j]) for ranks in rankings)
-        return (votes > 0) - (votes < 0)
-
-    K = range(len(rankings[0]))
-    return ranking([sum(verdict(i, j) for j in K) for i in K])
 
 
 def annotate(prompt: str, responses: list[str], rng: random.Random, finished: list[bool] | None = None,

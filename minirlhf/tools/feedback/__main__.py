@@ -23,7 +23,7 @@ from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
 from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import prompts_for
-from minirlhf.tools.feedback import items, labelstudio, server, stats
+from minirlhf.tools.feedback import clean, items, labelstudio, server, stats
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.votes import Journal, lock, sidecar
 
@@ -160,6 +160,16 @@ COMMANDS = {
     }),
     "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, pace, winners", {
         "file": dict(help="comparisons"),
+    }),
+    "clean": (lambda args: clean.clean(args), "read disagreements, leave out votes, make a consensus", {
+        "file": dict(help="votes"),
+        "--show": dict(type=count, default=10, help="how many disagreements to print, the worst first [%(default)s]"),
+        "--drop_annotator": dict(nargs="+", default=[], metavar="NAME", help="leave out a person's votes"),
+        "--drop_flag": dict(nargs="+", default=[], metavar="FLAG", help="leave out items with this flag: 'all bad'"),
+        "--min_kappa": dict(type=float, help="leave out items on which people agree less, from -1 to 1"),
+        "--consensus": dict(choices=clean.CONSENSUS, help="one row an item: " + "; ".join(
+            f"{name}, {rule}" for name, rule in clean.CONSENSUS.items()) + " [every vote is a row]"),
+        "--out": dict(default="", metavar="FILE", help="a new file for what is left [only print]"),
     }),
     "export": (lambda args: labelstudio.export_file(args.file, args.out), "answers to Label Studio tasks", {
         "file": dict(help="an items file, or comparisons, whose verdicts are left out"),
