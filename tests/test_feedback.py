@@ -61,6 +61,28 @@ def vote_by_text(a_session, annotator, best_first):
     return shown["item"], a_session.vote(annotator, shown["item"], ranks, 1.5)
 
 
+def test_with_an_overlap_everybody_gets_the_first_items_and_each_other_one_goes_to_one_person(tmp_path):
+    s = session(tmp_path, shelf(13))
+    s.overlap = 3
+    given = {name: [] for name in ("ann", "bob", "cem")}
+    for turn in range(13):                                      # by turns, each with a page of their own
+        for name, own in given.items():
+            if "item" in s.next(name):
+                own.append(vote_by_text(s, name, str)[0])
+    first, others = [item["item"] for item in s.sampler.items[:3]], [item["item"] for item in s.sampler.items[3:]]
+    assert all(own[:3] == first for own in given.values())
+    assert sorted(item for own in given.values() for item in own[3:]) == sorted(others)
+    assert max(map(len, given.values())) - min(map(len, given.values())) <= 1
+
+
+def test_what_is_on_the_page_of_somebody_who_has_left_is_given_out_at_the_end(tmp_path):
+    s = session(tmp_path, shelf(4))
+    s.overlap = 0
+    left = s.next("ann")["item"]
+    assert [vote_by_text(s, "bob", str)[0] for _ in range(4)][-1] == left
+    assert s.next("bob")["finished"] and s.next("ann")["finished"]
+
+
 # ---- votes -----------------------------------------------------------------------------------------------------------
 
 def test_a_vote_is_a_comparison_in_the_order_of_the_responses_not_of_the_page(tmp_path):

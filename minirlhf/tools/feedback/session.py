@@ -18,8 +18,10 @@ class Session:
     The server holds `lock` around each call, because two of them must not run at the same time.
     """
 
-    def __init__(self, mode, out, sampler, templates, seed, guidelines=""):
+    def __init__(self, mode, out, sampler, templates, seed, guidelines="", overlap=None):
         self.mode, self.sampler, self.templates, self.seed = mode, sampler, templates, seed
+        self.overlap = overlap                      # how many items everybody gets, the others go to one; None: all
+        self.shown = {}                             # annotator -> the item on their page
         self.guidelines = guidelines                # text that the page shows at the first visit
         self.lock = Lock()
         self.votes, self.skips = Journal(out), Journal(sidecar(out, "skips"))
@@ -40,18 +42,26 @@ class Session:
         done = self.done[annotator]
         fewest = 0 if self.mode == "write" else 2                           # ranking needs two answers
 
-        def still_to_do():
-            return [item for item in self.sampler.items
-                    if item["item"] not in done and len(item["responses"]) >= fewest]
+        def still_to_do(pages={}):
+            return [item for n, item in enumerate(self.sampler.items)
+                    if item["item"] not in done and len(item["responses"]) >= fewest
+                    and (self.overlap is None or n < self.overlap or not self.is_taken(item["item"], annotator, pages))]
 
-        while not (free := still_to_do()) and self.sampler.add_item():
+        while not (free := still_to_do(self.shown)) and self.sampler.add_item():
             pass
+        free = free or still_to_do()                # what is only on the page of somebody who may have left
         own = [done[item["item"]] for item in self.sampler.items if item["item"] in done]
         votes = sum(journal is self.votes for journal, _ in own)
         unsampled = len(self.sampler.prompts) - len(self.sampler.items)
         state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done),
                  "total": len(own) + len(free) + unsampled}
+        self.shown[annotator] = free[0]["item"] if free else None
         return state | (self.show(free[0], annotator) if free else {"finished": True})
+
+    def is_taken(self, name, annotator, pages):
+        """Whether somebody else has said something about an item, or has it on their page {annotator: item}."""
+        others = (self.done.keys() | pages.keys()) - {annotator}
+        return any(name in self.done.get(other, ()) or pages.get(other) == name for other in others)
 
     def show(self, item, annotator):
         """What the page needs to show an item. The names of the models are not part of it."""
