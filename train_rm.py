@@ -43,8 +43,8 @@ class Config:
     seed: int = option(1, "seed of the head, the data order and the samples", least=0)
 
     # What fits
-    max_prompt: int = option(0, "most tokens of a prompt; 0: as the SFT run", least=0)
-    max_response: int = option(0, "most tokens of a response; 0: as the SFT run", least=0)
+    max_prompt: int = option(0, "most tokens of a prompt; 0: as the data needs", least=0)
+    max_response: int = option(0, "most tokens of a response; 0: as the data needs", least=0)
     drop_long: bool = option(False, "drop and count what does not fit, instead of stopping")
 
     # Updates
@@ -171,7 +171,7 @@ def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     require(cfg.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {cfg.loss}")
     device = start(cfg)
-    take_over(cfg)
+    take_over(cfg, limits=False)
     tokenizer = load_tokenizer(cfg.model)
     stop = parse_stop(cfg.stop, tokenizer)
     # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores.

@@ -32,15 +32,17 @@ def parse_stop(text, tokenizer):
     return ids[0], int(position)
 
 
-def take_over(cfg):
+def take_over(cfg, limits=True):
     """What is left open of limits, temperature and stop becomes that of the run that made --model.
 
     So labels, reward model, PPO and assessment sample alike, as was decided where SFT saw the data.
+    limits False: they stay open. Comparisons are text, and a sampled answer that is read back from
+    its text can have a few tokens more than the limit it was sampled with.
     """
     before = read_options(cfg.model) or read_options(getattr(cfg, "reward", cfg.model))
     for name, still_open, otherwise in (("max_prompt", 0, 0), ("max_response", 0, 0),
                                         ("temperature", 0.0, 1.0), ("stop", "auto", "")):
-        if getattr(cfg, name) == still_open:
+        if getattr(cfg, name) == still_open and (limits or not name.startswith("max_")):
             setattr(cfg, name, before.get(name, otherwise))
 
 

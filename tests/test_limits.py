@@ -29,15 +29,22 @@ def test_sft_decides_the_limits_and_the_later_stages_take_them_over(world):
     """Demonstrations have at most 9 letters and an EOS: a quarter more, rounded up to 16."""
     sft = read_options(world / "sft1")
     assert (sft["max_prompt"], sft["max_response"], sft["temperature"]) == (16, 16, 0.9)
-    train_rm.main(script_flags(world, "rm1", "--model", f"{world}/sft1", "--data", f"{world}/comparisons.jsonl",
-                               "--epochs", 1, "--gold", "none"))
     train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", *OPEN, out="ppo1"))
-    for run in ("rm1", "ppo1"):
-        assert {name: read_options(world / run)[name] for name in ("max_prompt", "max_response", "temperature")} == {
-            "max_prompt": 16, "max_response": 16, "temperature": 0.9}
+    assert {name: read_options(world / "ppo1")[name] for name in ("max_prompt", "max_response", "temperature")} == {
+        "max_prompt": 16, "max_response": 16, "temperature": 0.9}
     train_ppo.main(ppo_flags(world, "--model", f"{world}/sft1", "--max_response", 7, out="ppo2"))
     assert read_options(world / "ppo2")["max_response"] == 7
     assert all(row["rollout/length"] <= 7 for row in read_metrics(world / "ppo2"))
+
+
+def test_the_reward_model_reads_answers_that_are_longer_than_the_limit_of_sampling(world):
+    """The text of a sampled answer can have more tokens when it is read back, and no command of the guide stops there."""
+    rows = [{"prompt": f"pr{n}", "responses": ["a" * 20, "b"], "ranks": [1, 2]} for n in range(8)]
+    write_jsonl(world / "long.jsonl", rows)
+    train_rm.main(script_flags(world, "rm1", "--model", f"{world}/sft1", "--data", f"{world}/long.jsonl",
+                               "--epochs", 1, "--gold", "none"))
+    options = read_options(world / "rm1")
+    assert options["max_response"] > 16 and options["temperature"] == 0.9
 
 
 def test_a_new_model_has_as_many_positions_as_its_data_needs(tmp_path):
