@@ -132,22 +132,22 @@ def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer,
     # 1. Sample one response per prompt. The random numbers are drawn for the whole batch, so that a
     #    row's numbers do not depend on how many processes share it.
     device = next(policy.parameters()).device
-    prompts, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
+    prompt_ids, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
     rng = generator(cfg.seed, SAMPLE, iteration)
     uniforms = shard(torch.rand(cfg.batch_size, cfg.max_response, generator=rng)).to(device)
     responses, response_mask, finished = generate(
-        sampling_copy(policy), prompts, prompt_mask, uniforms, stop, cfg.temperature)
-    prompt_texts = [example.row.prompt for example in shard(batch)]
+        sampling_copy(policy), prompt_ids, prompt_mask, uniforms, stop, cfg.temperature)
+    prompts = [example.row.prompt for example in shard(batch)]
     texts = [decode(tokenizer, response[mask].tolist())
              for response, mask in zip(responses.cpu(), response_mask.cpu())]
-    P = prompts.shape[1]
-    ids = torch.cat([prompts, responses], dim=1)                            # (B, T)
+    P = prompt_ids.shape[1]
+    ids = torch.cat([prompt_ids, responses], dim=1)                         # (B, T)
     attention_mask = torch.cat([prompt_mask, response_mask], dim=1)         # (B, T)
     parts = micro_batches(torch.arange(len(ids)), cfg.micro_batch)
 
     # 2. Score: one number for prompt and response. One that never ended gets a fixed low score.
     if isinstance(reward_model, FunctionReward):
-        scores = reward_model(prompt_texts, texts).to(device)               # (B,)
+        scores = reward_model(prompts, texts).to(device)                    # (B,)
     else:
         scores = torch.cat([reward_model.normalised_scores(ids[part], attention_mask[part])
                             for part in parts])                             # (B,)
@@ -175,7 +175,7 @@ def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer,
 
     # 6. Whiten the advantages over all tokens of the rollout.
     advantages = ppo.whiten(advantages, response_mask)
-    return Rollout(prompt_texts, texts, P, ids, attention_mask, response_mask, finished, scores,
+    return Rollout(prompts, texts, P, ids, attention_mask, response_mask, finished, scores,
                    logprobs, ref_logprobs, entropy, rewards, values, returns, advantages)
 
 
