@@ -259,13 +259,13 @@ def revise(browser, n):
 def test_guidelines_turns_a_flag_and_a_revised_vote(tmp_path, browser):
     answers = answers_file(tmp_path, (DIALOGUE, [" Water it.", " Sell it.", " Eat it."]),
                            ("Two?", [" Yes.", " No."]), ("Three?", [" a", " b", " c"]))
-    (tmp_path / "guide.md").write_text("# Aim\n\nBe **kind** and `exact`.\n\n- one\n- two\n\n```\n# code\n```\n")
+    (tmp_path / "guide.md").write_text("# Aim\n\nBe **kind** and `exact`.\n\n- one\n- two\n\n```\n# code\n```\n> He *said*\n> so.\n")
     _, url = start(tmp_path, "rank", "--answers_from", answers, "--guidelines", tmp_path / "guide.md")
     browser.open(url)
     enter(browser, "Ann")
     browser.until(lambda: browser.shows("#guide"))                      # at the first visit
-    assert [texts(browser, f"#text {tag}") for tag in ("h2", "strong", "code", "li", "pre")] == [
-        ["Aim"], ["kind"], ["exact"], ["one", "two"], ["# code"]]
+    assert [texts(browser, f"#text {tag}") for tag in ("h2", "strong", "code", "li", "pre", "em", "blockquote")] == [
+        ["Aim"], ["kind"], ["exact"], ["one", "two"], ["# code"], ["said"], ["He said\nso."]]
     browser.press("1", "s")                                             # these mean nothing here
     time.sleep(2)
     closed = time.monotonic()
@@ -332,6 +332,8 @@ def test_a_dialogue_flags_and_past_votes_fit_a_phone(tmp_path, browser, width, h
     browser.click("#guide .primary")
     shown(browser, 1)
     browser.click("#flag")
+    assert browser.run("""return document.querySelector('#answers').getBoundingClientRect().bottom
+                       <= document.querySelector('footer').getBoundingClientRect().top""")   # the bar covers no answer
     assert fits() and browser.run("return document.querySelector('#turns').offsetHeight") < height / 2
     browser.click("#skip")
     shown(browser, 2)
