@@ -118,8 +118,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A Llama is loaded, never new, so no initial weights are drawn here."""
     dtype = "float32"
-    h = property(lambda self: self.layers)          # the blocks and the embedding, by GPT-2's names
-    wte = property(lambda self: self.embed_tokens)
+    h = property(lambda self: self.layers)          # the blocks, by GPT-2's name
 
     def __init__(self, config):
         super().__init__()

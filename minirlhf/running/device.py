@@ -2,13 +2,11 @@
 
 import atexit
 import copy
-import functools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from minirlhf.files.errors import require
 from minirlhf.running.cpu import fast_cpu, packed
@@ -67,13 +65,10 @@ def set_precision(device, dtype):
 def sampling_copy(model):
     """A copy of a language model to sample from, in which every matrix is prepared once, and not again for every token.
 
-    Under bfloat16 the matrices of the blocks are converted. On a CPU they and the head are put into the order in which
-    oneDNN reads them. All other parameters are shared with the model.
+    Under bfloat16 the matrices of the blocks are converted. On a CPU they are put into the order in which oneDNN reads
+    them. All other parameters are shared with the model.
     """
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    head = getattr(copied, "lm_head", None) or copied.wte                    # GPT-2's is the embedding
-    n, bias = model.config.n_tokens, getattr(head, "bias", None)
-    copied.logits = functools.partial(F.linear, weight=packed(head.weight[:n]), bias=None if bias is None else bias[:n])
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     for module in copied.h.modules():
         if isinstance(module, torch.nn.Linear):

@@ -96,7 +96,8 @@ def floors(args, peaks, dtype):
     """2 FLOP per weight and token forward, 6 with the way back. Blocks: five passes forward (sampling, log-probabilities of
     policy and reference, values, scores), the epochs of two networks; the head only where a response is, and not for
     scalars."""
-    head = our_model(args.size, "meta").wte.weight.numel()
+    config = our_model(args.size, "meta").config
+    head = config.vocab_size * config.n_embd
     blocks, n = n_weights(args.size) - head, args.epochs
     tokens, responses = args.batch * (args.prompt + args.new), args.batch * args.new
     return {"arithmetic": (blocks * tokens * (2 * 5 + 6 * n * 2) + head * responses * (2 * 3 + 6 * n)) / peaks[dtype]}
