@@ -3,8 +3,10 @@
     python tests/pictures.py data/tiny/collapse.png out/ppo out/ppo_few
     python tests/pictures.py minirlhf/patches/curves.png RUN ... --metrics objective/gold objective/kl \\
         objective/entropy rollout/length
+    python tests/pictures.py minirlhf/beta.png out/beta_0.02 out/beta_0.05 out/beta_0.15 --end
 
-A panel for each metric, a curve for each run, and the healthy range in grey.
+A panel for each metric, a curve for each run, and the healthy range in grey. With --end a single panel: gold and the
+share of wins against the KL, both of the assessment at the end, a point for each run.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minirlhf.running.runs import read_rows                     # noqa: E402
+from minirlhf.running.runs import read_report, read_rows        # noqa: E402
 from minirlhf.tools.page import COLOURS, PANELS                 # noqa: E402
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -40,13 +42,31 @@ def draw(out, runs, panels):
     figure.savefig(out)
 
 
+def draw_ends(out, reports):
+    """reports: {label: report.json}."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    kls = [report["kl"] for report in reports.values()]
+    for colour, name, values in zip(COLOURS, ("gold", "wins against the SFT model"),
+                                    ([report["ppo"]["gold"] for report in reports.values()],
+                                     [report["win_rate"] for report in reports.values()])):
+        axis.plot(kls, values, "o-", color=colour, label=name, linewidth=1.2)
+    for label, kl, report in zip(reports, kls, reports.values()):
+        axis.annotate(label, (kl, report["ppo"]["gold"]), xytext=(0, 8), textcoords="offset points", ha="center")
+    axis.set(xlabel="KL, nats per sequence", ylabel="0 to 1", ylim=(0.9, 1.0), xlim=(min(kls) - 1, max(kls) + 1))
+    axis.legend(loc="lower right")
+    figure.savefig(out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="the picture to write")
     parser.add_argument("runs", nargs="+", help="folders of PPO runs; a label is a folder's name")
     parser.add_argument("--metrics", nargs="+", help="the panels, by their metric [all]")
+    parser.add_argument("--end", action="store_true", help="the assessments at the end, against the KL")
     args = parser.parse_args()
     plt.rcParams.update(STYLE)
+    if args.end:
+        return draw_ends(args.out, {Path(run).name.replace("_", " "): read_report(run) for run in args.runs})
     runs = {Path(run).name: read_rows(Path(run) / "metrics.jsonl") for run in args.runs}
     draw(args.out, runs, [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics])
 
