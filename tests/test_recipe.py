@@ -67,7 +67,8 @@ def worth(prompt, answer, finished):
 def vote(items, votes, seed, noise=0.15, most=None):
     """Three annotators rank the sampled answers; noise None: at random. One row for each person and item."""
     rng, rows = random.Random(seed), []
-    for _, item in list(read_jsonl(items))[:most]:
+    different = [item for _, item in read_jsonl(items) if len(item["responses"]) > 1]      # the page shows these
+    for item in different[:most]:
         texts = item["responses"]
         for person in ("ann", "bob", "cem"):
             scores = [(0 if noise is None else worth(item["prompt"], text, finished)) + rng.gauss(0, noise or 1)
@@ -88,7 +89,7 @@ def recipe(file, heading):
 
 def main_of(name):
     """The main function of "train_sft.py" or "minirlhf.tools.chat"."""
-    module = name.removesuffix(".py")
+    module = name.removesuffix(".py").replace("/", ".")
     for candidate in (module, f"{module}.__main__"):
         if (ROOT / (candidate.replace(".", "/") + ".py")).exists():
             return importlib.import_module(candidate).main
@@ -113,6 +114,12 @@ def follow(commands, flags, capsys, after={}):
         after.get(label, lambda: None)()
         printed[label] = capsys.readouterr().out
     return printed
+
+
+def refused_rightly(printed):
+    """PPO has refused to start exactly where a check before it, or its first rollout, said so."""
+    said = printed.get("refused", "")
+    assert bool(said) == ("no-go" in printed["train_rm.py"] or "of the first responses ended" in said)
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ def test_the_recipe_from_a_csv_to_a_judged_model(smollm2, capsys, monkeypatch, f
         sft[name] for name in ("temperature", "stop", "max_prompt")]
     assert re.search("^(go|no-go): held-out loss", printed["train_sft.py"], re.MULTILINE)
     assert "kappa" in printed["minirlhf.tools.feedback stats"]
-    assert ("refused" in printed) == ("no-go" in printed["train_rm.py"] or "first responses" in printed.get("refused", ""))
+    refused_rightly(printed)
     assert Path("my/report/report.html").exists() and printed["minirlhf.tools.chat"].strip()
 
 
@@ -159,6 +166,6 @@ def test_the_recipe_of_the_films(smollm2, capsys, few_samples):                 
         "train_sft.py": ["--model", str(smollm2)],
         "train_ppo.py": ["--iterations", "2", "--batch_size", "8"]}, capsys, {"data/films/prepare.py": cut})
     assert re.search("^(go|no-go): held-out loss", printed["train_sft.py"], re.MULTILINE)
-    assert ("refused" in printed) == ("no-go" in printed["train_rm.py"])
+    refused_rightly(printed)
     report = json.loads(Path("out/films/ppo/report.json").read_text())
-    assert 0 < report["kl"] < 5 and report["ppo"]["eos_rate"] > 0.5
+    assert abs(report["kl"]) < 5 and report["ppo"]["perplexity"] < 1.5 * report["sft"]["perplexity"] < 300
