@@ -23,7 +23,7 @@ def votes(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "votes.jsonl", [
         vote(1, "Ann", [1, 2, 3]), vote(1, "Bob", [1, 2, 3]), vote(1, "Cem", [1, 2, 3]),
         vote(2, "Ann", [1, 2, 3]), vote(2, "Bob", [3, 1, 2], note="too long"), vote(2, "Cem", [1, 2, 3]),
-        vote(3, "Ann", [2, 1, 1]), vote(3, "Cem", [2, 1, 1], flags=["all bad"]), vote(4, "Ann", [1, 1, 1])])
+        vote(3, "Ann", [2, 1, 1]), vote(3, "Cem", [2, 1, 1], flags="all bad"), vote(4, "Ann", [1, 1, 1])])
     return "votes.jsonl"
 
 

@@ -60,6 +60,11 @@ def item_kappas(items):
     return kappas
 
 
+def flags_of(row):
+    flags = row.get("flags") or []
+    return list(map(str, flags)) if isinstance(flags, list) else [str(flags)]
+
+
 def show(votes, kappa):
     """An item as text: a column of ranks for each person beside the answers, and their notes below."""
     names = [vote["annotator"] or "(no name)" for vote in votes]
@@ -68,7 +73,7 @@ def show(votes, kappa):
         ranks = "  ".join(f"{vote['ranks'][k]:^{len(name)}}" for vote, name in zip(votes, names))
         print(textwrap.fill(response.strip(), 118, initial_indent=f"  {ranks}  ", subsequent_indent=" " * (len(ranks) + 4)))
     for vote, name in zip(votes, names):
-        remarks = [*map(str, vote.get("flags") or []), *([repr(vote["note"])] if vote.get("note") else [])]
+        remarks = [*flags_of(vote), *([repr(vote["note"])] if vote.get("note") else [])]
         if remarks:
             print(f"  {name}: {', '.join(remarks)}")
 
@@ -77,7 +82,7 @@ def flagged(votes, path, flags):
     """The items that anybody gave one of these flags, in a vote or in a skip."""
     skips = sidecar(path, "skips")
     rows = votes + ([row for _, row in read_jsonl(skips)] if skips.exists() else [])
-    return {row.get("item") for row in rows if set(map(str, row.get("flags") or [])) & set(flags)}
+    return {row.get("item") for row in rows if set(flags_of(row)) & set(flags)}
 
 
 def left_over(votes, args):
