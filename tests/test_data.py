@@ -107,6 +107,13 @@ def test_encode_adds_exactly_one_eos_and_text_can_never_inject_one():
     assert encode(TOKENIZER, "p", "")[1] == [EOS]
 
 
+def test_prompt_and_response_are_tokenized_apart():
+    """" drum" is one token. Across the border between prompt and response it must stay two pieces."""
+    apart = TOKENIZER.encode_ordinary("A d"), TOKENIZER.encode_ordinary("rum.")
+    assert sum(apart, []) != TOKENIZER.encode_ordinary("A drum.")
+    assert encode(TOKENIZER, "A d", "rum.") == (apart[0], [*apart[1], EOS])
+
+
 def test_an_unfinished_answer_is_read_back_without_eos(tmp_path):
     row, = read_comparisons(write(tmp_path, PAIR | {"best": 0, "finished": [True, False]}))
     example, = encode_rows([row], TOKENIZER, positions=50)

@@ -12,7 +12,7 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import ppo
-from minirlhf.answers import respond
+from minirlhf.answers import reference_answers, respond
 from minirlhf.data import Example, Row
 from minirlhf.generate import at_response, generate, right_pad
 from minirlhf.reward import ScalarHeadModel
@@ -162,6 +162,28 @@ def test_clip_is_the_policys_limit():
     assert clipped[0.01] > clipped[0.2] > clipped[100.0] == 0
 
 
+OUR_LOOP = {    # three iterations of the script with the flags below. The size of the micro-batches moves them by 1e-6
+    "objective/scores": [-0.1033, -0.3439, 0.5608],
+    "objective/kl": [0, 0.0527, 0.2431],
+    "objective/entropy": [17.9566, 16.6783, 12.4736],
+    "policy/approxkl": [0.0180, 0.0019, 0.0024],
+    "policy/clipfrac": [0.2625, 0.0219, 0.0242],
+    "loss/policy": [-0.0366, -0.0182, -0.0175],
+    "loss/value": [0.5131, 0.4806, 0.3625],
+    "value/clipfrac": [0, 0.2022, 0.3623],
+    "value/explained_variance": [0, 0.0101, 0.0274],
+}
+
+
+def test_three_iterations_of_ppo_are_those_of_our_own_loop(world):
+    """A run of make_rollout() and update() together, in numbers: nothing else tests what they hand to each other."""
+    metrics = run_ppo(world, *"--iterations 3 --batch_size 24 --epochs 3 --lr 1e-3 --value_lr 1e-2 --beta 0.1 "
+                      "--lam 0.9 --missing_eos -2 --temperature 0.9 --minibatches 2 --seed 1".split())
+    for name, expected in OUR_LOOP.items():
+        found = [row[name] for row in metrics]
+        np.testing.assert_allclose(found, expected, rtol=0.003, atol=3e-4, err_msg=f"{name} of three iterations")
+
+
 # ---- what main() sets up ---------------------------------------------------------------------------------------------
 
 def same_weights(a, b):
@@ -307,6 +329,17 @@ def test_the_reward_model_starts_as_the_sft_model_and_is_normalised_on_its_sampl
     answers = respond(sft, prompts, 10, (EOS, 0), torch.Generator().manual_seed(7))
     scores = model.normalised_scores(*right_pad([prompt + ids for prompt, (ids, _) in zip(prompts, answers)]))
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.15
+
+
+def test_scores_are_normalised_at_the_temperature_and_length_of_ppo():
+    """On samples at --temperature that are as long as the longest compared answer: by hand, one after another."""
+    sft, model, cfg = letters_gpt2(0), ScalarHeadModel(letters_gpt2(1)), train_rm.Config(temperature=0.4)
+    compared = [Example(None, [97 + i], [[98] * 3, [99] * (4 + i)]) for i in range(3)]
+    train_rm.normalise(model, sft, compared, (EOS, 0), cfg, "cpu")
+    chosen, answers = reference_answers(sft, compared, 6, (EOS, 0), cfg)
+    scores = [model(torch.tensor([example.prompt + ids]))[0, -1] for example, (ids, _) in zip(chosen, answers)]
+    mean, std = torch.stack(scores).mean().item(), torch.stack(scores).std().item()
+    np.testing.assert_allclose([model.reward_mean, model.reward_std], [mean, std], rtol=1e-3)
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
