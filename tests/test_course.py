@@ -129,6 +129,12 @@ def test_the_outputs_in_the_lessons_are_in_their_ranges(number, command, lines):
     check_output(command, lines)
 
 
+def test_what_the_introduction_says_of_two_threads_is_in_the_output_of_lesson_6():
+    lines, = [lines for number, _, lines in OUTPUTS if number == 6]
+    kl = {row[0]: round(row[3]) for row in rows(lines, 8)}
+    assert f"At iteration 10 the KL is {kl[10]} nats" in TEXT and f"at iteration 18 it is {kl[18]} and" in TEXT
+
+
 def test_an_output_out_of_range_is_noticed():
     for _, command, lines in OUTPUTS:
         with pytest.raises((AssertionError, StopIteration, ValueError, IndexError)):
