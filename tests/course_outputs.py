@@ -22,11 +22,11 @@ RUN = re.compile(r"^    (?P<command>\S[^\n]*)\n\n<details><summary>What it print
                  r"```text\n(?P<output>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 ROW = r" +\d*[02468] .*|  +step .*"  # of a script's table: every other row
 KEPT = {            # {what a command has in it: lines of its output to keep}; all lines without an entry
-    "train_sft.py": rf"SFT: .*|{ROW}|  perplexity.*",
+    "train_sft.py": r"SFT: .*| +(0|12|24|36|48|60|72|78) .*|  +step .*|  perplexity.*",
     "--explain": r"(?!> *$|(state|action|V\(state\)|reward|return|advantage)  ).*",       # lesson 5 explains them
     "--reward calm.py": rf"{ROW}|.*warning: .*",
     "--beta 0": rf"{ROW}|.*warning: .*",
-    "mystery": rf"PPO: .*|{ROW}|.*warning: .*|\|.*|(default|mystery_\d+), seed.*",
+    "mystery": r"PPO: .*| +(0|4|8|12|16|18) .*|  +step .*|\|.*|(default|mystery_\d+), seed.*",
     "evaluate out/sft out/ppo": r"(?!The reward|On \d|counts|claims|accuracy|.* 512$|mood|wh|wrote|A tie|Note|says).*",
     "evaluate out/sft --reward": r"The reward model.*|accuracy against.*|.*\[.*\].*512",
 }
@@ -54,13 +54,15 @@ def make_folder(folder):
 
 def kept(command, lines):
     pattern = next((pattern for part, pattern in KEPT.items() if part in command), ".*")
-    return [line.rstrip() for line in lines if re.fullmatch(pattern, line)]
+    lines = [line.rstrip() for line in lines if re.fullmatch(pattern, line)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n").splitlines()
 
 
 def run(command, folder):
     """The lines that a command prints, without those that are left out of the course."""
     environment = {**os.environ, "COLUMNS": "80", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)             # a blind mystery asks nothing
     if done.returncode:
         raise RuntimeError(f"{command}\n{done.stdout}{done.stderr}")
     return kept(command, done.stdout.strip("\n").splitlines())

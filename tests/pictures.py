@@ -3,10 +3,10 @@
     python tests/pictures.py data/tiny/collapse.png out/ppo out/ppo_few
     python tests/pictures.py minirlhf/patches/curves.png RUN ... --metrics objective/gold objective/kl \\
         objective/entropy rollout/length
-    python tests/pictures.py minirlhf/beta.png out/beta_0.02 out/beta_0.05 out/beta_0.15 --end
+    python tests/pictures.py minirlhf/beta.png out/beta_0.02 out/beta_0.05 out/beta_0.15 --against_kl
 
-A panel for each metric, a curve for each run, and the healthy range in grey. With --end a single panel: gold and the
-share of wins against the KL, both of the assessment at the end, a point for each run.
+A panel for each metric, a curve for each run, and the healthy range in grey. With --against_kl, gold against KL: the
+path of each run, and where it ends on the held-out prompts, with the 95 % interval.
 """
 
 import argparse
@@ -42,19 +42,22 @@ def draw(out, runs, panels):
     figure.savefig(out)
 
 
-def draw_ends(out, reports):
-    """reports: {label: report.json}."""
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    kls = [report["kl"] for report in reports.values()]
-    for colour, name, values in zip(COLOURS, ("gold", "wins against the SFT model"),
-                                    ([report["ppo"]["gold"] for report in reports.values()],
-                                     [report["win_rate"] for report in reports.values()])):
-        axis.plot(kls, values, "o-", color=colour, label=name, linewidth=1.2)
-    for label, kl, report in zip(reports, kls, reports.values()):
-        axis.annotate(label, (kl, report["ppo"]["gold"]), xytext=(0, 8), textcoords="offset points", ha="center")
-    axis.set(xlabel="KL, nats per sequence", ylabel="0 to 1", ylim=(0.9, 1.0), xlim=(min(kls) - 1, max(kls) + 1))
+def draw_against_kl(out, runs):
+    """runs: {label: folder}. A path is a mean over ten iterations, from the SFT model on."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for colour, (label, folder) in zip(cycle(COLOURS), runs.items()):
+        rows, report = read_rows(folder / "metrics.jsonl"), read_report(folder)
+        kl, gold = (moving_mean([row[f"objective/{name}"] for row in rows]) for name in ("kl", "gold"))
+        axis.plot(kl, gold, color=colour, linewidth=1, alpha=0.6)
+        end, (low, high) = report["ppo"]["gold"], report["ppo"]["ci"]["gold"]
+        axis.errorbar(report["kl"], end, [[end - low], [high - end]], fmt="o", color=colour, capsize=4, label=label)
+    axis.set(xlabel="KL to the SFT model, nats per sequence", ylabel="gold, 0 to 1")
     axis.legend(loc="lower right")
     figure.savefig(out)
+
+
+def moving_mean(values, n=10):
+    return [sum(values[max(0, i - n + 1):i + 1]) / min(n, i + 1) for i in range(len(values))]
 
 
 def main():
@@ -62,11 +65,11 @@ def main():
     parser.add_argument("out", help="the picture to write")
     parser.add_argument("runs", nargs="+", help="folders of PPO runs; a label is a folder's name")
     parser.add_argument("--metrics", nargs="+", help="the panels, by their metric [all]")
-    parser.add_argument("--end", action="store_true", help="the assessments at the end, against the KL")
+    parser.add_argument("--against_kl", action="store_true", help="gold against KL in place of the curves")
     args = parser.parse_args()
     plt.rcParams.update(STYLE)
-    if args.end:
-        return draw_ends(args.out, {Path(run).name.replace("_", " "): read_report(run) for run in args.runs})
+    if args.against_kl:
+        return draw_against_kl(args.out, {Path(run).name: Path(run) for run in args.runs})
     runs = {Path(run).name: read_rows(Path(run) / "metrics.jsonl") for run in args.runs}
     draw(args.out, runs, [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics])
 

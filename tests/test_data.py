@@ -107,12 +107,11 @@ def test_encode_adds_exactly_one_eos_and_text_can_never_inject_one():
     assert encode(TOKENIZER, "p", "")[1] == [EOS]
 
 
-def test_prompt_and_response_are_tokenised_apart():
-    """Together "a drum" + "s" would be other tokens, and the response would begin within one."""
-    prompt, response = encode(TOKENIZER, "Tell me of a dr", "um.")
-    assert prompt == TOKENIZER.encode_ordinary("Tell me of a dr")
-    assert response == [*TOKENIZER.encode_ordinary("um."), EOS]
-    assert prompt + response[:-1] != TOKENIZER.encode_ordinary("Tell me of a drum.")
+def test_prompt_and_response_are_tokenized_apart():
+    """" drum" is one token. Across the border between prompt and response it must stay two pieces."""
+    apart = TOKENIZER.encode_ordinary("A d"), TOKENIZER.encode_ordinary("rum.")
+    assert sum(apart, []) != TOKENIZER.encode_ordinary("A drum.")
+    assert encode(TOKENIZER, "A d", "rum.") == (apart[0], [*apart[1], EOS])
 
 
 def test_an_unfinished_answer_is_read_back_without_eos(tmp_path):

@@ -23,12 +23,16 @@ WRONG = [   # (function, a piece of our solution, what a learner may write in it
     ("response_logprobs", "prompts)))[:, 1:]", "prompts)))[:, :-1]"),
     ("sft_loss", "-logprobs.sum()", "-logprobs.mean()"),
     ("encode", "[tokenizer.eot_token] if finished else []", "[tokenizer.eot_token]"),
+    ("encode", "encode_prompt(tokenizer, prompt), tokenizer.encode_ordinary(response) + eos",
+     "[], tokenizer.encode_ordinary(prompt + response) + eos"),
     ("preferred", "(ranks[:, :, None] > 0) & (ranks[:, :, None] < ranks[:, None, :])",
      "ranks[:, :, None] < ranks[:, None, :]"),
     ("at_last_token", "x.shape[1] - 1 - pads_after", "attention_mask.sum(dim=1, keepdim=True) - 1"),
     ("pair_loss", "/ better.sum(dim=(1, 2))).mean()", ").sum() / better.sum()"),
     ("best_loss", "scores.masked_fill(ranks == 0, -math.inf).logsumexp", "scores.logsumexp"),
     ("normalise", "at_last_token(reward_model(ids), attention_mask)", "reward_model(ids)[:, -1]"),
+    ("normalise", "limit, stop, cfg)", "limit, stop, type(cfg)(temperature=1.0))"),
+    ("normalise", "reference_answers(sft, examples, limit,", "reference_answers(sft, examples, 2,"),
     ("token_rewards", LAST, "torch.full_like(response_mask[:, :1], response_mask.shape[1] - 1, dtype=torch.long)"),
     ("token_rewards", "-beta * kl", "beta * kl"),
     ("kl_k3", "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
@@ -39,12 +43,19 @@ WRONG = [   # (function, a piece of our solution, what a learner may write in it
     ("policy_losses", "-torch.min(", "-torch.max("),
     ("policy_losses", "-torch.min(", "torch.min("),
     ("value_losses", "torch.max(", "torch.min("),
-    ("make_rollout", "torch.where(finished, scores, cfg.missing_eos)", "scores"),
-    ("make_rollout", "advantages = ppo.whiten(advantages, response_mask)", "pass"),
-    ("update", "(ppo.masked_sum(losses, mask) / n_tokens).backward()\n                stats",
-     "(ppo.masked_sum(losses, mask) / mask.sum()).backward()\n                stats"),
-    ("update", "            policy_optimizer.zero_grad()\n", ""),
     ("adaptive_beta", "min(max(kl / target - 1, -0.2), 0.2)", "kl / target - 1"),
+    ("make_rollout", "torch.where(finished, scores, cfg.missing_eos)", "scores"),
+    ("make_rollout", "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part], cfg.temperature)",
+     "ref_logprobs[part] = ppo.token_logprobs(logits, responses[part])"),
+    ("make_rollout", "ppo.gae(rewards, values, response_mask, lam=cfg.lam)", "ppo.gae(rewards, values, response_mask)"),
+    ("make_rollout", "advantages = ppo.whiten(advantages, response_mask)",
+     "advantages = ppo.whiten(advantages, response_mask)\n    returns = advantages + values"),
+    ("update", "(ppo.masked_sum(losses, mask) / n_tokens).backward()\n                stats",
+     "(ppo.masked_mean(losses, mask) / cfg.minibatches).backward()\n                stats"),
+    ("update", "losses = ppo.policy_losses(new_logprobs, logprobs,",
+     "losses = ppo.policy_losses(new_logprobs, new_logprobs.detach(),"),
+    ("update", "torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)", ""),
+    ("update", "policy_optimizer.zero_grad()", ""),
 ]
 
 
@@ -95,22 +106,24 @@ def test_the_list_has_every_exercise_in_its_order(capsys):
 # ---- blank and solution ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_a_blank_keeps_everything_but_the_body(name):
-    original = (ROOT / EXERCISES[name].file).read_bytes()
+def test_a_blank_hides_the_exercises_of_its_file_and_keeps_the_rest(name, capsys):
+    original = (ROOT / EXERCISES[name].file).read_text()
     exercise.main(["blank", name])
-    assert (ROOT / EXERCISES[name].file).read_bytes() == original
-    ours, theirs = (exercise.read_function(path, name) for path in (ROOT / EXERCISES[name].file, learners_file(name)))
-    for what in (lambda f: f.name, lambda f: ast.dump(f.args), lambda f: ast.get_docstring(f, clean=False),
-                 lambda f: list(map(ast.dump, f.decorator_list))):
-        assert what(ours[1]) == what(theirs[1])
-    assert ast.get_docstring(ours[1])
-    todo = ast.unparse(theirs[1].body[1:])
-    assert todo.startswith("raise NotImplementedError(") and "\n" not in todo
-    for other in EXERCISES:                                 # which other solutions could be read here
-        if other != name and EXERCISES[other].file == EXERCISES[name].file:
-            _, hidden = exercise.read_function(learners_file(name), other)
-            assert "another exercise" in ast.unparse(hidden.body[1:]) and len(hidden.body) == 2
-    assert exercise.with_body(exercise.learners_source(learners_file(name), name), Path("x"), name) == ours[0]
+    shown, theirs = capsys.readouterr().out, learners_file(name).read_text()
+    assert (ROOT / EXERCISES[name].file).read_text() == original
+    assert theirs.splitlines()[int(shown.split(":")[1].split()[0]) - 1].strip() == (
+        'raise NotImplementedError("your code replaces this line")')
+    for other in [other for other in EXERCISES if EXERCISES[other].file == EXERCISES[name].file]:
+        for what in (lambda f: f.name, lambda f: ast.dump(f.args), lambda f: ast.get_docstring(f, clean=False),
+                     lambda f: list(map(ast.dump, f.decorator_list))):
+            ours, blanked = (exercise.read_function(path, other)[1]
+                             for path in (ROOT / EXERCISES[name].file, learners_file(name)))
+            assert ast.get_docstring(ours) and what(ours) == what(blanked)
+        todo = ast.unparse(blanked.body[1:])
+        assert todo.startswith("raise NotImplementedError(") and "\n" not in todo
+    (text, blanked), = [pair for pair in exercise.blanks(name) if exercise.TODO in pair[1]]
+    assert exercise.completed(name) == original.replace(text, blanked)
+    assert len(original.splitlines()) - len(theirs.splitlines()) == text.count("\n") - blanked.count("\n")
 
 
 def test_a_second_blank_keeps_the_learners_file(capsys):
@@ -175,6 +188,7 @@ def test_a_wrong_solution_fails_and_the_first_failure_has_its_numbers(capsys):
     assert check("adaptive_beta") == 1
     out = capsys.readouterr().out
     assert "FAILS   adaptive beta in absolute values\n" in out and "isclose>(0.101, (0.1 * 1.002)" in out
+    assert out.rstrip().endswith("not yet. " + EXERCISES["adaptive_beta"].hint)
 
 
 def test_tests_that_never_end_are_stopped(capsys, monkeypatch):

@@ -3,12 +3,12 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from minirlhf.files.errors import UserError
 from minirlhf.tools import experiment
-from small_world import run_ppo, small_world, write_jsonl
 from test_documents import ROOT
 
 DIFF = """An idea.
@@ -132,6 +132,52 @@ def test_reveal_shows_the_diff(capsys):
     assert bug.name in shown and bug.diff in shown
 
 
+def test_the_mysteries_keep_their_numbers_when_somebody_adds_a_bug(patches):
+    """A new bug comes first in the alphabet and has no number, or takes the next one."""
+    known = ROOT / "minirlhf/patches"
+    for file in known.glob("bug_*.patch"):
+        shutil.copy(file, patches / "patches")
+    numbers = {str(n): experiment.hidden_bug(str(n)).name for n in range(1, 16)}
+    (patches / "patches/bug_a.patch").write_text("Mine.\nrun: train_ppo.py\n")
+    (patches / "patches/bug_b.patch").write_text("Mine too.\nmystery: 16\nrun: train_ppo.py\n")
+    assert {n: experiment.hidden_bug(n).name for n in numbers} == numbers
+    assert len(set(numbers.values())) == 15 and experiment.hidden_bug("16").name == "bug_b"
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A lab whose runs are ready: the log of a PPO run with a warning in it, and no seconds of training."""
+    def run_patch(patch, row, models, folder, log):
+        healthy = {"objective/scores": 0.0, "objective/entropy": 9.0, "objective/beta": 0.05, "rollout/length": 20.0,
+                   "rollout/eos_rate": 1.0, "rollout/score_std": 1.0, "rollout/distinct_2": 0.1}
+        rows = [healthy | {"step": n, "objective/kl": 30.0 * n * (row["patch"] != "default")} for n in range(10)]
+        (folder / "ppo").mkdir(parents=True)
+        (folder / "ppo/run.json").write_text(json.dumps({"config": {"iterations": 10}}))
+        (folder / "ppo/metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        print("   0   0.1\n[9] warning: far away\n   9   0.9", file=open(log, "w") if log else None)
+        return rows_of(row["patch"], {1: 0.5})[0] | row
+    monkeypatch.setattr(experiment, "copy_tree", lambda patch, tree: patch.name)
+    monkeypatch.setattr(experiment, "shared_models", lambda *_: {})
+    monkeypatch.setattr(experiment, "run_patch", run_patch)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("flags, answer, warned, revealed", [
+    ([], "", True, False), (["--blind"], "the score", True, True), (["--blind"], "", False, False)])
+def test_a_blind_mystery_shows_no_warning_before_the_diagnosis(trained, monkeypatch, capsys, flags, answer, warned,
+                                                               revealed):
+    asked = []
+    monkeypatch.setattr(experiment.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(capsys.readouterr().out) or answer)
+    experiment.main(["mystery", "2", *flags, "--out", "lab"])
+    before, after = "".join(asked), capsys.readouterr().out
+    blind = bool(flags)
+    assert len(asked) == blind and "warning" not in before and ("   9   0.9" in before) == blind
+    assert ("warning: " in after) == warned and (experiment.hidden_bug("2").name in before + after) == revealed
+    text = open("lab/mystery_2.html").read()
+    assert '"title":"default, mystery 2"' in text and ('"warnings":[]' in text) == blind
+
+
 def test_a_script_that_fails_is_one_line_and_its_log_has_the_rest(tmp_path):
     with pytest.raises(UserError, match=r"^train_rm.py stopped with exit code 2: --loss must be one of [^\n]*$"):
         experiment.run_script("train_rm.py", log=tmp_path / "log.txt", loss="nonsense")
@@ -146,32 +192,13 @@ def test_finished_runs_are_not_run_again_unless_the_code_changed(tmp_path, monke
     monkeypatch.setattr(experiment, "shared_models", lambda *_: {"sft": tmp_path, "rm": tmp_path})
     monkeypatch.setattr(experiment, "run_patch", lambda patch, row, *_: ran.append((row["code"], row["seed"]))
                         or rows_of(row["patch"], {row["seed"]: 0.5})[0] | row)
+    monkeypatch.setattr(experiment.page, "write_page", lambda *_, **__: None)
     (tmp_path / "out").mkdir()
     for seeds, changed in ((["1"], {}), (["1", "2"], {}), (["1", "2"], {}), (["1"], {"algo_grpo": "c"})):
         code |= changed
         experiment.main(["run", "algo_grpo", "--seeds", *seeds, "--out", str(tmp_path / "out")])
     assert ran == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("c", 1)]
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 5
-
-
-def test_a_quiet_mystery_has_no_warnings_on_its_page_and_its_log_in_a_file(tmp_path, monkeypatch):
-    """Its runs are replaced by one of the small world, whose KL is made to deserve a warning."""
-    small_world(tmp_path)
-    row, = run_ppo(tmp_path)
-    write_jsonl(tmp_path / "ppo/metrics.jsonl", [row | {"objective/kl": -5.0}])
-
-    def run_patch(patch, row, models, folder, log):
-        shutil.copytree(tmp_path / "ppo", folder / "ppo")
-        assert (log is not None) == quiet
-        return rows_of(row["patch"], {1: 0.5})[0] | row
-    monkeypatch.setattr(experiment, "shared_models", lambda *_: {})
-    monkeypatch.setattr(experiment, "run_patch", run_patch)
-    for quiet in (False, True):
-        out = tmp_path / str(quiet)
-        out.mkdir()
-        experiment.main(["mystery", "2", "--out", str(out), *["--quiet"] * quiet])
-        page = (out / "mystery_2.html").read_text()
-        assert '"title":"default, mystery 2"' in page and ("a KL is not negative" in page) == (not quiet)
 
 
 @pytest.mark.slow
@@ -197,4 +224,4 @@ def test_an_experiment_with_a_patch_and_one_that_fails(tmp_path, monkeypatch, ca
     assert rows["default"]["code"] != rows["algo_grpo"]["code"]
     assert "--temperature" in rows["bug_none"]["failed"]
     assert "--temperature" in capsys.readouterr().out
-    assert "algo_grpo_2/1/ppo" in (tmp_path / "lab/bug_none.html").read_text()
+    assert '"title":"default, algo grpo"' in (tmp_path / "lab/bug_none.html").read_text()

@@ -3,6 +3,7 @@
     python -m minirlhf.tools.experiment list
     python -m minirlhf.tools.experiment run algo_grpo ablate_lam_0 --seeds 1 2 3 --jobs 2
     python -m minirlhf.tools.experiment mystery 3            trains with one of the bugs and does not say which
+    python -m minirlhf.tools.experiment mystery 3 --blind    without the log's warnings. Asks for your diagnosis first
     python -m minirlhf.tools.experiment reveal 3
 
 The patches are minirlhf/patches/*.patch. What stands above the diff says what the idea is, what to expect, and in the
@@ -196,8 +197,11 @@ def read_results(file):
     return [row for _, row in read_jsonl(file)] if file.exists() else []
 
 
-def run_missing(patches, rows, out, at_once, quiet=False):
-    """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done -> all of its lines."""
+def run_missing(patches, rows, out, at_once, blind):
+    """Runs what results.jsonl does not have yet, and adds a line for each as soon as it is done -> all of its lines.
+
+    blind: what a run prints is shown when it has ended, without its warnings.
+    """
     done, seeds = read_results(out / "results.jsonl"), sorted({row["seed"] for row in rows})
     rows = [row for row in rows if not any(row.items() <= each.items() for each in done)]
     models = {seed: shared_models(seed, out) for seed in seeds if any(row["seed"] == seed for row in rows)}
@@ -206,13 +210,17 @@ def run_missing(patches, rows, out, at_once, quiet=False):
 
     def run_one(row):
         folder = folder_of(row, out)
-        log = folder / "log.txt" if quiet or at_once > 1 else None
+        log = folder / "log.txt" if at_once > 1 or blind else None
         return run_patch(patches[row["patch"]], row, models[row["seed"]], folder, log)
 
     with ThreadPoolExecutor(at_once) as pool:
         for row in tqdm(pool.map(run_one, rows), "experiments", len(rows), disable=None):
             with open(out / "results.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if blind:
+                # A line that begins with "$ " is the command, whose flags may be the bug.
+                tqdm.write("".join(line for line in open(folder_of(row, out) / "log.txt")
+                                   if "warning: " not in line and not line.startswith("$ ")))
             said = row.get("failed") or f"{row['seconds']} s, gold {row['gold']:.3f}, KL {row['kl']:.1f}"
             tqdm.write(f"{row['patch']}, seed {row['seed']}: {said}")
             done.append(row)
@@ -268,8 +276,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="[1]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores [1]")
     parser.add_argument("--iterations", type=int, default=0, help="of PPO [as the script says; for `mystery` 20]")
-    parser.add_argument("--quiet", action="store_true",
-                        help="no log and no warnings, on the terminal and on the page: your diagnosis comes first")
+    parser.add_argument("--blind", action="store_true", help="hide all warnings; `mystery` then asks for a diagnosis")
     parser.add_argument("--out", default="out/experiments", help="the folder of all runs [out/experiments]")
     args = parser.parse_args(argv)
     require(args.names or args.command == "list", f"`{args.command}` needs "
@@ -281,7 +288,10 @@ def main(argv=None):
         compare({name: read_patch(name) for name in args.names}, args)
     elif args.command == "mystery":
         args.iterations = args.iterations or 20
-        compare({f"mystery_{args.names[0]}": hidden_bug(args.names[0])}, args)
+        runs = compare({f"mystery_{args.names[0]}": hidden_bug(args.names[0])}, args)
+        if args.blind and sys.stdin.isatty() and input("\nWhat is wrong, and what shows it? (Just Enter: not yet) "):
+            print("\n".join(f"[{step}] warning: {text}" for run in runs for step, text in page.warnings_of(run)))
+            reveal(hidden_bug(args.names[0]))
     else:
         reveal(hidden_bug(args.names[0]))
 
@@ -294,20 +304,24 @@ def reveal(bug):
 
 
 def compare(patches, args):
-    """Runs the default and these {label: Patch} on all seeds, and writes the table and the page of curves."""
+    """Runs the default and these {label: Patch} on all seeds, and writes the table and the page of curves.
+
+    Returns what is on the page: the runs of the first seed, as page.read_folder has them.
+    """
     out, patches = Path(args.out).resolve(), {"default": read_patch("default"), **patches}
     with tempfile.TemporaryDirectory() as empty:                # does every patch fit?
         code = {label: copy_tree(patch, Path(empty, label)) for label, patch in patches.items()}
     rows = [{"patch": label, "seed": seed, "iterations": args.iterations, "code": code[label]}
             for seed, label in product(args.seeds, patches)]
-    done = run_missing(patches, rows, out, args.jobs, args.quiet)
+    done = run_missing(patches, rows, out, args.jobs, args.blind)
     own = [each for each in done if any(row.items() <= each.items() for row in rows)]
     print("\n".join(["", *table(own, patches)]))
-    folders = {row["patch"]: folder_of(row, out) / "ppo" for row in rows[:len(patches)]}
-    runs = [page.read_folder(folder) | {"name": label} for label, folder in folders.items() if folder.is_dir()]
-    file, names = out / f"{list(patches)[-1]}.html", ", ".join(patches).replace("_", " ")
-    page.write_page(file, names, runs, [table for run in runs for table in page.report_tables(run)], warn=not args.quiet)
-    print(f"wrote {file}")
+    runs = [page.read_folder(folder_of(row, out) / "ppo") | {"name": row["patch"].replace("_", " ")}
+            for row in rows[:len(patches)] if (folder_of(row, out) / "ppo").is_dir()]
+    page.write_page(out / f"{list(patches)[-1]}.html", ", ".join(run["name"] for run in runs), runs,
+                    [table for run in runs for table in page.report_tables(run)], blind=args.blind)
+    print(f"wrote {out / list(patches)[-1]}.html")
+    return runs
 
 
 if __name__ == "__main__":

@@ -132,13 +132,13 @@ def figure_of(found, name):
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-def write_page(out, title, runs, tables, notes=(), live=False, verdict=(), warn=True):
+def write_page(out, title, runs, tables, notes=(), live=False, verdict=(), blind=False):
     """Writes the page, completely or not at all. evaluate writes its report with it too.
 
     runs: from read_folder. tables: Tables. notes: sentences. live: it reloads itself. verdict: the sentences of
-    a report, which come first, then the warnings and the tables. warn: whether there are any warnings on it.
+    a report, which come first, then the warnings and the tables. blind: no warnings.
     """
-    warnings = [{"run": k, "step": step, "text": text} for k, run in enumerate(runs) if warn
+    warnings = [{"run": k, "step": step, "text": text} for k, run in enumerate(runs if not blind else ())
                 for step, text in warnings_of(run)]
     options = dict.fromkeys(name for run in runs for name in run["config"])
     values = [[name, *(run["config"].get(name, "") for run in runs)] for name in options]
