@@ -5,13 +5,14 @@
     python -m minirlhf.tools.feedback write --prompts FILE --out my_demonstrations.jsonl [--policy out/sft]
     python -m minirlhf.tools.feedback judge --a out/sft --b out/ppo --prompts FILE --out my_judgement.jsonl
     python -m minirlhf.tools.feedback stats my_comparisons.jsonl
+    python -m minirlhf.tools.feedback clean my_comparisons.jsonl [--consensus sum --out clean.jsonl]
     python -m minirlhf.tools.feedback sample --policy out/sft --out my_comparisons.jsonl    all answers, not yet ranked
     python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR       to Label Studio
     python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl     from Label Studio
 
 rank, write and judge serve a page on this machine only. Started again with the same flags, they continue where they
-stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items.
-votes.py describes the files.
+stopped, even after a crash. Several people can work at once, each under a name. Everybody gets the same items, or with
+--overlap only the first of them. votes.py describes the files.
 If this machine is a remote one, forward the port from yours: ssh -L 8321:127.0.0.1:8321 HOST
 """
 
