@@ -89,8 +89,8 @@ def pairs_of(goodness, scores, lengths, prompts=None):
     """All pairs of answers in one row that differ in goodness, as four arrays over pairs.
 
     The first three have a list of K numbers per row. prompts: the unit of each row, from
-    units_of(), if several rows may share one. Returns the number of the prompt, and goodness, score and length of
-    the better answer, less those of the other one.
+    units_of(), if several rows may share one. Returns the number of the prompt, and goodness, score
+    and length of the better answer, less those of the other one.
     """
     texts = range(len(goodness)) if prompts is None else prompts
     number = {text: n for n, text in enumerate(dict.fromkeys(texts))}

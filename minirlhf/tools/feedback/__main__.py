@@ -72,8 +72,9 @@ def collect_on(mode, args, make_source, templates):
                           getattr(args, "overlap", None))
         if session.votes.rows:                                          # an error if --out is some other kind of file
             (read_demonstrations if mode == "write" else read_comparisons)(out)
-        print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far. At {PACE} seconds each, all of them "
-              f"are {len(source.prompts) * PACE / 3600:.1f} hours for one person")
+        hours = len(source.prompts) * PACE / 3600
+        print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far. "
+              f"At {PACE} seconds each, all of them are {hours:.1f} hours for one person")
         server.serve(session, args.port, open_page=not args.no_browser)
     print(f"\n{out}: {len(session.votes.rows)} votes")
 
@@ -147,8 +148,8 @@ COMMANDS = {
                                help='comparisons, or rows {"prompt", "responses"}, whose answers are shown in place of '
                                     'sampled ones; --prompts and --answers are not used [none]'),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
-        "--overlap": dict(type=count, metavar="N", help="everybody ranks the first N, each other item goes to one person "
-                                                        "[everybody ranks all]"),
+        "--overlap": dict(type=count, metavar="N", help="everybody ranks the first N, each other item goes to one "
+                                                        "person [everybody ranks all]"),
         **page_flags(out="my_comparisons.jsonl"),
     }),
     "sample": (lambda args: sample("sample", args), "sample all that rank would show, for Label Studio or for later", {

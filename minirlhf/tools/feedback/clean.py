@@ -71,7 +71,8 @@ def show(votes, kappa):
     print(f"\nkappa {kappa:.2f}   {votes[0]['prompt'].strip()!r}\n  " + "  ".join(names))
     for k, response in enumerate(votes[0]["responses"]):
         ranks = "  ".join(f"{vote['ranks'][k]:^{len(name)}}" for vote, name in zip(votes, names))
-        print(textwrap.fill(response.strip(), 118, initial_indent=f"  {ranks}  ", subsequent_indent=" " * (len(ranks) + 4)))
+        indent = " " * (len(ranks) + 4)
+        print(textwrap.fill(response.strip(), 118, initial_indent=f"  {ranks}  ", subsequent_indent=indent))
     for vote, name in zip(votes, names):
         remarks = [*flags_of(vote), *([repr(vote["note"])] if vote.get("note") else [])]
         if remarks:
@@ -130,4 +131,5 @@ def clean(args):
     kept = [row for row in rows if not args.consensus or len(set(row["ranks"])) > 1]
     require(kept, f"{args.out}: nothing is left")
     write_whole(Path(args.out), map(to_line, kept))
-    print(f"\n{args.out}: {len(kept):,} rows" + f", without {len(rows) - len(kept)} that tie all answers" * (len(kept) < len(rows)))
+    ties = len(rows) - len(kept)
+    print(f"\n{args.out}: {len(kept):,} rows" + f", without {ties} that tie all answers" * bool(ties))
