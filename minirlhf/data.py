@@ -25,8 +25,9 @@ import torch
 from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.files.formats import kind_of_row
 from minirlhf.files.json_files import read_json
-from minirlhf.files.jsonl import (check_one_verdict, finished_field, glue_warning, glued,
-                                  ranks_field, read_jsonl, responses_field, text_field)
+from minirlhf.files.jsonl import (begins_with_prompt, check_one_verdict, finished_field,
+                                  glue_warning, glued, ranks_field, read_jsonl, responses_field,
+                                  text_field)
 from minirlhf.files.tokenizer import load_tokenizer, token_texts
 from minirlhf.generate import generator
 from minirlhf.running.config import Parser
@@ -269,7 +270,8 @@ def describe(path, tokenizer):
         empty = sum("" in map(str.strip, row.responses) for row in rows)
         notes.append(f"{ties} rows are all ties, {same} have identical answers, "
                      f"{empty} an empty answer")
-    copies = [row for row in rows if any(text.startswith(row.prompt) for text in row.responses)]
+    copies = [row for row in rows
+              if any(begins_with_prompt(text, row.prompt) for text in row.responses)]
     if copies:
         notes.append(f"warning: {len(copies):,} rows have a response that begins with its prompt "
                      f"(the first: {copies[0].where}). The model would read the prompt twice")

@@ -26,10 +26,14 @@ from minirlhf.running.runs import read_report
 LARGEST = torch.finfo(torch.float32).max
 GOLD = ("a true preference to watch, never trained on: FILE.py:function, 'none', or 'auto', the "
         "embedded world's for its own data")
-SHARED = torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled
+SHARED = (torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled, os.getcwd,
+          torch.is_inference_mode_enabled, lambda: torch.is_autocast_enabled("cpu"),
+          torch.get_float32_matmul_precision)
 ROLES = {role: names.split() for role, names in {
-    "prompts": "prompts prompt queries query questions question instructions instruction",
-    "responses": "responses response completions completion answers answer outputs output",
+    "prompts": "prompts prompt queries query questions question instructions instruction "
+               "inputs input contexts context",
+    "responses": "responses response completions completion answers answer outputs output "
+                 "generations generation",
 }.items()}
 TINY_GOLD = Path(__file__).parent.parent / "data/tiny/gold.py"
 
@@ -52,20 +56,20 @@ def load_function(spec):
         try:
             module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            kind = type(error).__name__
-            raise UserError(f"{spec}: {path} cannot be run: {kind}: {error}") from error
+            said = traceback.format_exception_only(error)[-1]
+            raise UserError(f"{spec}: {path} cannot be run: {said.strip()}") from error
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 
 
 @contextlib.contextmanager
 def torch_unchanged(name):
-    """UserError if what runs inside changes a setting of torch's that the training shares."""
+    """UserError if what runs inside changes a setting that the training shares."""
     before = [setting() for setting in SHARED]
     yield
     require(before == [setting() for setting in SHARED],
-            f"{name} changes torch's default dtype, its default device or whether it keeps "
-            "gradients, which are the training's too")
+            f"{name} changes torch's default dtype, its default device, its precision, whether it "
+            "keeps gradients, or the current folder, which are the training's too")
 
 
 def load_gold(spec, data_file):
@@ -89,9 +93,10 @@ def call_reward(function, prompts, responses, name="the reward function"):
         try:
             scores = plain(function(*positional, **named))
         except (Exception, SystemExit) as error:
+            said = traceback.format_exception_only(error)[-1].strip()
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno}) "
+                f"{name} raised {said} ({place.filename}:{place.lineno}) "
                 f"on {len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
             ) from error
     require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
@@ -113,7 +118,7 @@ def arguments(function, prompts, responses, name):
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):                     # some written in C do not tell
         return (prompts, responses), {}
-    found = {role: next((known for known in parameters if known in ROLES[role]), None)
+    found = {role: next((known for known in parameters if known.lower() in ROLES[role]), None)
              for role in ROLES}
     kinds = {parameter.kind for parameter in parameters.values()}
     if inspect.Parameter.VAR_KEYWORD in kinds and found["responses"]:
@@ -121,7 +126,8 @@ def arguments(function, prompts, responses, name):
     if all(found.values()) and inspect.Parameter.POSITIONAL_ONLY not in kinds:
         return (), {found["prompts"]: prompts, found["responses"]: responses}
     first, second = (*parameters, "", "")[:2]
-    require(first not in ROLES["responses"] and second not in ROLES["prompts"],
+    contradict = ((first, "responses"), (second, "prompts"))        # also completion_texts, say
+    require(not any(known in given.lower() for given, role in contradict for known in ROLES[role]),
             f"{name} takes ({', '.join(parameters)}), and it is unclear which are the prompts. "
             "Name its parameters prompts and responses")
     return (prompts, responses), {}

@@ -152,6 +152,8 @@ def test_what_cannot_be_converted_is_one_line(text, place, named):
      {"prompt": HH, "response": " So."}),
     ({"prompt": [user("Hi"), assistant("Hello"), user("Why?")], "completion": [user("Why?"), assistant("So.")]},
      {"prompt": HH, "response": " So."}),
+    ({"messages": [{"role": "User", "content": "Hi"}, {"role": "Assistant", "content": "a"}]},
+     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " a"}),
 ])
 def test_every_format_becomes_the_row_written_here(row, expected):
     assert converted("rows.jsonl", [row]) == [expected]
@@ -253,12 +255,36 @@ def test_responses_that_begin_with_their_prompt_lose_it_only_where_all_do(capsys
     assert "1  responses begin with their prompt and are kept" in capsys.readouterr().out
 
 
+def test_a_copy_of_the_prompt_may_differ_in_white_space():
+    rows = [{"prompt": "\nHi", "response": "Hi you"}, {"prompt": "Ho ", "response": "Ho ho"},
+            {"prompt": "He ", "response": "He\nhe"}]
+    assert [row["response"] for row in converted("rows.jsonl", rows)] == [" you", "ho", "\nhe"]
+
+
 def test_a_side_that_repeats_another_prompt_is_dropped(capsys):
     with pytest.raises(UserError, match="0 usable prompts"):
         converted("rows.jsonl", [{"prompt": [user("Q?")], "chosen": [user("Who?"), assistant("a")],
                                   "rejected": [user("Q?"), assistant("b")]},
                                  {"prompt": "Other", "chosen": Q + " a", "rejected": Q + " b"}])
     assert "2  dropped: a side is a dialogue that does not hold its prompt" in capsys.readouterr().out
+
+
+def test_what_people_rejected_and_half_an_answer_are_no_demonstrations(capsys):
+    rows = [{"prompt": "Q?", "completion": " a", "label": True}, {"prompt": "Q?", "completion": " b", "label": False}]
+    assert converted("rows.jsonl", rows) == [{"prompt": "Q?", "response": " a"}]
+    with pytest.raises(UserError, match="0 usable prompts"):
+        convert.main([save("half.jsonl", [{"prompt": [user("Q?"), assistant("Sure,")], "completion": [assistant("a")]}]),
+                      "--out", "half/rows.jsonl"])
+    out = capsys.readouterr().out
+    assert "1  dropped: label is false" in out and "1  dropped: a prompt that ends with the beginning" in out
+
+
+def test_responses_that_are_kept_as_they_are_are_counted_where_they_look_wrong(capsys):
+    answers = ["Q? a", "a\n\nHuman: And then?", "b\n\nuser: Thanks", "the human: a"]
+    convert.main([save("rows.jsonl", [{"prompt": "Q?", "responses": answers, "ranks": [1, 2, 3, 4]}]), "--out", "r.jsonl"])
+    out = capsys.readouterr().out
+    assert "1  responses begin with their prompt and are kept" in out
+    assert "2  responses hold a turn of a human and are kept" in out
 
 
 def test_a_turn_of_weight_zero_is_no_demonstration():
@@ -270,7 +296,8 @@ def test_a_turn_of_weight_zero_is_no_demonstration():
                                               "\n\nAssistant:", "response": " a"}]
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\n", "<noinput>", "<no input>", "N/A", "None", "nan", "No input", None])
+@pytest.mark.parametrize("blank", ["", " ", "\n", "<noinput>", "<no input>", "N/A", "None", "nan", "No input", None,
+                                   "\u00a0", "\u200b", "null", "N.A."])
 def test_an_input_that_says_nothing_is_no_input(blank):
     assert converted("rows.jsonl", [{"instruction": "Add.", "input": blank, "output": "3"}]) == [
         {"prompt": WITHOUT, "response": "3"}]

@@ -100,6 +100,14 @@ def test_the_verdicts_of_comparisons_are_left_out(tmp_path):
     assert sorted(answer["body"] for answer in task["data"]["items"]) == [" x", " y"] and set(task) == {"data"}
 
 
+@pytest.mark.parametrize("name, value", [("prompt", "Q"), ("responses", [" r", " l"]), ("ranks", [2, 1]),
+                                         ("finished", [False, False]), ("annotators", [[2, 1]])])
+def test_what_is_kept_beside_a_task_changes_no_vote(tmp_path, name, value):
+    row, = run_import(tmp_path, tasks("pairwise", left(), data=PAIR | {"minirlhf": {"extra": {name: value}}}))
+    assert name not in row or row[name] != value
+    assert (row["prompt"], row["responses"], row["ranks"]) == ("P", [" l", " r"], [1, 2])
+
+
 @pytest.mark.parametrize("partial", [None, {"order": [1, 0]}, {"extra": None, "finished": None}])
 def test_without_what_export_added_the_ranking_still_counts(tmp_path, partial):
     row, = run_import(tmp_path, tasks("pairwise", left(), data={**PAIR, "minirlhf": partial}))

@@ -110,7 +110,7 @@ def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):
 @pytest.mark.parametrize("damage", [
     {"annotators": 5}, {"annotators": [1, [2, 1], "x"]},
     {"models": 3}, {"models": ["a"]}, {"models": [1, []]},
-    {"seconds": "x"}, {"annotator": [1]},
+    {"seconds": "x"}, {"seconds": 10**400}, {"annotator": [1]},
 ])
 def test_damaged_extra_fields_are_ignored(tmp_path, capsys, damage):
     file = write(tmp_path, [{**vote("p", [1, 2], models=["a", "b"]), **damage}, vote("q", [1, 2], models=["a", "b"])])

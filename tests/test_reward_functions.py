@@ -45,6 +45,18 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_response(score):
         returns([0.0, score, 0.0])
 
 
+def test_a_score_that_python_cannot_write_is_described_by_its_type():
+    with pytest.raises(UserError, match="gave a int for the response ' b' to 'q'"):
+        returns([0.0, 10**5000, 0.0])
+
+
+def test_an_exception_that_cannot_be_written_is_named():
+    def f(prompts, responses):
+        raise type("Odd", (Exception,), {"__str__": None})
+    with pytest.raises(UserError, match="raised .*Odd: <exception str"):
+        call_reward(f, PROMPTS, RESPONSES)
+
+
 @pytest.mark.parametrize("value", [np.zeros((3, 1)), torch.tensor([True] * 3)], ids=str)
 def test_an_array_of_something_else_is_refused_with_the_first_response(value):
     with pytest.raises(UserError, match="the reward function gave .* for the response ' a' to 'p'"):
@@ -103,7 +115,8 @@ def test_prompts_and_responses_are_given_by_name_where_names_are_known(tmp_path,
     assert first == [PROMPTS] and second == [RESPONSES]
 
 
-@pytest.mark.parametrize("parameters", ["completions, x", "x, prompts", "completions, *rest", "answers, prompts, /"])
+@pytest.mark.parametrize("parameters", ["completions, x", "x, prompts", "completions, *rest", "answers, prompts, /",
+                                        "completion_texts, prompt_texts", "y, x_prompt", "Model_Outputs, x"])
 def test_names_that_contradict_the_order_are_refused(tmp_path, parameters):
     function = load(tmp_path, f"def f({parameters}):\n    return [1.0, 2.0, 3.0]\n")
     with pytest.raises(UserError, match="--gold takes .* unclear which are the prompts"):
@@ -136,16 +149,21 @@ def test_files_with_dataclasses_helpers_and_pools_are_modules_like_others(tmp_pa
     assert sys.modules.get("queue") is before
 
 
-@pytest.mark.parametrize("change", ["set_default_dtype(torch.bfloat16)", "set_grad_enabled(False)"])
+@pytest.mark.parametrize("change", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_grad_enabled(False)",
+                                    "torch.set_float32_matmul_precision('medium')", "os.chdir('/')",
+                                    "torch.set_autocast_enabled('cpu', True)"])
 @pytest.mark.parametrize("place", ["", "def f(prompts, responses):\n    "])
-def test_a_file_that_changes_settings_of_torch_is_named(tmp_path, change, place):
-    text = f"import torch\n{place}torch.{change}\n" + ("" if place else "def f(p, r):\n    return [1.0] * 3\n")
+def test_a_file_that_changes_settings_of_the_training_is_named(tmp_path, monkeypatch, change, place):
+    monkeypatch.chdir(tmp_path)                         # and back at the end
+    text = f"import os, torch\n{place}{change}\n" + ("" if place else "def f(p, r):\n    ") + "    return [1.0] * 3\n"
     try:
         with pytest.raises(UserError, match="reward.py:f changes torch's default dtype"):
             call_reward(load(tmp_path, text), PROMPTS, RESPONSES, f"{tmp_path}/reward.py:f")
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_autocast_enabled("cpu", False)
 
 
 def check(folder, reward_tokens=7, reward_positions=20, insist=False):

@@ -20,10 +20,11 @@ class UserError(Exception):
 
 
 def shown(value):
-    """How a message quotes a value. One that is nested too deeply is described by its type."""
+    """How a message quotes a value. One that Python cannot write, for example one nested too deeply, is described by
+    its type."""
     try:
         return repr(value)[:60]
-    except RecursionError:
+    except Exception:
         return f"a {type(value).__name__}"
 
 

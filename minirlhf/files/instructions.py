@@ -10,7 +10,8 @@ TEMPLATE_WITH_INPUT = ("Below is an instruction that describes a task, paired wi
                        "context. Write a response that appropriately completes the request."
                        "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
-NO_INPUT = ("", "noinput", "no input", "no input required", "none", "nan", "n/a")       # also as <noinput>, in capitals
+# Also as <noinput>, and in capitals.
+NO_INPUT = ("", "noinput", "no input", "no input required", "none", "nan", "null", "n/a", "n.a")
 
 
 def instances(value, where):
@@ -27,7 +28,7 @@ def demonstration(value, where, counts):
     """One demonstration, or the reason to drop it."""
     value = {**value, "input": ""} if value.get("input") is None else value
     instruction, input, output = (text_field(value, name, where) for name in ("instruction", "input", "output"))
-    has_input = input.strip(" \n\r\t<>.").lower() not in NO_INPUT
+    has_input = input.strip("\u200b\ufeff\u00a0 \n\r\t<>.").lower() not in NO_INPUT
     counts["read, with an input"] += has_input
     if not instruction.strip():
         return "no instruction"

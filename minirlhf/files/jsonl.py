@@ -169,7 +169,12 @@ def check_one_verdict(value, where):
             f"{where}: says more than once which response is better ({', '.join(ways)}); keep one of them")
 
 
-# ---- the space between prompt and response ---------------------------------------------------------------------------
+# ---- where prompt and response meet ----------------------------------------------------------------------------------
+
+def begins_with_prompt(response, prompt):
+    """Whether a response repeats its prompt, apart from white space around it."""
+    return bool(prompt.strip()) and response.lstrip().startswith(prompt.strip())
+
 
 def glued(rows):
     """The rows that have neither white space nor punctuation between the prompt and one of its responses."""

@@ -23,7 +23,7 @@ from minirlhf.files import instructions
 from minirlhf.files.errors import UserError, require, run_main, shown
 from minirlhf.files.formats import ASSISTANT, HUMAN, OTHERS, OURS, USED, UTF_16, formats_of, header_of, last_answer
 from minirlhf.files.json_files import read_json, write_json, write_whole
-from minirlhf.files.jsonl import is_dialogue, keep, read_bytes, read_objects, text_field
+from minirlhf.files.jsonl import begins_with_prompt, is_dialogue, keep, read_bytes, read_objects, text_field
 from minirlhf.running.config import Parser
 from minirlhf.tools.feedback.votes import to_line
 
@@ -130,6 +130,8 @@ def convert(fields, value, where, counts, repeated):
 
     repeated: whether every response of the file begins with its prompt.
     """
+    if value.get("label") is False and "completion" in fields:      # TRL's unpaired preferences
+        raise Dropped("label is false: people rejected this completion")
     if "instruction" in fields:
         return instructions.demonstration(value, where, Counter())
     row = renamed(fields, value)
@@ -143,10 +145,8 @@ def convert(fields, value, where, counts, repeated):
         row = {"prompt": "", **row}
         row |= split_dialogues(row["prompt"], sides, counts)
     else:
-        for name, side in sides.items():
-            if side.startswith(prompt) and prompt.strip():
-                counts[COPIES if repeated else "responses begin with their prompt and are kept"] += 1
-                row[name] = side.removeprefix(prompt) if repeated else side
+        row |= {name: without_prompt(side, prompt) for name, side in sides.items() if repeated}
+        counts[COPIES] += len(sides) * repeated
     return useful(row, where, counts)
 
 
@@ -164,14 +164,23 @@ def sides_of(row):
 def repeats_prompt(row):
     """Whether the prompt and all its responses are texts, and all of them begin with the prompt."""
     prompt, sides = row.get("prompt"), sides_of(row).values()
-    return (isinstance(prompt, str) and bool(prompt.strip() and sides)
-            and all(isinstance(side, str) and side.startswith(prompt) for side in sides))
+    return (isinstance(prompt, str) and bool(sides)
+            and all(isinstance(side, str) and begins_with_prompt(side, prompt) for side in sides))
+
+
+def without_prompt(side, prompt):
+    """A response without the copy of its prompt, which may lack the white space around it."""
+    side = side.lstrip()
+    return side.removeprefix(prompt.lstrip() if side.startswith(prompt.lstrip()) else prompt.strip())
 
 
 def as_text(messages, where, counts, is_prompt):
     """Messages as a dialogue in HH-RLHF's form, which ends before the answer (a prompt) or with the last answer."""
     # OpenAI's fine-tuning format marks with a weight of 0 what must not be learned.
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+    roles = [message["role"].lower() for message in messages]
+    answers = [i for i, role in enumerate(roles) if role == "assistant" and messages[i].get("weight") != 0]
+    if is_prompt and roles[-1] == "assistant":
+        raise Dropped("a prompt that ends with the beginning of an answer")
     if not is_prompt and not answers:
         raise Dropped("no answer in a list of messages")
     used = messages if is_prompt else messages[:answers[-1] + 1]
@@ -179,7 +188,7 @@ def as_text(messages, where, counts, is_prompt):
     texts = [text_field(message, "content", where) for message in used]
     if any(mark in text for mark in (HUMAN, ASSISTANT) for text in texts):
         raise Dropped("a message holds a dialogue itself")
-    names = [{"user": "Human"}.get(message["role"], message["role"].capitalize()) for message in used]
+    names = [{"user": "Human"}.get(role, role.capitalize()) for role in roles]
     turns = [f"\n\n{name}: {text}" for name, text in zip(names, texts)]
     return "".join(turns) + ASSISTANT if is_prompt else "".join(turns[:-1]) + ASSISTANT + texts[-1]
 
@@ -219,7 +228,11 @@ def useful(row, where, counts):
     row |= {name: space + row[name] for name in bare}
     counts["responses got a space in front, since neither they nor their prompt have one"] += len(bare) * len(space)
     read = demonstration if "response" in row else comparison if len(row) > 1 else prompt_only
-    read(row, where)
+    responses = read(row, where).responses
+    counts["responses begin with their prompt and are kept"] += sum(
+        begins_with_prompt(text, row["prompt"]) for text in responses)
+    counts["responses hold a turn of a human and are kept"] += sum(
+        bool(re.search(r"\n\n(human|user):", text, re.IGNORECASE)) for text in responses)
     return row
 
 

@@ -101,7 +101,7 @@ def task_votes(task, leading_space, dropped):
     if leading_space:
         texts = [text if text[:1].isspace() or prompt[-1:].isspace() else " " + text for text in texts]
     ours = need(data, dict, "minirlhf", default={})
-    order = need(ours, list, "order", default=list(range(len(ids))))
+    given, order = need(ours, dict, "extra", default={}), need(ours, list, "order", default=list(range(len(ids))))
     require(is_list_of(int, order, len(ids)) and sorted(order) == list(range(len(ids))),
             f"its order {order} is not an order of {len(ids)} answers")
     dropped["tasks nobody annotated"] += not annotations
@@ -111,8 +111,9 @@ def task_votes(task, leading_space, dropped):
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        extra = {**need(ours, dict, "extra", default={}), "order": order, "annotator": annotator_of(annotation),
-                 "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
+        extra = {**{name: given[name] for name in ("item", "models") if name in given}, "order": order,
+                 "annotator": annotator_of(annotation), "seconds": annotation.get("lead_time"),
+                 "time": annotation.get("created_at")}
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
         votes.append((str(annotation.get("updated_at") or annotation.get("created_at") or ""), row))

@@ -123,7 +123,7 @@ def print_stats(path):
 
     for name in sorted({vote["annotator"] for vote in votes}):
         own = [vote for vote in votes if vote["annotator"] == name]
-        seconds = [vote["seconds"] for vote in own if isinstance(vote.get("seconds"), (int, float))]
+        seconds = [n for vote in own if isinstance(n := vote.get("seconds"), (int, float)) and 0 <= n < 1e9]
         median = statistics.median(seconds or [0])
         pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
         print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
