@@ -201,7 +201,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
                 ids, mask = rollout.ids[part, :P + R], rollout.response_mask[part, :R]
                 logits = response_logits(policy, ids, rollout.attention_mask[part, :P + R], P)
                 new_logprobs = ppo.token_logprobs(logits, ids[:, P:], cfg.temperature)
-                new_logprobs = new_logprobs.masked_fill(~mask, 0)       # exp() could overflow
+                new_logprobs = new_logprobs.masked_fill(~mask, 0)       # exp(pad): inf * 0 is nan
                 logprobs = rollout.logprobs[part, :R].masked_fill(~mask, 0)
                 advantages = rollout.advantages[part, :R]
                 losses = ppo.policy_losses(new_logprobs, logprobs, advantages, cfg.clip)
@@ -237,12 +237,12 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
 def main(argv=None):
     cfg = parse(Config, __doc__, PRESETS, argv)
     device = start(cfg)
-    take_over(cfg)          # options that are left open become those of the SFT run
+    take_over(cfg)          # fills in, from the SFT run, what is 0 or "auto" in cfg
     tokenizer = load_tokenizer(cfg.model)
     stop = parse_stop(cfg.stop, tokenizer)
 
     # The four networks. The value head starts at zero (Ziegler 2019). The reward may also be a
-    # Python function. Then the value model starts as the policy. All of them stay in eval(): with
+    # Python function. Then the value model starts as the SFT model. All stay in eval(): with
     # dropout the ratio would not be 1 before the first step.
     policy = from_pretrained(cfg.model, cfg.dtype).to(device).eval()
     reference = from_pretrained(

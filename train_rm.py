@@ -174,7 +174,7 @@ def main(argv=None):
     take_over(cfg, limits=False)
     tokenizer = load_tokenizer(cfg.model)
     stop = parse_stop(cfg.stop, tokenizer)
-    # Both stay in eval(): a dropout that somebody adds to SFT must not blur the scores.
+    # Both stay in eval(), which only switches dropout off: one added to SFT must not blur scores.
     sft = from_pretrained(cfg.model, cfg.dtype).to(device).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
     reward_model = ScalarHeadModel(from_pretrained(cfg.model, cfg.dtype)).to(device).eval()

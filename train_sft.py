@@ -138,8 +138,8 @@ def main(argv=None):
     print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on "
           f"{device}")
     for step in run.steps(steps, "sft"):
-        # 1. A batch. Each pass over the data is a fresh permutation. Similar lengths go together,
-        #    so that there are few pads.
+        # 1. A batch of an endless stream of permutations, one a pass. Similar lengths go together,
+        #    so that there are few pads. With one process shard and sum_gradients do nothing.
         batch = batch_at(examples, batch_size, step, cfg.seed, ORDER)
         batch.sort(key=lambda example: len(example.prompt) + len(example.responses[0]))
         n_tokens = sum(len(example.responses[0]) for example in batch)
@@ -162,7 +162,7 @@ def main(argv=None):
 
         # 4. Log, held-out loss after each pass, checkpoint.
         metrics = {"loss/train": float(all_sum(total))}
-        pass_ends = (step + 1) * batch_size % len(examples) < batch_size
+        pass_ends = (step + 1) * batch_size % len(examples) < batch_size    # in this batch
         if heldout and pass_ends:
             metrics["loss/heldout"] = heldout_loss(model, heldout, device,
                                                    cfg.micro_batch or cfg.batch_size)

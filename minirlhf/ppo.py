@@ -2,8 +2,8 @@
 
 Shapes: B batch    R response length    V vocabulary
 Every (B, R) tensor is aligned with the response's tokens. A mask (B, R) bool is True at sampled
-tokens, the EOS included. What a tensor holds elsewhere never reaches a sum, a mean, a reward or an
-advantage; the two losses are per token, and the caller leaves the pads out of the sum.
+tokens, the EOS included. Pads may hold anything, and every function ignores them. Only the two
+losses have a value there, too: mask it before you add them up.
 The numbers are the steps of train_ppo.py. Log-probabilities, KL and entropy are in nats.
 
 Sources: Ziegler 2019 (arXiv 1909.08593) and its code, openai/lm-human-preferences; Stiennon 2020;
@@ -46,8 +46,9 @@ def whiten(x, mask):
     """x shifted and scaled to mean 0 and variance 1 over the True positions, and 0 elsewhere.
 
     Advantages then have the same scale in every rollout, so --lr need not follow the scores. Taking
-    the mean away also means that a constant baseline changes nothing. Population variance and eps
-    1e-8 (Ziegler 2019).
+    the mean away also means that one constant added to all of them changes nothing. (A constant
+    value in gae() is such a constant only at lambda 1.) Population variance, eps 1e-8 (Ziegler
+    2019).
     """
     scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
     return ((x - masked_mean(x, mask)) * scale).masked_fill(~mask, 0)
@@ -78,8 +79,7 @@ def kl_k3(logprobs, ref_logprobs):
     """(ref/p - 1) - log(ref/p), per token: unbiased, never negative, less noisy (Schulman 2020).
 
     Only for the log: the reward uses k1, the log-ratio itself, which may be negative at a token.
-    As a loss its gradient is that of KL(ref || p). With the ratio inverted it estimates another
-    divergence.
+    As a loss its gradient is that of KL(ref || p).
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -129,8 +129,9 @@ def policy_losses(new_logprobs, logprobs, advantages, clip):
 
 
 def value_losses(new_values, values, returns, clip):
-    """0.5 max((V - return)^2, (V_clipped - return)^2), all (B, R); V_clipped: within clip of old V.
+    """0.5 max((V - return)^2, (V_clipped - return)^2) per token, all (B, R).
 
+    V_clipped = V_old + clamp(V - V_old, -clip, clip). values: V_old, that of the rollout.
     The larger of the two, so that a value gains nothing by moving further than clip.
     """
     clipped_values = values + (new_values - values).clamp(-clip, clip)

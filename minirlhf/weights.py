@@ -96,7 +96,7 @@ def load(folder, scalar, dtype="float32"):
         transformer.lm_head = None
     transformer.dtype = dtype
     copy_tensors(tensors, model, folder)
-    return model
+    return model.eval()             # a dropout that somebody adds acts in train_sft.py only
 
 
 def copy_tensors(tensors, model, folder):
