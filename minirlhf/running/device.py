@@ -2,11 +2,13 @@
 
 import atexit
 import copy
+import functools
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from minirlhf.files.errors import require
 from minirlhf.running.cpu import fast_cpu, packed
@@ -72,7 +74,10 @@ def sampling_copy(model):
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
     for module in copied.h.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(packed(module.weight.detach().to(dtype)), requires_grad=False)
-            if module.bias is not None:
-                module.bias = torch.nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            weight, bias = packed(module.weight.detach().to(dtype)), module.bias
+            bias = bias if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+            if "weight" not in dict(module.named_parameters(recurse=False)):    # computed from others, as LoRA's is
+                module.forward = functools.partial(F.linear, weight=weight, bias=bias)
+                continue
+            module.weight, module.bias = torch.nn.Parameter(weight, requires_grad=False), bias
     return copied
