@@ -21,9 +21,9 @@ from minirlhf.files.errors import UserError, run_main
 from minirlhf.data import read_comparisons, read_demonstrations
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
-from minirlhf.tools.feedback.__main__ import main, parse_args
+from minirlhf.tools.feedback.__main__ import main, parse_args, plan
 from minirlhf.tools.feedback.items import (Given, Policy, Sampler, find_templates, instruction_of, load_policies,
-                                           read_items, turns_of)
+                                           read_gold, read_items, turns_of)
 from minirlhf.tools.feedback.server import MOST, PAGE, Handler, Server
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.stats import read_votes
@@ -81,6 +81,96 @@ def test_what_is_on_the_page_of_somebody_who_has_left_is_given_out_at_the_end(tm
     left = s.next("ann")["item"]
     assert [vote_by_text(s, "bob", str)[0] for _ in range(4)][-1] == left
     assert s.next("bob")["finished"] and s.next("ann")["finished"]
+
+
+# ---- gold items, and the page of the person in charge -----------------------------------------------------------------
+
+def gold_file(folder, n=3, **first):
+    """n items of three answers, of which c is better than a and a better than b."""
+    rows = [{"prompt": f"Gold {i}", "responses": [" a", " b", " c"], "ranks": [2, 3, 1]} for i in range(n)]
+    rows[0] |= first
+    (folder / "gold.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    return read_gold(folder / "gold.jsonl")
+
+
+def test_everybody_gets_each_gold_item_once_spread_among_the_others_and_cannot_tell(tmp_path):
+    gold, seen = gold_file(tmp_path), {}
+    s = Session("rank", tmp_path / "votes.jsonl", shelf(9), [], seed=1, overlap=3, gold=gold)
+    for name in ("ann", "bob"):
+        shown, seen[name] = s.next(name), []
+        first_total = shown["total"]
+        while "item" in shown:
+            assert "gold" not in json.dumps(shown).replace("Gold", "") and len(seen[name]) < shown["total"] <= first_total
+            seen[name].append(shown["item"])
+            s.vote(name, shown["item"], list(range(1, len(shown["answers"]) + 1)), 5)
+            shown = s.next(name)
+        assert [seen[name].count(item) for item in gold] == [1, 1, 1]
+    places = [seen["ann"].index(item) for item in gold]
+    assert len(seen["ann"]) == 12 and [place // 4 for place in places] == [0, 1, 2]     # one in every third
+    assert len(seen["bob"]) == 6                                        # three with everybody, and the gold
+    again = Session("rank", tmp_path / "votes.jsonl", shelf(9), [], seed=1, overlap=3, gold=gold)
+    assert again.places == s.places and again.next("ann")["finished"] and len(again.past("ann")["past"]) == 12
+
+
+@pytest.mark.parametrize("first, says", [
+    ({"ranks": [1, 1, 1]}, "one is better"), ({"responses": [" a", " a", " b"]}, "different answers"),
+    ({"prompt": "Gold 1"}, "one row"), ({"responses": [" a"], "ranks": [1]}, "gold.jsonl")])
+def test_what_is_no_gold_item_is_refused(tmp_path, first, says):
+    with pytest.raises(UserError, match=says):
+        gold_file(tmp_path, **first)
+
+
+def test_the_overview_tells_who_is_careful_and_who_answers_without_reading(tmp_path):
+    """Ann and Cem know the answers, Bob has the worst one first and takes no time. Dora has only looked."""
+    gold = gold_file(tmp_path)
+    s = Session("rank", tmp_path / "votes.jsonl", shelf(6, K=3), [], seed=1, gold=gold)
+    for name, order, seconds in (("Ann", " c a b", 9), ("Bob", " b a c", 0.1), ("Cem", " c a b", 8)):
+        while "item" in (shown := s.next(name)):
+            known = shown["instruction"].startswith("Gold")
+            best_first = sorted(shown["answers"], key=order.index if known else str, reverse=name == "Bob" and not known)
+            s.vote(name, shown["item"], [1 + best_first.index(answer) for answer in shown["answers"]], seconds)
+    s.undo("Cem")
+    s.skip("Cem", s.next("Cem")["item"], 1)
+    s.next("Dora")
+    found = s.overview()
+    assert found["total"] == found["voted"] == 9
+    people = {row["name"]: row for row in found["people"]}
+    assert [people[name]["votes"] for name in people] == [9, 9, 8, 0] and people["Cem"]["skips"] == 1
+    assert [people[name]["pace"] for name in people] == [(9, 0), (0.1, 9), (8, 0), (0, 0)]
+    assert [people[name]["gold"] for name in ("Ann", "Bob", "Dora")] == [(9, 9), (0, 9), (0, 0)]
+    kappas = {tuple(row[:2]): row[3] for row in found["agreement"]}
+    assert kappas["Ann", "Cem"] == 1 and kappas["Ann", "Bob"] < -0.5 and len(kappas) == 3
+    assert json.loads(json.dumps(found)) and s.overview() == found
+
+
+def test_only_the_address_of_the_person_in_charge_shows_the_overview(server):
+    assert post(server, "/overview", ANN)[0] == 400                     # the annotators' token
+    assert post(server, "/overview", ANN, token=server.overview_token)[1]["total"] == 12
+    assert post(server, "/next", ANN, token=server.overview_token)[0] == 400
+    assert get(server, f"/overview?token={server.overview_token}")[2] == PAGE.read_bytes()
+    assert get(server, f"/overview?token={server.token}")[0] == 403
+
+
+@pytest.mark.parametrize("frame, status", [(False, 403), (True, 200)])
+def test_a_frame_of_another_site_shows_the_page_only_with_the_flag(tmp_path, frame, status):
+    server = Server(0, session(tmp_path), frame)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    found, headers, _ = get(server, f"/?token={server.token}", **{"Sec-Fetch-Site": "cross-site"})
+    assert found == status and ("frame-ancestors 'none'" in headers["Content-Security-Policy"]) is not frame
+    assert post(server, "/next", ANN, Sec_Fetch_Site="cross-site")[0] == 400            # other sites still ask for nothing
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("people, overlap, gold, says", [
+    (3, None, 0, "150 votes x 40 s = 1.7 hours (--people 3)"),
+    (3, 20, 5, "105 votes x 40 s = 1.2 hours"),            # 3 x (20 + 5) + 30
+    (1, 99, 0, "50 votes x")])
+def test_hours_and_interval_are_known_before_the_first_vote(people, overlap, gold, says):
+    text = plan(50, overlap, 4, people, gold)
+    low, high = map(float, re.search(r"\[(.*), (.*)\]", text).groups())
+    n = 3.5 * min(overlap or 50, 50)
+    assert text.startswith(says) and high - low == pytest.approx(2 * 1.96 * (0.75 * 0.25 / n) ** 0.5, abs=0.02)
 
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
@@ -353,7 +443,9 @@ def test_flags_past_votes_and_revising_by_the_server(server, tmp_path):
     assert post(server, "/vote", {**vote, **flags})[0] == 200
     assert rows_of(tmp_path)[0].items() >= {"flags": ["all bad", "prompt broken"], "note": "odd"}.items()
     assert [row["item"] for row in post(server, "/past", ANN)[1]["past"]] == [item]
-    assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1]})[0] == 200                     # a vote sent twice
+    assert post(server, "/vote", {**vote, **flags})[1] == {"saved": True}                       # a vote sent twice
+    assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1]})[1] == {"saved": False}        # from another tab
+    assert post(server, "/skip", {**ANN, "item": item})[1] == {"saved": False}
     assert post(server, "/revise", {**ANN, "item": item})[1]["ranks"] == [1, 2, 3, 4]
     assert post(server, "/vote", {**vote, "ranks": [4, 3, 2, 1], "revise": True, "flags": [], "note": " "})[0] == 200
     row, = rows_of(tmp_path)

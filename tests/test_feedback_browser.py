@@ -346,6 +346,87 @@ def test_a_dialogue_flags_and_past_votes_fit_a_phone(tmp_path, browser, width, h
     assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []
 
 
+def start_over(browser, url, name):
+    browser.run("sessionStorage.clear()")
+    browser.open(url)
+    enter(browser, name)
+
+
+def test_three_people_with_overlap_and_gold_items_and_the_page_of_the_person_in_charge(tmp_path, browser):
+    """Twelve items, ten for everybody, and two gold ones, whose best answer is "best". Cem presses 1 and 2 without reading."""
+    answers = answers_file(tmp_path, *((f"Item {n}", [f" {k}" + " word" * 20 for k in "abc"]) for n in range(12)))
+    gold = [{"prompt": f"Gold {n}", "responses": [" worst", " best", " middle"], "ranks": [3, 1, 2]} for n in (1, 2)]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    command = ["rank", "--answers_from", answers, "--overlap", 10, "--gold_items", tmp_path / "gold.jsonl", "--people", 3]
+    process, url = start(tmp_path, *command)
+    overview = re.search(r"http://\S+", next(line for line in process.stdout if "/overview" in line))[0]
+    browser.open(overview)
+    browser.until(lambda: "0 of 14 items" in browser.text("#voted"))
+    assert browser.shows("#lonely") and browser.run("return location.href") == overview.partition("?")[0]
+    browser.press("p", "u", "enter")                                    # no keys mean anything here
+    assert not browser.shows("#alarm") and not browser.shows("#past")
+    browser.open(url)
+    for name in ("Ann", "Bob", "Cem"):
+        start_over(browser, url, name)
+        for number in range(1, 15):
+            if browser.until(lambda: browser.shows("#finished") or browser.text("#progress").startswith(f"{number} of")) \
+                    and browser.shows("#finished"):
+                break
+            texts_shown = shown(browser, number)
+            rank = ["best", "middle", "worst"].index if "best" in texts_shown else str
+            first = [1 + texts_shown.index(text) for text in sorted(texts_shown, key=rank)]
+            browser.press(*map(str, [1, 2] if name == "Cem" else first[:2]), "enter")
+    process.kill()
+    process.wait()
+    process, url = start(tmp_path, *command)                            # nothing of it is lost
+    overview = re.search(r"http://\S+", next(line for line in process.stdout if "/overview" in line))[0]
+    browser.open(overview)
+    browser.until(lambda: "14 of 14 items" in browser.text("#voted"))
+    rows = [row.split("|") for row in browser.run("""return [...document.querySelectorAll("#people tr")].slice(1).map(
+        row => [...row.children].map(cell => cell.textContent).join("|"))""")]
+    assert [row[0] for row in rows] == ["Ann", "Bob", "Cem"] and sum(int(row[1]) for row in rows) == 3 * 12 + 2
+    assert all(int(row[4]) >= 10 for row in rows) and [row[5] for row in rows[:2]] == ["6 of 6"] * 2    # a machine is fast
+    pairs = browser.run("return [...document.querySelectorAll('#pairs tr')].slice(1).map(row => row.textContent)")
+    assert len(pairs) == 3 and "Ann and Bob361.00" in pairs[0] and not browser.shows("#lonely")
+    for width in (390, 320):
+        set_size(browser, width, 844)
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+    assert [line for line in browser.ask("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"] == []
+
+
+def test_a_stale_tab_says_that_there_is_another_vote_and_replaces_it_only_if_asked(tmp_path, browser):
+    _, url = start(tmp_path, "rank", "--answers_from", answers_file(tmp_path, ("P", [" a", " b", " c"]), ("Q", [" d", " e"])))
+    browser.open(url)
+    enter(browser, "Ann")
+    answers = shown(browser, 1)
+    browser.run("""fetch("/vote", {method: "POST", headers: {"X-Token": token}, body: JSON.stringify(
+                   {annotator: "Ann", item: now.item, ranks: [1, 2, 3], seconds: 5})})""")              # the other tab
+    browser.until(lambda: rows_of(tmp_path))
+    before = rows_of(tmp_path)
+    browser.press("3", "2", "1", "enter")
+    browser.until(lambda: browser.shows("#alarm"))
+    assert "another tab" in browser.text("#alarm") and browser.text("#alarm button") == "Replace it"
+    assert rows_of(tmp_path) == before and "Saved" not in browser.text("#status")
+    browser.click("#alarm button")
+    shown(browser, 2)
+    row, = rows_of(tmp_path)
+    assert {text.strip(): rank for text, rank in zip(row["responses"], row["ranks"])} == expect(answers, [3, 2, 1])
+
+
+def test_a_notebook_shows_the_page_in_a_frame(tmp_path, browser):
+    answers = answers_file(tmp_path, ("P", [" a", " b"]))
+    _, url = start(tmp_path, "rank", "--answers_from", answers, "--frame")
+    (tmp_path / "notebook.html").write_text(f'<iframe src="{url}" width="900" height="600"></iframe>')
+    browser.open(f"file://{tmp_path}/notebook.html")
+    frame = browser.ask("POST", "/element", {"using": "css selector", "value": "iframe"})
+    browser.ask("POST", "/frame", {"id": frame})
+    enter(browser, "Ann")
+    assert len(shown(browser, 1)) == 2
+    browser.press("2")
+    browser.until(lambda: browser.shows("#finished"))
+    assert len(rows_of(tmp_path)) == 1
+
+
 def test_after_the_guidelines_one_can_write_at_once_and_revise_it_later(tmp_path, browser):
     """The first draft is hostile."""
     prompts = [{"prompt": EVIL}, {"prompt": "P"}]

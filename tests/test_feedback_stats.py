@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from minirlhf.tools.feedback.__main__ import main
 from minirlhf.tools.feedback.stats import (agreements, cohen_kappa, duel, longer_preferred, print_stats, read_votes)
 from minirlhf.tools.feedback.votes import comparison_row, to_line
 
@@ -96,6 +97,18 @@ def test_stats_counts_the_items_that_carry_a_flag(tmp_path, capsys):
     assert "skips      2" in said and said.count("  flag ") == 3
     for line in ("all bad: 2 items", "prompt broken: 2 items", "with a note: 2 items"):
         assert f"  flag       {line}\n" in said
+
+
+def test_stats_names_a_pace_that_nobody_can_read_at_and_counts_gold_pairs(tmp_path, capsys):
+    long = {"responses": ["word " * 20, "word " * 19 + "x"]}                                    # 40 words: 4 seconds
+    rows = [{**vote(f"p{n}", [1, 2], name), **long, "seconds": seconds}
+            for n, (name, seconds) in enumerate([("ann", 3.9), ("ann", 4.1), ("bob", 4.1)])]
+    item = {name: rows[0][name] for name in ("prompt", "responses")} | {"ranks": [2, 1]}
+    (tmp_path / "gold.jsonl").write_bytes(to_line(item))
+    main(["stats", str(write(tmp_path, rows)), "--gold_items", str(tmp_path / "gold.jsonl")])
+    said = capsys.readouterr().out
+    assert "too fast   ann: 1 votes, at more than 10 words a second\n" in said and "too fast   bob" not in said
+    assert "gold       ann: 0 of 1 known pairs\n" in said and said.count("  gold") == 1
 
 
 def test_stats_reads_the_simulated_annotators_too(tmp_path, capsys):

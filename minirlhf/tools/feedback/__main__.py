@@ -24,6 +24,7 @@ from minirlhf.running.device import pick_device
 from minirlhf.running.config import Parser
 from minirlhf.files.errors import UserError, require, run_main
 from minirlhf.running.runs import prompts_for
+from minirlhf.stats import wilson
 from minirlhf.tools.feedback import clean, items, labelstudio, server, stats
 from minirlhf.tools.feedback.session import Session
 from minirlhf.tools.feedback.votes import Journal, lock, sidecar
@@ -68,15 +69,27 @@ def collect_on(mode, args, make_source, templates):
             print(f"{journal.path}: answers to {len(source.prompts)} prompts. Rank them here with rank --out {out}, or "
                   "elsewhere after export")
             return
-        session = Session(mode, out, source, templates, args.seed, read_guidelines(args.guidelines),
-                          getattr(args, "overlap", None))
+        overlap, gold = getattr(args, "overlap", None), items.read_gold(getattr(args, "gold_items", ""))
+        session = Session(mode, out, source, templates, args.seed, read_guidelines(args.guidelines), overlap, gold)
         if session.votes.rows:                                          # an error if --out is some other kind of file
             (read_demonstrations if mode == "write" else read_comparisons)(out)
-        hours = len(source.prompts) * PACE / 3600
-        print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far. "
-              f"At {PACE} seconds each, all of them are {hours:.1f} hours for one person")
-        server.serve(session, args.port, open_page=not args.no_browser)
+        print(f"{len(source.prompts)} prompts, {len(session.votes.rows)} votes so far")
+        if mode != "write":
+            print(plan(len(source.prompts), overlap, source.K, args.people, len(gold)))
+        server.serve(session, args.port, not args.no_browser, args.frame)
     print(f"\n{out}: {len(session.votes.rows)} votes")
+
+
+def plan(n, overlap, K, people, n_gold):
+    """What n items of K answers will take and tell, as a text, before the first vote.
+
+    Real people's six pairs of an item are worth 3.6 independent ones (data/films): each beyond the first counts half.
+    """
+    shared = n if overlap is None else min(overlap, n)
+    votes, pairs = people * (shared + n_gold) + n - shared, shared * (1 + (K * (K - 1) / 2 - 1) / 2)
+    low, high = wilson(0.75 * pairs, pairs)
+    return (f"{votes} votes x {PACE} s = {votes * PACE / 3600:.1f} hours (--people {people}). If two people agree on 75 % "
+            f"of the pairs, or a model wins 75 %, the 95 % interval will be [{low:.2f}, {high:.2f}]")
 
 
 def read_guidelines(path):
@@ -92,7 +105,9 @@ def rank(args):
         require(not args.policy, "--answers_from takes the place of --policy; give one of them")
         require(Path(args.answers_from).resolve() != Path(args.out).resolve(),
                 f"--answers_from and --out are both {args.out}; the votes need a file of their own")
-        given = items.read_items(args.answers_from)[:args.n or None]
+        gold = items.read_gold(args.gold_items)
+        given = [item for item in items.read_items(args.answers_from) if item["item"] not in gold][:args.n or None]
+        require(given, f"{args.answers_from} has only gold items")
         collect_on("rank", args, lambda journal: items.Given(given), items.find_templates(args.answers_from, []))
     else:
         sample("rank", args)
@@ -137,8 +152,11 @@ def page_flags(out):
         "--port": dict(type=count, default=8321, help="port of the page on 127.0.0.1; 0: a free one [%(default)s]"),
         "--drop_long": dict(action="store_true", help="drop and count prompts that do not fit"),
         "--no_browser": dict(action="store_true", help="do not open the page"),
+        "--frame": dict(action="store_true", help="let a page of another address show this one in a frame: a notebook"),
     }
 
+
+PEOPLE = dict(type=count, default=1, help="how many people will vote, for the hours that are printed [%(default)s]")
 
 # {name: (function, help, {flag: arguments of add_argument})}
 COMMANDS = {
@@ -150,13 +168,16 @@ COMMANDS = {
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         "--overlap": dict(type=count, metavar="N", help="everybody ranks the first N, each other item goes to one "
                                                         "person [everybody ranks all]"),
+        "--gold_items": dict(default="", metavar="FILE", help="comparisons whose ranks you know, mixed in for everybody, "
+                                                              "to see who is careful [none]"),
+        "--people": PEOPLE,
         **page_flags(out="my_comparisons.jsonl"),
     }),
     "sample": (lambda args: sample("sample", args), "sample all that rank would show, for Label Studio or for later", {
         "--policy": dict(nargs="+", default=[], help="model folders to sample from [out/sft]"),
         "--answers": dict(type=count, default=4, help="answers per prompt [%(default)s]"),
         **{flag: settings for flag, settings in page_flags(out="my_comparisons.jsonl").items()
-           if flag not in ("--guidelines", "--port", "--no_browser")},
+           if flag not in ("--guidelines", "--port", "--no_browser", "--frame")},
     }),
     "write": (lambda args: collect("write", args.policy, 1, args), "write ideal answers", {
         "--policy": dict(nargs=1, default=[], help="a model folder, whose answers are drafts to edit [none]"),
@@ -165,10 +186,13 @@ COMMANDS = {
     "judge": (judge, "compare two models blind", {
         "--a": dict(default="out/sft", help="one model folder [%(default)s]"),
         "--b": dict(default="out/ppo", help="the other, whose win rate is printed [%(default)s]"),
+        "--people": PEOPLE,
         **page_flags(out="my_judgement.jsonl"),
     }),
-    "stats": (lambda args: stats.print_stats(args.file), "counts, agreement, pace, winners", {
+    "stats": (lambda args: stats.print_stats(args.file, items.read_gold(args.gold_items)),
+              "counts, agreement, pace, winners", {
         "file": dict(help="comparisons"),
+        "--gold_items": dict(default="", metavar="FILE", help="the gold items of rank [none]"),
     }),
     "clean": (lambda args: clean.clean(args), "read disagreements, leave out votes, make a consensus", {
         "file": dict(help="votes"),

@@ -5,7 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from minirlhf.answers import parse_stop, respond
-from minirlhf.data import encode_prompt
+from minirlhf.data import encode_prompt, read_comparisons
 from minirlhf.files.jsonl import field, finished_field, is_list_of, read_jsonl, text, text_field
 from minirlhf.files.json_files import read_json
 from minirlhf.files.tokenizer import load_tokenizer
@@ -105,6 +105,17 @@ def given_item(value, where):
             "finished": [finished[k] for k in kept], "models": [models[k] for k in kept if models]}
 
 
+def read_gold(path):
+    """{item: an item whose right ranks are known, which are its "gold"}. No file, no items."""
+    if not path:
+        return {}
+    rows, shown = read_comparisons(path), {item["item"]: item for item in read_items(path)}
+    ranks = {item_id(row.prompt, row.responses): row.ranks for row in rows}
+    require(len(rows) == len(ranks) and ranks.keys() == shown.keys() and all(len(set(each)) > 1 for each in ranks.values()),
+            f"{path}: a gold item has one row, with different answers, of which one is better")
+    return {name: shown[name] | {"gold": ranks[name]} for name in ranks}
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 def sample(policy, prompt, n, rng, args):
@@ -160,3 +171,4 @@ class Given(Sampler):
 
     def __init__(self, items):
         self.prompts, self.items = [item["prompt"] for item in items], items
+        self.K = max(len(item["responses"]) for item in items)

@@ -36,18 +36,20 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port, session):
+    def __init__(self, port, session, frame=False):
         super().__init__(("127.0.0.1", port), Handler)
         self.waiting = {}                           # connection without a complete request -> since when
         self.session, self.page = session, PAGE.read_bytes()
-        self.token = secrets.token_hex(16)
+        self.token, self.overview_token, self.frame = secrets.token_hex(16), secrets.token_hex(16), frame
         self.url = f"http://127.0.0.1:{self.server_port}/?token={self.token}"
+        self.overview_url = f"http://127.0.0.1:{self.server_port}/overview?token={self.overview_token}"
         hashes = {kind.decode(): base64.b64encode(hashlib.sha256(code).digest()).decode()
                   for kind, code in re.findall(rb"<(script|style)>(.*?)</\1>", self.page, re.DOTALL)}
         # The browser runs only the page's own script and connects only to this server. The page shows model text
         # through textContent, which is safe already; this is a second defence.
+        ancestors = "" if frame else "frame-ancestors 'none'; "
         self.policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-                       f"frame-ancestors 'none'; script-src 'sha256-{hashes['script']}'; "
+                       f"{ancestors}script-src 'sha256-{hashes['script']}'; "
                        f"style-src 'sha256-{hashes['style']}'")
 
     def process_request(self, request, client_address):
@@ -94,9 +96,10 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get_all("Host", [])
         require(len(given) == 1 and given[0].lower() in hosts, "wrong host")
         origin, site = self.headers.get("Origin", f"http://{given[0]}"), self.headers.get("Sec-Fetch-Site", "none")
-        require(origin == f"http://{given[0]}" and site in ("same-origin", "none"),
-                "requests from other sites are refused")
-        require(token is None or secrets.compare_digest(token.encode(), self.server.token.encode()),
+        own = site in ("same-origin", "none") or self.server.frame and self.command == "GET"
+        require(origin == f"http://{given[0]}" and own, "requests from other sites are refused")
+        expected = self.server.overview_token if self.path.startswith("/overview") else self.server.token
+        require(token is None or secrets.compare_digest(token.encode(), expected.encode()),
                 "the token is missing or from before a restart: open the address that the terminal shows now")
         self.server.waiting.pop(self.connection, None)
 
@@ -104,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         path, given, token = self.path.partition("?token=")
         try:
             self.check(token if given else None)
-            require(path == "/", "nothing here")
+            require(path in ("/", "/overview"), "nothing here")
             self.answer(200, "text/html; charset=utf-8", self.server.page)
         except UserError as error:
             self.send_error(403, str(error))
@@ -140,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
                    "/undo": lambda: session.undo(name),
                    "/past": lambda: session.past(name),
                    "/revise": lambda: session.revise(name, item),
+                   "/overview": session.overview,
                    "/guidelines": lambda: {"text": session.guidelines}}
         require(self.path in actions, "nothing here")
         with session.lock:
@@ -154,15 +158,16 @@ def remarks_of(value):
     return {name: given[name] for name in given if given[name]}
 
 
-def serve(session, port, open_page):
+def serve(session, port, open_page, frame=False):
     """Serves until Ctrl-C or SIGTERM."""
     try:
-        server = Server(port, session)
+        server = Server(port, session, frame)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: {getattr(error, 'strerror', None) or error}. Give another number, or "
                         "--port 0, which takes a free port") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
-    print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}", flush=True)
+    print(f"Open {server.url}\nto see the page. Ctrl-C ends it. Votes are saved in {session.votes.path}\n"
+          f"Who has done what, for the person in charge: {server.overview_url}", flush=True)
     # Without a screen webbrowser would start a text browser in this terminal.
     screen = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
     if screen and open_page:

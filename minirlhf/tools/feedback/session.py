@@ -1,5 +1,6 @@
 """Which item a person sees next, and what each person says about it."""
 
+import math
 import random
 from collections import defaultdict
 from datetime import datetime, timezone
@@ -7,6 +8,7 @@ from threading import Lock
 
 from minirlhf.files.jsonl import is_list_of, text
 from minirlhf.files.errors import require
+from minirlhf.tools.feedback import stats
 from minirlhf.tools.feedback.items import instruction_of, title_of, turns_of
 from minirlhf.tools.feedback.votes import Journal, comparison_row, in_file_order, sidecar
 
@@ -18,9 +20,12 @@ class Session:
     The server holds `lock` around each call, because two of them must not run at the same time.
     """
 
-    def __init__(self, mode, out, sampler, templates, seed, guidelines="", overlap=None):
+    def __init__(self, mode, out, sampler, templates, seed, guidelines="", overlap=None, gold={}):
         self.mode, self.sampler, self.templates, self.seed = mode, sampler, templates, seed
         self.overlap = overlap                      # how many items everybody gets, the others go to one; None: all
+        self.gold = gold                            # {item: an item with known ranks}; everybody gets these too
+        every, rng = max(len(sampler.prompts) // max(len(gold), 1), 1), random.Random(seed)
+        self.places = [min(every * n + rng.randrange(every), len(sampler.prompts) - 1) for n in range(len(gold))]
         self.shown = {}                             # annotator -> the item on their page
         self.guidelines = guidelines                # text that the page shows at the first visit
         self.lock = Lock()
@@ -37,22 +42,28 @@ class Session:
 
     # ---- handing out items ----
 
+    @property
+    def items(self):
+        """The items that exist so far, with the gold ones among them. self.places says before which others."""
+        return [item for n, other in enumerate(self.sampler.items)
+                for item in [*(gold for gold, place in zip(self.gold.values(), self.places) if place == n), other]]
+
     def next(self, annotator):
         """This person's progress, with the first item still to do, or {"finished": True}."""
         done = self.done[annotator]
         fewest = 0 if self.mode == "write" else 2                           # ranking needs two answers
 
         def still_to_do(pages={}):
-            return [item for n, item in enumerate(self.sampler.items)
-                    if item["item"] not in done and len(item["responses"]) >= fewest
-                    and (self.overlap is None or n < self.overlap or not self.is_taken(item["item"], annotator, pages))]
+            shared = {item["item"] for item in self.sampler.items[:self.overlap]} | self.gold.keys()
+            return [item for item in self.items if item["item"] not in done and len(item["responses"]) >= fewest
+                    and (item["item"] in shared or not self.is_taken(item["item"], annotator, pages))]
 
         while not (free := still_to_do(self.shown)) and self.sampler.add_item():
             pass
         free = free or still_to_do()                # what is only on the page of somebody who may have left
-        own = [done[item["item"]] for item in self.sampler.items if item["item"] in done]
+        own = [done[item["item"]] for item in self.items if item["item"] in done]
         votes = sum(journal is self.votes for journal, _ in own)
-        unsampled = len(self.sampler.prompts) - len(self.sampler.items)
+        unsampled = len(self.sampler.prompts) + len(self.gold) - len(self.items)
         state = {"mode": self.mode, "votes": votes, "skips": len(own) - votes, "can_undo": bool(done),
                  "total": len(own) + len(free) + unsampled}
         self.shown[annotator] = free[0]["item"] if free else None
@@ -76,7 +87,7 @@ class Session:
         return random.Random(f"{self.seed} {annotator} {item['item']}").sample(range(K), K)
 
     def find(self, name):
-        item = next((item for item in self.sampler.items if item["item"] == name), None)
+        item = next((item for item in self.items if item["item"] == name), None)
         require(item, "there is no such item")
         return item
 
@@ -111,11 +122,11 @@ class Session:
         return self.record(self.skips, row, annotator, seconds, remarks, revise)
 
     def record(self, journal, row, annotator, seconds, remarks, revise):
-        """Saves a row. Sending a vote twice is harmless: a second one is ignored, or replaces the first if `revise`."""
+        """Saves a row, and says so. What this person said before stays unless `revise`; sending it twice is harmless."""
         done, name = self.done[annotator], row["item"]
         old_journal, old = done.get(name, (None, None))
         if old and not revise:
-            return {"saved": True}
+            return {"saved": old_journal is journal and old == old | row | remarks}
         now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         row |= {"annotator": annotator, "seconds": seconds, "time": now, **remarks}
         if old_journal is journal:
@@ -148,7 +159,7 @@ class Session:
 
     def past(self, annotator):
         """This person's votes and skips on items that can be shown, the latest first, as the page lists them."""
-        prompts = {item["item"]: item["prompt"] for item in self.sampler.items}
+        prompts = {item["item"]: item["prompt"] for item in self.items}
         return {"past": [{"item": name, "skipped": journal is self.skips, "time": row["time"],
                           "title": title_of(prompts[name], self.templates), "best": best_of(row)[:300],
                           "flags": row.get("flags", []), "note": row.get("note", "")}
@@ -159,6 +170,21 @@ class Session:
         require(isinstance(name, str) and name in self.done[annotator], "you have not voted on this item")
         _, row = self.done[annotator][name]
         return self.show(self.find(name), annotator) | {"undone": name, **self.said(annotator, row)}
+
+
+    # ---- for the person in charge ----
+
+    def overview(self):
+        """Progress, pace, gold items and agreement of everybody. People are compared where two have voted."""
+        said = [row for done in self.done.values() for journal, row in done.values() if journal is self.votes]
+        people, ranked = [], [row for row in said if "ranks" in row]
+        for name, done in self.done.items():
+            own = [row for row in said if row["annotator"] == name]
+            people.append({"name": name, "votes": len(own), "skips": len(done) - len(own), "pace": stats.pace(own),
+                           "gold": stats.gold_right([row for row in own if "ranks" in row], self.gold)})
+        pairs = [[*names, n, kappa, low, high] for names, (_, n, kappa, low, high) in stats.kappas(ranked).items()]
+        return {"total": len(self.sampler.prompts) + len(self.gold), "voted": len({row["item"] for row in said}),
+                "people": people, "agreement": [row for row in pairs if math.isfinite(row[3])]}
 
 
 def best_of(row):

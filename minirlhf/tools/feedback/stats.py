@@ -13,6 +13,8 @@ from minirlhf.files.jsonl import is_list_of
 from minirlhf.stats import clustered_rate, units, win_rate, wins_of
 from minirlhf.tools.feedback.votes import item_id, sidecar
 
+READABLE = 10       # words a second. People read 4 (Brysbaert 2019); at 10 nobody has compared the answers
+
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -108,9 +110,35 @@ def duel(votes, ours, theirs):
     return wins_of(list(totals.values()), 0).tolist()
 
 
+# ---- one person, and two ---------------------------------------------------------------------------------------------
+
+def pace(votes):
+    """(median seconds of a vote, 0 if none is known; how many votes took less than reading the answers takes)."""
+    timed = [(n, vote) for vote in votes if isinstance(n := vote.get("seconds"), (int, float)) and 0 <= n < 1e9]
+    fast = sum(len(" ".join(vote.get("responses", [])).split()) > n * READABLE for n, vote in timed)
+    return statistics.median([n for n, _ in timed] or [0]), fast
+
+
+def gold_right(votes, gold):
+    """How many of the pairs whose better answer is known were told right, of how many. gold: see read_gold."""
+    said = [verdict == known for vote in votes if vote["item"] in gold
+            for verdict, known in zip(verdicts(vote["ranks"]), verdicts(gold[vote["item"]]["gold"])) if known]
+    return sum(said), len(said)
+
+
+def kappas(votes):
+    """{(name, name): (the share of pairs they agree on, of how many pairs, kappa, low, high)}, with 95 % intervals."""
+    both, groups, found = agreements(votes), list(map(agreements, by_prompt(votes))), {}
+    for names, said in both.items():
+        own = [group.get(names, []) for group in groups]
+        same = clustered_rate([sum(x == y for x, y in pairs) for pairs in own], list(map(len, own)))
+        found[names] = same, len(said), *(cohen_kappa(*zip(*said), end) for end in same[:3])
+    return found
+
+
 # ---- python -m minirlhf.tools.feedback stats FILE --------------------------------------------------------------------
 
-def print_stats(path):
+def print_stats(path, gold={}):
     votes, skips_file = read_votes(path), sidecar(path, "skips")
     skips = [row for _, row in read_jsonl(skips_file)] if skips_file.exists() else []
     pairs = [verdict for vote in votes for verdict in verdicts(vote["ranks"])]
@@ -123,23 +151,22 @@ def print_stats(path):
 
     for name in sorted({vote["annotator"] for vote in votes}):
         own = [vote for vote in votes if vote["annotator"] == name]
-        seconds = [n for vote in own if isinstance(n := vote.get("seconds"), (int, float)) and 0 <= n < 1e9]
-        median = statistics.median(seconds or [0])
-        pace = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
-        print(f"  annotator  {name or '(no name)'}: {len(own)} votes{pace}")
+        (median, fast), (right, n) = pace(own), gold_right(own, gold)
+        speed = f", half within {median:.1f} s, {3600 / median:.0f} an hour" if median > 0 else ""
+        print(f"  annotator  {name or '(no name)'}: {len(own)} votes{speed}")
+        if fast:
+            print(f"  too fast   {name or '(no name)'}: {fast} votes, at more than {READABLE} words a second")
+        if n:
+            print(f"  gold       {name or '(no name)'}: {right} of {n} known pairs")
         longer = list(map(longer_preferred, by_prompt(own)))
         if any(longer):
             best = clustered_rate(list(map(sum, longer)), list(map(len, longer)))
             print(f"  length     {name or '(no name)'}: prefers the longer answer in {best.value:.3f} of "
                   f"{sum(map(len, longer))} pairs [{best.low:.3f}, {best.high:.3f}], {best.n} prompts")
 
-    both, groups = agreements(votes), list(map(agreements, by_prompt(votes)))
-    for a, b in both:
-        own = [group.get((a, b), []) for group in groups]
-        same = clustered_rate([sum(x == y for x, y in pairs) for pairs in own], list(map(len, own)))
-        kappa, low, high = (cohen_kappa(*zip(*both[a, b]), end) for end in same[:3])
+    for (a, b), (same, n, kappa, low, high) in kappas(votes).items():
         print(f"  agreement  {a or '(no name)'} "
-              f"and {b or '(no name)'}: {same.value:.3f} of {len(both[a, b])} pairs [{same.low:.3f}, "
+              f"and {b or '(no name)'}: {same.value:.3f} of {n} pairs [{same.low:.3f}, "
               f"{same.high:.3f}], kappa {kappa:.3f} [{low:.3f}, {high:.3f}], {same.n} prompts")
 
     for ours, theirs in combinations(sorted({model for vote in votes for model in vote["models"]}), 2):
