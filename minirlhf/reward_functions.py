@@ -56,8 +56,8 @@ def load_function(spec):
         try:
             module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            said = traceback.format_exception_only(error)[-1]
-            raise UserError(f"{spec}: {path} cannot be run: {said.strip()}") from error
+            raise UserError(f"{spec}: {path} cannot be run: "
+                            f"{traceback.format_exception_only(error)[-1].strip()}") from error
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 
@@ -93,10 +93,10 @@ def call_reward(function, prompts, responses, name="the reward function"):
         try:
             scores = plain(function(*positional, **named))
         except (Exception, SystemExit) as error:
-            said = traceback.format_exception_only(error)[-1].strip()
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"{name} raised {said} ({place.filename}:{place.lineno}) "
+                f"{name} raised {traceback.format_exception_only(error)[-1].strip()} "
+                f"({place.filename}:{place.lineno}) "
                 f"on {len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
             ) from error
     require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
