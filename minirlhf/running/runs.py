@@ -181,7 +181,7 @@ class Run:
                 part.load_state_dict(self.state[name])
                 require(not isinstance(part, torch.optim.Optimizer) or has_moments(part),
                         f"{self.folder / 'state.pt'} is damaged: {name}")
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
                 raise UserError(f"{self.folder / 'state.pt'} is damaged: {name}: {error}") from error
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         numbers = sum(p.numel() for model in models for p in model.parameters())
@@ -253,15 +253,16 @@ def read_state(file):
         whole = zipfile.ZipFile(file).testzip() is None
         state = torch.load(file, map_location="cpu", weights_only=True)             # tensors and values, never code
         numbers = state["seconds"], state.get("beta", 0.0)
-        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < math.inf for x in numbers):
+        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < 1e15 for x in numbers):
             return state
     raise UserError(f"{file} is damaged. Without --resume a new run begins")
 
 
 def has_moments(optimizer):
-    """Whether an AdamW has both moments of every parameter, and the options it was made with."""
+    """Whether an AdamW has both moments of every parameter, after as many steps, and the options it was made with."""
     return all({name: value.shape for name, value in optimizer.state[parameter].items()}
                == {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+               and optimizer.state[parameter]["step"] == next(iter(optimizer.state.values()))["step"]
                and all(group.get(name) == value for name, value in optimizer.defaults.items() if name != "lr")
                for group in optimizer.param_groups for parameter in group["params"])
 
@@ -350,13 +351,13 @@ def read_report(folder):
     return report
 
 
-def is_figure(name, value, depth=3):
+def is_figure(name, value, outermost=True):
     """Whether a value of a report.json is a number, null, an interval (of a name in _ci, or in "ci"), or holds such."""
-    if isinstance(value, dict) or name == "ci":
-        return depth > 0 and isinstance(value, dict) and all(
-            is_figure(inner + "_ci" * (name == "ci"), part, depth - 1) for inner, part in value.items())
     if name.endswith("_ci") and value is not None:
-        return isinstance(value, list) and len(value) == 2 and None not in value and all(is_figure("", x) for x in value)
+        return isinstance(value, list) and len(value) == 2 and None not in value and all(is_figure("", x, False) for x in value)
+    if isinstance(value, dict) and outermost or name == "ci":
+        return isinstance(value, dict) and all(
+            is_figure(inner + "_ci" * (name == "ci"), part, False) for inner, part in value.items())
     return value is None or type(value) is float or type(value) is int and abs(value) < 2**63
 
 

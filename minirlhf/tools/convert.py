@@ -28,6 +28,7 @@ from minirlhf.running.config import Parser
 from minirlhf.tools.feedback.votes import to_line
 
 TEXTS = ("prompt", "response", "chosen", "rejected")
+ANSWERS = {"response", "completion", "answer", "chosen", "rejected", "responses"}
 RENAMED = {"question": "prompt", "answer": "response", "completion": "response", "messages": "response"}
 MADE_OF = {"messages": "messages -> prompt, response",
            "chosen": "chosen, rejected -> prompt, chosen, rejected",
@@ -244,6 +245,8 @@ def convert_all(rows, fields, counts):
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
+        require(fields != ("prompt",) or not ANSWERS & set(value), f"{where}: has {', '.join(ANSWERS & set(value))}, but "
+                "the first row has only a prompt. --columns prompt=prompt takes the prompts alone")
         for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
                 yield convert(fields, part, where, counts, repeated)
