@@ -126,8 +126,8 @@ def arguments(function, prompts, responses, name):
     if all(found.values()) and inspect.Parameter.POSITIONAL_ONLY not in kinds:
         return (), {found["prompts"]: prompts, found["responses"]: responses}
     first, second = (*parameters, "", "")[:2]
-    contradict = ((first, "responses"), (second, "prompts"))        # also completion_texts, say
-    require(not any(known in given.lower() for given, role in contradict for known in ROLES[role]),
+    require(not any(known in first.lower() for known in ROLES["responses"])         # also completion_texts, say
+            and not any(known in second.lower() for known in ROLES["prompts"]),
             f"{name} takes ({', '.join(parameters)}), and it is unclear which are the prompts. "
             "Name its parameters prompts and responses")
     return (prompts, responses), {}

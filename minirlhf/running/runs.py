@@ -97,8 +97,8 @@ class Run:
             if changed:
                 self._write_run_json()
         how = f", with {', '.join(changed)}. The learning rates now fall to 0 at the new end" if changed else ""
-        lost = f". metrics.jsonl has only {len(self.rows)} rows of before" if len(self.rows) < step else ""
-        print(f"{self.folder}: continued at step {step}{how}{lost}")
+        print(f"{self.folder}: continued at step {step}{how}"
+              + f". metrics.jsonl has only {len(self.rows)} rows of before" * (len(self.rows) < step))
         return state
 
     def _changes(self):
@@ -230,20 +230,19 @@ def hashes_of_inputs(config):
     for name in ("model", "reference", "reward", "data", "heldout", "gold"):
         spec = getattr(config, name, "")
         path = Path(spec.rsplit(":", 1)[0] if ".py:" in spec else spec)
-        if spec and path.is_dir():
-            inside = [file for pattern in MODEL_FILES for file in sorted(path.glob(pattern))]
-            found |= {f"{name}/{file.name}": sha256_of(file) for file in inside}
+        inside = [file for pattern in MODEL_FILES * bool(spec) for file in sorted(path.glob(pattern))]
+        found |= {f"{name}/{file.name}": sha256_of(file) for file in inside or beside(path)}
         if path.is_file() and path.parent.resolve() != Path(config.out).resolve():
             found[name] = sha256_of(path)
-            found |= {f"{name}/{file.name}": sha256_of(file) for file in beside(path)}
     return found
 
 
 def beside(path):
     """The files that are read with a file: meta.json with data, and with a function the modules it has imported."""
-    modules = [getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name != "__main__"]
-    files = map(Path, modules) if path.suffix == ".py" else [path.resolve().with_name("meta.json")]
-    return sorted({file for file in files if file.parent == path.resolve().parent and file.is_file()} - {path.resolve()})
+    files = [path.resolve().with_name("meta.json")] if path.suffix != ".py" else [
+        Path(getattr(module, "__file__", None) or "") for name, module in sys.modules.items() if name != "__main__"]
+    return sorted({file for file in files if path.is_file() and file.is_file() and file.parent == path.resolve().parent}
+                  - {path.resolve()})
 
 
 def read_state(file):
