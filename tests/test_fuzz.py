@@ -624,7 +624,7 @@ def sound_export(rng):
 
 
 def votes_by_hand(tasks):
-    """{(prompt, texts, who or number): rank of the answer " l"} of an export that was accepted."""
+    """{(prompt, texts, who, or a number if unknown): the better text} of an export that was accepted."""
     votes, n = {}, 0
     for task in tasks:
         for given in sorted(task["annotations"], key=lambda given: str(given.get("updated_at") or given.get("created_at") or "")):

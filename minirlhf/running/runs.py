@@ -295,7 +295,8 @@ def read_rows(file):
     with contextlib.suppress(ValueError, RecursionError):
         for line in file.read_bytes().splitlines() if file.exists() else ():
             row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
+            if not isinstance(row, dict) or type(row.get("step")) is not int or file.name == "metrics.jsonl" and not all(
+                    x is not None and is_figure("", x, False) for x in row.values()):
                 break
             rows.append(row)
     return rows

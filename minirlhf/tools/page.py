@@ -84,7 +84,7 @@ def charts_of(runs):
 
     The healthy ranges are those of the embedded world, so they are only shown if all runs are of it.
     """
-    embedded = all(Path(run["config"].get("data", "")).resolve().parent == TINY_GOLD.parent for run in runs)
+    embedded = all(Path(str(run["config"].get("data", ""))).resolve().parent == TINY_GOLD.parent for run in runs)
 
     def lines(metric, dashed=False):
         curves = [[rounded(row.get(metric, math.nan)) for row in run["rows"]] for run in runs]
@@ -106,7 +106,7 @@ def rounded(x):
 def headline(run):
     """How far a run is, in a few words."""
     done, win = run["rows"][-1]["step"] + 1 if run["rows"] else 0, figure_of(run["report"], "win_rate")
-    unit = f"of {run['config']['iterations']:,} iterations" if "iterations" in run["config"] else "steps"
+    unit = f"of {run['config']['iterations']} iterations" if "iterations" in run["config"] else "steps"
     return f"{done:,} {unit}, {run['state']}" + f", win rate against SFT in gold {win}" * bool(win)
 
 
