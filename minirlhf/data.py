@@ -270,7 +270,8 @@ def describe(path, tokenizer):
         empty = sum("" in map(str.strip, row.responses) for row in rows)
         notes.append(f"{ties} rows are all ties, {same} have identical answers, "
                      f"{empty} an empty answer")
-    copies = [row for row in rows if any(begins_with_prompt(text, row.prompt) for text in row.responses)]
+    copies = [row for row in rows
+              if any(begins_with_prompt(text, row.prompt) for text in row.responses)]
     if copies:
         notes.append(f"warning: {len(copies):,} rows have a response that begins with its prompt "
                      f"(the first: {copies[0].where}). The model would read the prompt twice")

@@ -39,7 +39,8 @@ def judge_sft(report):
 
 def judge_reward_model(report):
     """(whether PPO can learn from a reward model, a sentence), by its report.json."""
-    report = {name: value for name, value in report.items() if isinstance(value, (int, float, list))}
+    report = {name: value for name, value in report.items()
+              if isinstance(value, (int, float, list))}
     low, high = report.get("rm_accuracy_heldout_ci", (1, 1))
     longer = report.get("longer_is_preferred", 0.5)
     length = max(longer, 1 - longer)

@@ -126,7 +126,8 @@ def arguments(function, prompts, responses, name):
     if all(found.values()) and inspect.Parameter.POSITIONAL_ONLY not in kinds:
         return (), {found["prompts"]: prompts, found["responses"]: responses}
     first, second = (*parameters, "", "")[:2]
-    require(not any(known in first.lower() for known in ROLES["responses"])         # also completion_texts, say
+    # Names like completion_texts count too.
+    require(not any(known in first.lower() for known in ROLES["responses"])
             and not any(known in second.lower() for known in ROLES["prompts"]),
             f"{name} takes ({', '.join(parameters)}), and it is unclear which are the prompts. "
             "Name its parameters prompts and responses")

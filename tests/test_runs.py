@@ -240,7 +240,8 @@ def test_resume_reads_what_a_reward_function_imports_as_it_was(tmp_path, monkeyp
         resume(tmp_path, reward=reward)
 
 
-@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}, True, [0.7], {"ci": 3}, {"ci": {"kl": 3}}, {"ci": {"kl": {"kl": 3}}},
+@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}, True, [0.7], {"ci": 3},
+                                   {"ci": {"kl": 3}}, {"ci": {"kl": {"kl": 3}}},
                                    {"ci": {"kl": [1, None]}}, 10**400, {"a": {"b": 1}}])
 def test_text_in_a_report_is_named(tmp_path, value):
     (tmp_path / "report.json").write_text(json.dumps({"seed": 1, "seconds": {"ppo": None}, "kl": value}))

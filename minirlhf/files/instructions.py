@@ -10,7 +10,8 @@ TEMPLATE_WITH_INPUT = ("Below is an instruction that describes a task, paired wi
                        "context. Write a response that appropriately completes the request."
                        "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
-NO_INPUT = ("", "noinput", "no input", "no input required", "none", "nan", "null", "n/a", "n.a")     # also as <noinput>, in capitals
+# Also as <noinput>, and in capitals.
+NO_INPUT = ("", "noinput", "no input", "no input required", "none", "nan", "null", "n/a", "n.a")
 
 
 def instances(value, where):

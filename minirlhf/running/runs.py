@@ -29,7 +29,8 @@ from minirlhf.running.processes import is_first
 HELD = {}           # {folder: the file descriptor that keeps it locked}
 LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
 SAVING = 0.05       # share of the time that may go into checkpoints
-MODEL_FILES = "config.json", "*.safetensors*", "pytorch_model*", "vocab*", "merges.txt", "tokenizer*", "*template*", "generation_config*"
+MODEL_FILES = ("config.json", "*.safetensors*", "pytorch_model*", "vocab*", "merges.txt", "tokenizer*", "*template*",
+               "generation_config*")
 STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 LINES = 20          # about this many rows of metrics are printed during a run
 say = tqdm.write    # prints a line above the bar
@@ -295,8 +296,9 @@ def read_rows(file):
     with contextlib.suppress(ValueError, RecursionError):
         for line in file.read_bytes().splitlines() if file.exists() else ():
             row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int or file.name == "metrics.jsonl" and not all(
-                    x is not None and is_figure("", x, False) for x in row.values()):
+            if not isinstance(row, dict) or type(row.get("step")) is not int or (
+                    file.name == "metrics.jsonl" and not all(
+                        x is not None and is_figure("", x, False) for x in row.values())):
                 break
             rows.append(row)
     return rows
@@ -354,7 +356,8 @@ def read_report(folder):
 def is_figure(name, value, outermost=True):
     """Whether a value of a report.json is a number, null, an interval (of a name in _ci, or in "ci"), or holds such."""
     if name.endswith("_ci") and value is not None:
-        return isinstance(value, list) and len(value) == 2 and None not in value and all(is_figure("", x, False) for x in value)
+        return (isinstance(value, list) and len(value) == 2 and None not in value
+                and all(is_figure("", x, False) for x in value))
     if isinstance(value, dict) and outermost or name == "ci":
         return isinstance(value, dict) and all(
             is_figure(inner + "_ci" * (name == "ci"), part, False) for inner, part in value.items())

@@ -239,8 +239,9 @@ def convert_all(rows, fields, counts):
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
-        require(fields != ("prompt",) or not {"completion", *TEXTS[1:], "responses", "answer"} & set(value), f"{where}: has "
-                f"the fields {', '.join(value)}, but the first row fits prompts only. --columns prompt=prompt takes these")
+        require(fields != ("prompt",) or not {"completion", *TEXTS[1:], "responses", "answer"} & set(value),
+                f"{where}: has the fields {', '.join(value)}, but the first row fits prompts only. "
+                "--columns prompt=prompt takes these")
         for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
                 yield convert(fields, part, where, counts, repeated)

@@ -127,7 +127,8 @@ def report_tables(run):
 def figure_of(found, name):
     """A figure of a report.json as text, with its interval where it has one. "" if there is no such figure."""
     value, interval = found.get(name), found.get("ci", {}).get(name) or found.get(f"{name}_ci")
-    return "" if value is None or isinstance(value, dict) else str(Estimate(value, *interval, 0)) if interval else f"{value:.4g}"
+    return ("" if value is None or isinstance(value, dict) else
+            str(Estimate(value, *interval, 0)) if interval else f"{value:.4g}")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -110,8 +110,9 @@ def task_votes(task, leading_space, dropped):
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        extra = {**{name: given[name] for name in ("item", "models") if name in given}, "order": order, "annotator": annotator_of(annotation),
-                 "seconds": annotation.get("lead_time"), "time": annotation.get("created_at")}
+        extra = {**{name: given[name] for name in ("item", "models") if name in given}, "order": order,
+                 "annotator": annotator_of(annotation), "seconds": annotation.get("lead_time"),
+                 "time": annotation.get("created_at")}
         row = comparison_row(prompt, in_file_order(texts, order), in_file_order(ranks, order), ours.get("finished"),
                              **extra)
         votes.append((str(annotation.get("updated_at") or annotation.get("created_at") or ""), row))
