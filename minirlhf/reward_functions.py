@@ -47,6 +47,12 @@ def load_function(spec):
     require(path.endswith(".py") and os.path.isfile(path),
             f"{spec}: not FILE.py:function with a file that exists")
     module_name, folder = Path(path).stem, str(Path(path).resolve().parent)
+    # What another such file has imported under a name from this folder is hidden meanwhile.
+    hidden = {name: sys.modules.pop(name)
+              for name in [file.stem for file in Path(folder).glob("*.py")]
+              if name in sys.modules.keys() - sys.stdlib_module_names - {module_name}
+              and not hasattr(sys.modules[name], "__path__")
+              and Path(getattr(sys.modules[name], "__file__", "") or "").parent != Path(folder)}
     while module_name in sys.modules or module_name in sys.stdlib_module_names:
         module_name += "_"                              # another module has this name already
     module_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -58,6 +64,7 @@ def load_function(spec):
         except (Exception, SystemExit) as error:
             raise UserError(f"{spec}: {path} cannot be run: "
                             f"{traceback.format_exception_only(error)[-1].strip()}") from error
+    sys.modules.update(hidden)
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 

@@ -81,9 +81,9 @@ class Run:
         if self.first:
             lock(self.folder)
         changed, report = self._changes(), self.folder / "report.json"
-        hint = ", or add --allow_changes" if hasattr(self.config, "allow_changes") else ""
         require(not changed or getattr(self.config, "allow_changes", False),
-                f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same{hint}")
+                f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same"
+                + ", or add --allow_changes" * hasattr(self.config, "allow_changes"))
         state = read_state(self.folder / "state.pt")
         step = state["step"]
         require(not report.exists() or getattr(self.config, "iterations", 0) > step,
