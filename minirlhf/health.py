@@ -39,14 +39,16 @@ def judge_sft(report):
 
 def judge_reward_model(report):
     """(whether PPO can learn from a reward model, a sentence), by its report.json."""
+    report = {name: value for name, value in report.items()
+              if isinstance(value, (int, float, list))}
     low, high = report.get("rm_accuracy_heldout_ci", (1, 1))
     longer = report.get("longer_is_preferred", 0.5)
     length = max(longer, 1 - longer)
     accuracy = report.get("rm_accuracy_heldout", math.nan)
     said = f"held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
-    if low <= 0.5:
+    if not low > 0.5:                                   # also if it is nan
         return False, f"no-go: {said} is not better than chance. Collect more comparisons"
-    if low <= length:
+    if not low > length:
         return False, f"no-go: {said} is not better than length alone, {length:.3f}"
     return True, f"go: {said} is better than chance and than length alone, {length:.3f}"
 

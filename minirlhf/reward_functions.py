@@ -47,6 +47,12 @@ def load_function(spec):
     require(path.endswith(".py") and os.path.isfile(path),
             f"{spec}: not FILE.py:function with a file that exists")
     module_name, folder = Path(path).stem, str(Path(path).resolve().parent)
+    # What another such file has imported under a name from this folder is hidden meanwhile.
+    hidden = {name: sys.modules.pop(name)
+              for name in [file.stem for file in Path(folder).glob("*.py")]
+              if name in sys.modules.keys() - sys.stdlib_module_names - {module_name}
+              and not hasattr(sys.modules[name], "__path__")
+              and Path(getattr(sys.modules[name], "__file__", "") or "").parent != Path(folder)}
     while module_name in sys.modules or module_name in sys.stdlib_module_names:
         module_name += "_"                              # another module has this name already
     module_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -56,8 +62,9 @@ def load_function(spec):
         try:
             module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            said = traceback.format_exception_only(error)[-1]
-            raise UserError(f"{spec}: {path} cannot be run: {said.strip()}") from error
+            raise UserError(f"{spec}: {path} cannot be run: "
+                            f"{traceback.format_exception_only(error)[-1].strip()}") from error
+    sys.modules.update(hidden)
     require(callable(getattr(module, name, None)), f"{spec}: {path} has no function {name!r}")
     return getattr(module, name)
 
@@ -93,10 +100,10 @@ def call_reward(function, prompts, responses, name="the reward function"):
         try:
             scores = plain(function(*positional, **named))
         except (Exception, SystemExit) as error:
-            said = traceback.format_exception_only(error)[-1].strip()
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"{name} raised {said} ({place.filename}:{place.lineno}) "
+                f"{name} raised {traceback.format_exception_only(error)[-1].strip()} "
+                f"({place.filename}:{place.lineno}) "
                 f"on {len(prompts)} responses, the first of them {responses[0]!r} to {prompts[0]!r}"
             ) from error
     require(isinstance(scores, (list, tuple)) and len(scores) == len(prompts),
@@ -126,8 +133,9 @@ def arguments(function, prompts, responses, name):
     if all(found.values()) and inspect.Parameter.POSITIONAL_ONLY not in kinds:
         return (), {found["prompts"]: prompts, found["responses"]: responses}
     first, second = (*parameters, "", "")[:2]
-    contradict = ((first, "responses"), (second, "prompts"))        # also completion_texts, say
-    require(not any(known in given.lower() for given, role in contradict for known in ROLES[role]),
+    # Names like completion_texts count too.
+    require(not any(known in first.lower() for known in ROLES["responses"])
+            and not any(known in second.lower() for known in ROLES["prompts"]),
             f"{name} takes ({', '.join(parameters)}), and it is unclear which are the prompts. "
             "Name its parameters prompts and responses")
     return (prompts, responses), {}

@@ -123,8 +123,7 @@ def student(df):
 
 def t_limit(df):
     """The two-sided 95 % limit."""
-    limits, within = student(df)
-    return float(np.interp(0.95, within, limits))
+    return float(np.interp(0.95, *reversed(student(df))))
 
 
 def t_probability(t, df):

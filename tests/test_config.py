@@ -105,6 +105,14 @@ def test_a_pipe_that_closes_is_silence_and_loses_no_file(tmp_path, encoding, fir
     assert (tmp_path / "file").read_text() == "all of it"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
+    command = [sys.executable, "-c", PRINTS, tmp_path / "file"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert done.returncode == 2 and done.stderr.split() == "error: a file: No space left on device".split()
+
+
 def test_no_home_is_one_line(tmp_path, monkeypatch):
     pwd = pytest.importorskip("pwd")
     monkeypatch.delenv("HOME", raising=False)

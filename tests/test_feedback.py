@@ -509,9 +509,11 @@ def test_nothing_but_the_empty_page_is_given_out_without_the_token(server):
     assert get(server, f"/?token={server.token}", Host=f"localhost:{server.server_port}")[0] == 200
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n",
+                                  b"POST /next HTTP/1.1\r\nHost: PLACE\r\nX-Token: TOKEN\r\nContent-Length: 99\r\n\r\n"])
 def test_half_open_connections_lock_nobody_out(server, monkeypatch, sent):
-    held = []
+    held, place = [], f"127.0.0.1:{server.server_port}"
+    sent = sent.replace(b"PLACE", place.encode()).replace(b"TOKEN", server.token.encode())
     for _ in range(3 * MOST):
         held.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=30))
         held[-1].sendall(sent)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import random
 import resource
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -28,10 +30,18 @@ from minirlhf.running.config import parse
 from minirlhf.files.errors import UserError
 from minirlhf.data import Row, encode_rows, read_comparisons, read_demonstrations, read_prompts
 from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.health import judge_reward_model
 from minirlhf.reward import ScalarHeadModel
-from minirlhf.running.runs import Run
+from minirlhf.reward_functions import call_reward
+from minirlhf.running.runs import Run, read_report
 from minirlhf.files.tensors import read_pickle, read_safetensors
+from minirlhf.tools import convert, page
+from minirlhf.tools.evaluate.tables import FIGURES
+from minirlhf.tools.feedback.labelstudio import import_file
+from minirlhf.tools.feedback.stats import print_stats
 from minirlhf.weights import from_pretrained, save_pretrained, scalar_from_pretrained
+from test_page import Page
+from test_runs import Config
 from small_world import TOKENIZER, ppo_flags, script_flags, small_world
 
 SECONDS, MEGABYTES = 5, 512             # what one mutant may take, and what all may add to the memory of the process
@@ -168,7 +178,7 @@ def change_value(rng, values):
         lambda: values.update({name: rng.choice(ODD)}),
         lambda: values.update({name: [rng.choice(ODD)] * rng.randrange(5)}),
         lambda: values.pop(name, None),
-        lambda: values.update({rng.choice(["x", "", "\ud800", "\x00", name + " ", name.upper()]): rng.choice(ODD)}),
+        lambda: values.update({rng.choice(["x", "", "\ud800", "\x00", f"{name} ", str(name).upper()]): rng.choice(ODD)}),
     ])()
 
 
@@ -484,6 +494,258 @@ def test_a_mutated_pytorch_file_is_read_or_is_one_error(tmp_path, zipped, n):
         assert read is None or all(isinstance(tensor, torch.Tensor) for tensor in read.values())
         counts[kind_of(message, BIN_ERRORS)] += 1
     assert set(counts) <= {"loads", *BIN_ERRORS} and len(counts) > 2 and counts["loads"] < 0.7 * n, counts
+
+
+# ---- state.pt --------------------------------------------------------------------------------------------------------
+
+STATE_ERRORS = ["state.pt is damaged. Without", "state.pt is damaged: model", "state.pt is damaged: optimizer",
+                "it is after step"]
+TOTAL = 2
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-5, weight_decay=0.0)
+
+
+def step_of(model, optimizer):
+    model(torch.arange(6)[None]).square().mean().backward()
+    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def resumed(folder):
+    """A run that is continued by one step: (its Run, the model, the optimizer)."""
+    run, model = Run(Config(out=str(folder), resume=True)), GPT2(GPT2Config(**SIZES))
+    optimizer = adam(model)
+    run.steps(TOTAL, "test")
+    run.restore(model=model, optimizer=optimizer)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    step_of(model, optimizer)
+    return run, *before
+
+
+def inner_dicts(value):
+    """A dict and all dicts in it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [value] * isinstance(value, dict) + [found for part in parts for found in inner_dicts(part)]
+
+
+@amounts(40, 300)
+def test_a_mutated_checkpoint_is_what_torch_reads_or_is_one_error(tmp_path, n):
+    rng, counts, model = random.Random(8), collections.Counter(), GPT2(GPT2Config(**SIZES))
+    optimizer, run = adam(model), Run(Config(out=str(tmp_path / "run")))
+    run.steps(TOTAL, "test")
+    step_of(model, optimizer)
+    run.log(0, {})
+    run.checkpoint(1, model=model, optimizer=optimizer, beta=0.1)
+    file = run.folder / "state.pt"
+    sound, state = file.read_bytes(), torch.load(file, weights_only=True)
+    for _ in range(n):
+        value = copy.deepcopy(state)
+        change_value(rng, rng.choice([value, *inner_dicts(value)]))
+        torch.save(value, file)
+        if rng.random() < 0.5:
+            put(file, change_bytes(rng, sound))
+        found, message = outcome(resumed, run.folder)
+        if found is not None:
+            theirs = torch.load(file, weights_only=True)
+            assert found[0].state["step"] == theirs["step"] and found[0].seconds() >= theirs["seconds"]
+            assert_equal(found[1], theirs["model"])
+            for i in range(len(state["optimizer"]["state"])):           # others may lie beside them
+                assert_equal(found[2][i], theirs["optimizer"]["state"][i])
+        counts[kind_of(message, STATE_ERRORS)] += 1
+    print(counts)
+    assert set(counts) <= {"loads", *STATE_ERRORS} and len(counts) > 2 and 0 < counts["loads"] < 0.5 * n, counts
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_equal(ours[name], theirs[name])
+    else:
+        assert torch.equal(ours, torch.as_tensor(theirs))       # a number of steps may be one of Python's
+
+
+# ---- report.json -----------------------------------------------------------------------------------------------------
+
+REPORT = {"seed": 1, "seconds": {"sft": 2.5, "rm": None, "ppo": 3}, "win_rate": 0.7, "win_rate_ci": [0.6, 0.8],
+          "kl": 1.5, "rm_accuracy_heldout": 0.75, "rm_accuracy_heldout_ci": [0.7, 0.8], "longer_is_preferred": 0.5,
+          "n_prompts": 10, "sft": {"gold": 0.25, "ci": {"gold": [0.1, 0.5]}},
+          "ppo": {"gold": 0.5, "kl": None, "ci": {"gold": [0.4, 0.6]}}}
+REPORT_ERRORS = ["is no number", "not a file of JSON", "must be an object"]
+
+
+@amounts(60, 300)
+def test_a_mutated_report_is_shown_as_json_reads_it_or_is_one_error(tmp_path, n):
+    rng, counts = random.Random(9), collections.Counter()
+    (tmp_path / "run.json").write_text('{"config": {"data": "x"}}')
+    (tmp_path / "metrics.jsonl").touch()
+    for _ in range(n):
+        value, how = copy.deepcopy(REPORT), rng.choice(["value", "value", "value", "text", "bytes"])
+        change_value(rng, rng.choice(inner_dicts(value))) if how == "value" else None
+        text = change_text(rng, to_json(rng, value)) if how == "text" else to_json(rng, value)
+        data = to_bytes(rng, text)
+        put(tmp_path / "report.json", change_bytes(rng, data) if how == "bytes" else data)
+        live, message = outcome(page.write_runs, tmp_path / "page.html", [str(tmp_path)], False)
+        counts[kind_of(message, REPORT_ERRORS)] += 1
+        if not message:
+            check_report(json.loads((tmp_path / "report.json").read_bytes()), judge_reward_model(read_report(tmp_path)),
+                         Page(tmp_path / "page.html").data)
+    print(counts)
+    assert set(counts) <= {"loads", *REPORT_ERRORS} and 0.2 * n < counts["loads"] < 0.8 * n, counts
+
+
+def check_report(report, verdict, shown):
+    """The verdict follows from the numbers, and each number of the report is on the page."""
+    low, longer = (report.get("rm_accuracy_heldout_ci") or [1])[0], report.get("longer_is_preferred")
+    assert verdict[0] == (low > 0.5 and low > max(0.5 if longer is None else longer, 1 - (longer or 0.5)))
+    rows = [row for table in shown["tables"] for row in table["rows"]]
+    for name, value in report.items():
+        if type(value) in (int, float):
+            cells = [cell for first, *others in rows if first == FIGURES.get(name, name) for cell in others]
+            assert any(math.isclose(float(cell.split()[0]), value, rel_tol=0.01, abs_tol=1e-3) or value != value
+                       for cell in cells if cell != "–"), name
+
+
+# ---- Label Studio ----------------------------------------------------------------------------------------------------
+
+STUDIO_ERRORS = [" that is a ", "completed_by is", "no usable annotation", "not JSON in UTF-8",
+                 "not a list of annotated", "selected is", "is not an order", "ranks the answers", "the order of the buckets", "finished must",
+                 "new row: ", "choices are"]
+
+
+def sound_export(rng):
+    tasks = []
+    for i in range(rng.randrange(1, 4)):
+        order = rng.sample(range(2), 2)
+        ours = {"order": order, "finished": [True, False], "extra": {"item": "x", "models": ["a", "b"]}}
+        annotations = [{"completed_by": rng.choice([n, {"id": n}, {"id": n, "email": f"{n}@x"}]),
+                        "was_cancelled": rng.random() < 0.1, "updated_at": f"2026-01-0{n + 1}", "lead_time": 1.5,
+                        "result": [{"type": "pairwise", "value": {"selected": rng.choice(["left", "right"])}}]}
+                       for n in range(3)]
+        data = {"prompt": f"P{i}", "answer1": " l", "answer2": " r", "minirlhf": ours}
+        tasks.append({"id": i, "data": data, "annotations": annotations})
+    return tasks
+
+
+def votes_by_hand(tasks):
+    """{(prompt, texts, who, or a number if unknown): the better text} of an export that was accepted."""
+    votes, n = {}, 0
+    for task in tasks:
+        data = task["data"]
+        for given in sorted(task["annotations"], key=lambda x: str(x.get("updated_at") or x.get("created_at") or "")):
+            by, n = given.get("completed_by"), n + 1
+            by = (by.get("email") or by.get("id")) if isinstance(by, dict) else by
+            who = n if by is None or not str(by).strip() else str(by).strip()
+            found = [] if given.get("was_cancelled") else [x for x in given["result"] if x["type"] == "pairwise"]
+            if found:
+                texts = data["answer1"], data["answer2"]
+                votes[data["prompt"], frozenset(texts), who] = texts[found[0]["value"]["selected"] == "right"]
+    return votes
+
+
+@amounts(100, 300)
+def test_a_mutated_export_of_label_studio_is_imported_as_json_reads_it_or_is_one_error(tmp_path, n):
+    rng, counts, file, out = random.Random(10), collections.Counter(), tmp_path / "export.json", tmp_path / "rows.jsonl"
+    for _ in range(n):
+        tasks, how = sound_export(rng), rng.choice(["value"] * 4 + ["bytes"])
+        change_value(rng, rng.choice(inner_dicts(tasks))) if how == "value" else None
+        data = to_bytes(rng, to_json(rng, tasks))
+        put(file, change_bytes(rng, data) if how == "bytes" else data)
+        out.unlink(missing_ok=True)
+        _, message = outcome(import_file, file, out)
+        assert not message or message.startswith(f"{file}: ")
+        counts[kind_of(message, STUDIO_ERRORS)] += 1
+        if not message:
+            rows = [json.loads(line) for line in out.read_bytes().splitlines()]
+            theirs = votes_by_hand(json.loads(file.read_bytes()))
+            best = sorted((row["prompt"], row["responses"][row["ranks"].index(1)]) for row in rows)
+            assert best == sorted((prompt, text) for (prompt, *_), text in theirs.items())
+            assert {row["annotator"] for row in rows} - {""} == {who for *_, who in theirs if type(who) is str}
+            outcome(print_stats, out)
+    print(counts)
+    assert set(counts) <= {"loads", *STUDIO_ERRORS} and 0.3 * n < counts["loads"] < 0.8 * n, counts
+
+
+# ---- TRL -------------------------------------------------------------------------------------------------------------
+
+TRL_ERRORS = ['no "content"', "but the first row", "must be a string", "surrogate", "white-space", "fit 0 of the",
+              "fit 2 of the", "not a line of JSON", "not JSON in UTF-8", "must be an object", "nothing is written",
+              "finished must", "is empty"]
+
+
+def sound_trl(rng):
+    """Rows of one of TRL's forms, and what they become."""
+    form, rows, expected = rng.choice(["text", "messages", "implicit", "completion"]), [], []
+    for i in range(rng.randrange(2, 5)):
+        ask, good, bad = ([{"role": role, "content": f"{text}{i}?"}] for role, text in (
+            ("user", "Q"), ("assistant", "good "), ("assistant", "bad ")))
+        rows.append({"text": {"prompt": f"Q{i}?", "chosen": f" good {i}?", "rejected": f" bad {i}?"},
+                     "messages": {"prompt": ask, "chosen": good, "rejected": bad},
+                     "implicit": {"chosen": ask + good, "rejected": ask + bad},
+                     "completion": {"prompt": ask, "completion": good}}[form])
+        sides = {"chosen": f" good {i}?", "rejected": f" bad {i}?"}
+        sides = {"response": sides["chosen"]} if form == "completion" else sides
+        expected.append({"prompt": f"Q{i}?" if form == "text" else f"\n\nHuman: Q{i}?\n\nAssistant:", **sides})
+    return rows, expected
+
+
+@amounts(100, 300)
+def test_a_mutated_file_of_trls_becomes_the_same_rows_but_for_the_mutated_one_or_is_one_error(tmp_path, n):
+    rng, counts, file = random.Random(11), collections.Counter(), tmp_path / "rows.jsonl"
+    for i in range(n):
+        (rows, expected), how = sound_trl(rng), rng.choice(["value"] * 4 + ["text", "bytes"])
+        bad, out = rng.randrange(len(rows)), tmp_path / f"{i}/rows.jsonl"
+        change_value(rng, rng.choice(inner_dicts(rows[bad]))) if how == "value" else None
+        lines = [to_json(rng, row) for row in rows]
+        lines[bad] = change_text(rng, lines[bad]) if how == "text" else lines[bad]
+        lines = [to_bytes(rng, line) for line in lines]
+        lines[bad] = change_bytes(rng, lines[bad]) if how == "bytes" else lines[bad]
+        put(file, b"\n".join(lines))
+        _, message = outcome(convert.main, [str(file), "--out", str(out)])
+        assert not message or message.startswith(f"{file}")
+        counts[kind_of(message, TRL_ERRORS)] += 1
+        if not message:
+            kept = [json.loads(line) for line in out.read_bytes().splitlines()]
+            check_trl(kept, expected, bad, json.loads(lines[bad] or b"{}"))
+    print(counts)
+    assert set(counts) <= {"loads", *TRL_ERRORS} and 0.2 * n < counts["loads"] < 0.8 * n, counts
+
+
+def check_trl(rows, expected, bad, source):
+    """Every sound row is there, and the mutated one is not or has its own texts under the same names."""
+    sound, names = expected[:bad] + expected[bad + 1:], {"response": "completion"}
+    assert [row for row in rows if row in sound] == sound and len(rows) <= len(expected)
+    for row in rows:
+        for name in row if row not in sound else ():
+            given = source.get(names.get(name, name), source.get("chosen"))
+            texts = [given] if isinstance(given, str) else [part["content"] for part in given]
+            assert any(text.strip() in row[name] for text in texts) or row[name].strip() in map(str.strip, texts)
+
+
+# ---- what a reward function returns ----------------------------------------------------------------------------------
+
+@amounts(150, 300)
+def test_a_mutated_result_of_a_reward_function_gives_its_own_numbers_or_is_one_error(n):
+    rng, counts = random.Random(12), collections.Counter()
+    odd = [*ODD, 10**5000, object(), 1j, b"1", {1: 2}, float, torch.tensor(1.0), torch.ones(2), np.float64(0.5), np.nan,
+           (), range(2)]
+    for _ in range(n):
+        result = [rng.choice([rng.random(), rng.randrange(9)]) for _ in range(3)]
+        for _ in range(rng.randrange(3)):
+            k = rng.randrange(len(result) + 1)
+            result[k:k + rng.randrange(2)] = [rng.choice(odd)] * rng.randrange(2)
+        wrap = rng.choice([list, list, tuple, torch.tensor, np.array, iter, set, lambda values: (values or [None])[0]])
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            result = wrap(result)
+        scores, message = outcome(call_reward, lambda prompts, responses: result, ["p", "q", "r"], ["a", "b", "c"])
+        if not message:
+            plain = [float(score) for score in (result.tolist() if hasattr(result, "tolist") else result)]
+            assert scores.dtype == torch.float32 and torch.equal(scores, torch.tensor(plain, dtype=torch.float32))
+        counts[kind_of(message, ["must return a list of 3 numbers", "for the response"])] += 1
+    assert len(counts) == 3 and min(counts.values()) > 0.05 * n, counts
 
 
 # ---- command lines -------------------------------------------------------------------------------------------------

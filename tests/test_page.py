@@ -273,7 +273,8 @@ def test_a_line_that_is_being_written_or_is_damaged_ends_the_curves(tmp_path):
     half_line(folder := fake_run(tmp_path / "run"))
     assert page_of(folder).data["runs"][0]["steps"][-1] == 39
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    for damaged in ("{", "[1]", "\xff", '{"step": true}'):
+    for damaged in ("{", "[1]", "\xff", '{"step": true}', '{"step": 5, "objective/kl": "x"}',
+                    '{"step": 5, "loss": null}'):
         (folder / "metrics.jsonl").write_text("\n".join([*lines[:5], damaged, *lines[6:]]), encoding="latin-1")
         assert page_of(folder).data["runs"][0]["steps"] == [0, 1, 2, 3, 4]
 

@@ -149,6 +149,17 @@ def test_files_with_dataclasses_helpers_and_pools_are_modules_like_others(tmp_pa
     assert sys.modules.get("queue") is before
 
 
+def test_two_files_have_each_its_own_helper_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "beside_it", raising=False)
+    functions = []
+    for n in (1, 2):
+        (tmp_path / f"{n}").mkdir()
+        functions.append(load(tmp_path / f"{n}", "import beside_it\ndef f(prompts, responses):\n    return beside_it.scores\n",
+                              f"scores = [{n}, {n}, {n}]"))
+    assert [call_reward(f, PROMPTS, RESPONSES).tolist() for f in functions] == [[1, 1, 1], [2, 2, 2]]
+
+
 @pytest.mark.parametrize("change", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_grad_enabled(False)",
                                     "torch.set_float32_matmul_precision('medium')", "os.chdir('/')",
                                     "torch.set_autocast_enabled('cpu', True)"])

@@ -19,6 +19,7 @@ from minirlhf.data import batch_at
 from minirlhf.generate import generator
 from minirlhf.running.config import option
 from minirlhf.files.errors import UserError
+from minirlhf.reward_functions import load_function
 from minirlhf.running.runs import Run
 
 
@@ -29,6 +30,7 @@ class Config:
     data: str = option("", "data")
     lr: float = option(0.1, "learning rate")
     heldout: str = option("", "held-out data")
+    reward: str = option("", "reward")
     resume: bool = option(False, "continue")
     allow_changes: bool = option(False, "even with other options")
     iterations: int = option(100, "steps")
@@ -149,7 +151,7 @@ def test_a_damaged_checkpoint_is_an_error_and_stays(tmp_path, damage):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("seconds", None), ("seconds", "1"), ("seconds", -1.0), ("seconds", float("nan")), ("step", "2"), ("step", -3),
+    ("seconds", None), ("seconds", "1"), ("seconds", -1.0), ("seconds", 10**400), ("seconds", float("nan")), ("step", "2"), ("step", -3),
     ("step", 10**11), ("step", True), ("model", None), ("model", 7), ("model", {}), ("model", {"weight": "x"}),
     ("model", {"weight": torch.zeros(2, 1)}), ("beta", "x"), ("beta", float("nan")),
 ])
@@ -206,7 +208,7 @@ def test_resume_refuses_inputs_with_other_contents(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model-00001-of-00002.bin",
-                                  "vocab.tiktoken", "merges.txt"])
+                                  "vocab.tiktoken", "merges.txt", "template.json", "generation_config.json"])
 def test_resume_reads_every_file_of_a_model_as_it_was(tmp_path, name):
     (tmp_path / "rm").mkdir()
     (tmp_path / "rm" / name).write_text("1.0")
@@ -217,11 +219,63 @@ def test_resume_reads_every_file_of_a_model_as_it_was(tmp_path, name):
         resume(tmp_path, model=str(tmp_path / "rm"))
 
 
-@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}])
+def test_resume_reads_the_template_of_the_data_as_it_was(tmp_path):
+    (tmp_path / "data.jsonl").write_text("x")
+    begin(tmp_path, 1, data=str(tmp_path / "data.jsonl"))
+    (tmp_path / "meta.json").write_text('{"template": "{instruction}"}')
+    with pytest.raises(UserError, match="--data/meta.json has other contents"):
+        resume(tmp_path, data=str(tmp_path / "data.jsonl"))
+
+
+def test_resume_reads_what_a_reward_function_imports_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "words_of_it.py").write_text("N = 1")
+    (tmp_path / "reward_of_it.py").write_text("import words_of_it\ndef f(prompts, responses):\n    return [1.0]")
+    reward = f"{tmp_path}/reward_of_it.py:f"
+    load_function(reward)
+    begin(tmp_path, 1, reward=reward)
+    assert resume(tmp_path, reward=reward)[1] == 1
+    (tmp_path / "words_of_it.py").write_text("N = 2")
+    with pytest.raises(UserError, match="--reward/words_of_it.py has other contents"):
+        resume(tmp_path, reward=reward)
+
+
+@pytest.mark.parametrize("value", ["0.7", ["0.6", 0.7], {"ppo": "long"}, True, [0.7], {"ci": 3},
+                                   {"ci": {"kl": 3}}, {"ci": {"kl": {"kl": 3}}},
+                                   {"ci": {"kl": [1, None]}}, 10**400, {"a": {"b": 1}}])
 def test_text_in_a_report_is_named(tmp_path, value):
     (tmp_path / "report.json").write_text(json.dumps({"seed": 1, "seconds": {"ppo": None}, "kl": value}))
     with pytest.raises(UserError, match="report.json: kl is no number: "):
         runs.read_report(tmp_path)
+
+
+def test_rows_that_a_power_cut_took_are_said_to_be_missing(tmp_path, capsys):
+    file = begin(tmp_path, 3).folder / "metrics.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    resume(tmp_path)
+    assert "continued at step 3. metrics.jsonl has only 1 rows of before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [
+    lambda saved: saved["state"].pop(0), lambda saved: saved["state"][0].pop("exp_avg"),
+    lambda saved: saved["state"][0].update(exp_avg_sq=torch.zeros(3)),
+    lambda saved: saved["param_groups"][0].pop("eps"), lambda saved: saved["param_groups"][0].update(betas=(0.9, 0.5)),
+], ids=["no moments", "one moment", "another shape", "no eps", "other betas"])
+def test_a_checkpoint_with_a_wrong_optimizer_is_damaged(tmp_path, damage):
+    weight = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(weight.parameters(), eps=1e-5)
+    weight(torch.ones(1)).backward()
+    optimizer.step()
+    run = Run(Config(out=str(tmp_path / "run")))
+    run.steps(5, "test")
+    run.checkpoint(1, model=weight, optimizer=optimizer)
+    state = torch.load(run.folder / "state.pt", weights_only=True)
+    Run(Config(out=str(tmp_path / "run"), resume=True)).restore(model=weight, optimizer=optimizer)
+    damage(state["optimizer"])
+    torch.save(state, run.folder / "state.pt")
+    again = Run(Config(out=str(tmp_path / "run"), resume=True))
+    with pytest.raises(UserError, match="state.pt is damaged: optimizer"):
+        again.restore(model=weight, optimizer=torch.optim.AdamW(weight.parameters(), eps=1e-5))
 
 
 def test_a_run_does_not_move_its_own_input_aside(tmp_path):

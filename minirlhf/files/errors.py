@@ -46,13 +46,18 @@ NO_MEMORY = "out of memory", "can't allocate memory", "MemoryError", "could not 
 
 
 class Terminal(io.FileIO):
-    """Where output goes as long as anyone reads it. After `| head`, or without a terminal, work goes on in silence."""
+    """Where output goes as long as anyone reads it. After `| head`, or without a terminal, work goes on in silence.
+
+    A full disk is an error, but only once: at the end Python writes again what is left.
+    """
+    failed = False
 
     def write(self, data):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):     # a full disk is an error
+            if error.errno not in (errno.EPIPE, errno.EIO) and not self.failed:
+                self.failed = True
                 raise
             return len(data)
 

@@ -7,6 +7,7 @@ What the fields mean is said in minirlhf/data.py.
 import gzip
 import re
 import zlib
+from itertools import islice
 
 from minirlhf.files.formats import BOM, advice, kind_of_file, kind_of_row
 from minirlhf.files.errors import UserError, require, shown
@@ -42,7 +43,8 @@ def read_bytes(path):
         with open(path, "rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            data = (gzip.open(file) if compressed else file).read(LARGEST + 1)
+            unpacked = gzip.open(file) if compressed else file
+            data = b"".join(islice(iter(lambda: unpacked.read(2**20), b""), LARGEST // 2**20 + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     require(data, f"{path}: the file is empty")

@@ -22,14 +22,15 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.files.download import fcntl, sha256_of
-from minirlhf.files.errors import UserError, require
+from minirlhf.files.errors import UserError, require, shown
 from minirlhf.files.json_files import read_json, whole_file, write_json, write_whole
 from minirlhf.running.processes import is_first
 
 HELD = {}           # {folder: the file descriptor that keeps it locked}
 LOGS = ("metrics.jsonl", "samples.jsonl")       # rows with a "step", appended while a run goes on
 SAVING = 0.05       # share of the time that may go into checkpoints
-MODEL_FILES = "config.json", "*.safetensors*", "pytorch_model*", "vocab*", "merges.txt", "tokenizer*"
+MODEL_FILES = ("config.json", "*.safetensors*", "pytorch_model*", "vocab*", "merges.txt", "tokenizer*", "*template*",
+               "generation_config*")
 STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 LINES = 20          # about this many rows of metrics are printed during a run
 say = tqdm.write    # prints a line above the bar
@@ -80,9 +81,9 @@ class Run:
         if self.first:
             lock(self.folder)
         changed, report = self._changes(), self.folder / "report.json"
-        hint = ", or add --allow_changes" if hasattr(self.config, "allow_changes") else ""
         require(not changed or getattr(self.config, "allow_changes", False),
-                f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same{hint}")
+                f"--resume: {self.folder} was started with other options: {', '.join(changed)}. Give it the same"
+                + ", or add --allow_changes" * hasattr(self.config, "allow_changes"))
         state = read_state(self.folder / "state.pt")
         step = state["step"]
         require(not report.exists() or getattr(self.config, "iterations", 0) > step,
@@ -97,7 +98,8 @@ class Run:
             if changed:
                 self._write_run_json()
         how = f", with {', '.join(changed)}. The learning rates now fall to 0 at the new end" if changed else ""
-        print(f"{self.folder}: continued at step {step}{how}")
+        print(f"{self.folder}: continued at step {step}{how}"
+              + f". metrics.jsonl has only {len(self.rows)} rows of before" * (len(self.rows) < step))
         return state
 
     def _changes(self):
@@ -178,7 +180,9 @@ class Run:
         for name, part in parts.items() if self.state else ():
             try:
                 part.load_state_dict(self.state[name])
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                require(not isinstance(part, torch.optim.Optimizer) or has_moments(part),
+                        f"{self.folder / 'state.pt'} is damaged: {name}")
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
                 raise UserError(f"{self.folder / 'state.pt'} is damaged: {name}: {error}") from error
         models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         numbers = sum(p.numel() for model in models for p in model.parameters())
@@ -227,12 +231,19 @@ def hashes_of_inputs(config):
     for name in ("model", "reference", "reward", "data", "heldout", "gold"):
         spec = getattr(config, name, "")
         path = Path(spec.rsplit(":", 1)[0] if ".py:" in spec else spec)
-        if spec and path.is_dir():
-            inside = [file for pattern in MODEL_FILES for file in sorted(path.glob(pattern))]
-            found |= {f"{name}/{file.name}": sha256_of(file) for file in inside}
+        inside = [file for pattern in MODEL_FILES * bool(spec) for file in sorted(path.glob(pattern))]
+        found |= {f"{name}/{file.name}": sha256_of(file) for file in inside or beside(path)}
         if path.is_file() and path.parent.resolve() != Path(config.out).resolve():
             found[name] = sha256_of(path)
     return found
+
+
+def beside(path):
+    """The files that are read with a file: meta.json with data, and with a function the modules it has imported."""
+    files = [path.resolve().with_name("meta.json")] if path.suffix != ".py" else [
+        Path(getattr(module, "__file__", None) or "") for name, module in sys.modules.items() if name != "__main__"]
+    return sorted({file for file in files if path.is_file() and file.is_file() and file.parent == path.resolve().parent}
+                  - {path.resolve()})
 
 
 def read_state(file):
@@ -242,9 +253,18 @@ def read_state(file):
         whole = zipfile.ZipFile(file).testzip() is None
         state = torch.load(file, map_location="cpu", weights_only=True)             # tensors and values, never code
         numbers = state["seconds"], state.get("beta", 0.0)
-        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < math.inf for x in numbers):
+        if whole and type(state["step"]) is int and state["step"] > 0 and all(0 <= x < 1e15 for x in numbers):
             return state
     raise UserError(f"{file} is damaged. Without --resume a new run begins")
+
+
+def has_moments(optimizer):
+    """Whether an AdamW has both moments of every parameter, after as many steps, and the options it was made with."""
+    return all({name: value.shape for name, value in optimizer.state[parameter].items()}
+               == {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+               and optimizer.state[parameter]["step"] == next(iter(optimizer.state.values()))["step"]
+               and all(group.get(name) == value for name, value in optimizer.defaults.items() if name != "lr")
+               for group in optimizer.param_groups for parameter in group["params"])
 
 
 def lock(folder):
@@ -276,7 +296,9 @@ def read_rows(file):
     with contextlib.suppress(ValueError, RecursionError):
         for line in file.read_bytes().splitlines() if file.exists() else ():
             row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
+            if not isinstance(row, dict) or type(row.get("step")) is not int or (
+                    file.name == "metrics.jsonl" and not all(
+                        x is not None and is_figure("", x, False) for x in row.values())):
                 break
             rows.append(row)
     return rows
@@ -327,9 +349,19 @@ def read_report(folder):
     """The report.json of a run's folder, {} if there is none. UserError if it has text where numbers belong."""
     report = read_if_there(folder, "report.json")
     for name, value in report.items():
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        require(not any(isinstance(x, str) for x in inside), f"{Path(folder) / 'report.json'}: {name} is no number: {value}")
+        require(is_figure(name, value), f"{Path(folder) / 'report.json'}: {name} is no number: {shown(value)}")
     return report
+
+
+def is_figure(name, value, outermost=True):
+    """Whether a value of a report.json is a number, null, an interval (of a name in _ci, or in "ci"), or holds such."""
+    if name.endswith("_ci") and value is not None:
+        return (isinstance(value, list) and len(value) == 2 and None not in value
+                and all(is_figure("", x, False) for x in value))
+    if isinstance(value, dict) and outermost or name == "ci":
+        return isinstance(value, dict) and all(
+            is_figure(inner + "_ci" * (name == "ci"), part, False) for inner, part in value.items())
+    return value is None or type(value) is float or type(value) is int and abs(value) < 2**63
 
 
 def read_if_there(folder, name):

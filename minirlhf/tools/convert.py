@@ -145,7 +145,8 @@ def convert(fields, value, where, counts, repeated):
         row = {"prompt": "", **row}
         row |= split_dialogues(row["prompt"], sides, counts)
     else:
-        row |= {name: without_prompt(side, prompt) for name, side in sides.items() if repeated}
+        start, end = prompt.strip(), prompt[len(prompt.rstrip()):]      # the copy may lack the white space around it
+        row |= {name: side.lstrip().removeprefix(start).removeprefix(end) for name, side in sides.items() if repeated}
         counts[COPIES] += len(sides) * repeated
     return useful(row, where, counts)
 
@@ -166,12 +167,6 @@ def repeats_prompt(row):
     prompt, sides = row.get("prompt"), sides_of(row).values()
     return (isinstance(prompt, str) and bool(sides)
             and all(isinstance(side, str) and begins_with_prompt(side, prompt) for side in sides))
-
-
-def without_prompt(side, prompt):
-    """A response without the copy of its prompt, which may lack the white space around it."""
-    side = side.lstrip()
-    return side.removeprefix(prompt.lstrip() if side.startswith(prompt.lstrip()) else prompt.strip())
 
 
 def as_text(messages, where, counts, is_prompt):
@@ -244,6 +239,9 @@ def convert_all(rows, fields, counts):
     for where, value in rows:
         require(set(fields) <= set(value),
                 f"{where}: has the fields {', '.join(value)}, but the first row has {', '.join(fields)}")
+        require(fields != ("prompt",) or not {"completion", *TEXTS[1:], "responses", "answer"} & set(value),
+                f"{where}: has the fields {', '.join(value)}, but the first row fits prompts only. "
+                "--columns prompt=prompt takes these")
         for part in instructions.instances(value, where) if "instances" in fields else [value]:
             try:
                 yield convert(fields, part, where, counts, repeated)

@@ -84,7 +84,7 @@ def charts_of(runs):
 
     The healthy ranges are those of the embedded world, so they are only shown if all runs are of it.
     """
-    embedded = all(Path(run["config"].get("data", "")).resolve().parent == TINY_GOLD.parent for run in runs)
+    embedded = all(Path(str(run["config"].get("data", ""))).resolve().parent == TINY_GOLD.parent for run in runs)
 
     def lines(metric, dashed=False):
         curves = [[rounded(row.get(metric, math.nan)) for row in run["rows"]] for run in runs]
@@ -106,7 +106,7 @@ def rounded(x):
 def headline(run):
     """How far a run is, in a few words."""
     done, win = run["rows"][-1]["step"] + 1 if run["rows"] else 0, figure_of(run["report"], "win_rate")
-    unit = f"of {run['config']['iterations']:,} iterations" if "iterations" in run["config"] else "steps"
+    unit = f"of {run['config']['iterations']} iterations" if "iterations" in run["config"] else "steps"
     return f"{done:,} {unit}, {run['state']}" + f", win rate against SFT in gold {win}" * bool(win)
 
 
@@ -127,7 +127,8 @@ def report_tables(run):
 def figure_of(found, name):
     """A figure of a report.json as text, with its interval where it has one. "" if there is no such figure."""
     value, interval = found.get(name), found.get("ci", {}).get(name) or found.get(f"{name}_ci")
-    return "" if value is None else str(Estimate(value, *interval, 0)) if interval else f"{value:.4g}"
+    return ("" if value is None or isinstance(value, dict) else
+            str(Estimate(value, *interval, 0)) if interval else f"{value:.4g}")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

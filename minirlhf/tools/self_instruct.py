@@ -365,8 +365,8 @@ def main(argv=None):
     kept = [demonstration(block, bare) for block in blocks if block["verdict"] == KEPT]
     write_whole(folder / "demonstrations.jsonl", map(to_line, kept))
     templates = {"template": instructions.TEMPLATE, "template_with_input": instructions.TEMPLATE_WITH_INPUT}
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    write_json(folder / "meta.json", {**({} if bare else templates), "options": options, "counts": counts})
+    write_json(folder / "meta.json", {**({} if bare else templates), "counts": counts, "options": {
+        name: value for name, value in vars(args).items() if name not in ("out", "resume")}})
 
 
 if __name__ == "__main__":

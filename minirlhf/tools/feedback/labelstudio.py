@@ -44,8 +44,7 @@ def export_file(path, folder):
     K = max(len(task["data"]["items"]) for task in tasks)
     buckets = "\n".join(f'    <Bucket name="rank {k}" title="{k}"/>' for k in range(1, K + 1))
     (folder / "ranker_config.xml").write_text(RANKER.format(buckets=buckets), encoding="utf-8")
-    lines = json.dumps(tasks, indent=1, ensure_ascii=False) + "\n"
-    (folder / "ranker_tasks.json").write_text(lines, encoding="utf-8")
+    (folder / "ranker_tasks.json").write_text(json.dumps(tasks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks; the labeling configuration is ranker_config.xml")
 
 

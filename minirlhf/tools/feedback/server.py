@@ -101,7 +101,6 @@ class Handler(BaseHTTPRequestHandler):
         expected = self.server.overview_token if self.path.startswith("/overview") else self.server.token
         require(token is None or secrets.compare_digest(token.encode(), expected.encode()),
                 "the token is missing or from before a restart: open the address that the terminal shows now")
-        self.server.waiting.pop(self.connection, None)
 
     def do_GET(self):
         path, given, token = self.path.partition("?token=")
@@ -130,6 +129,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def act(self, value):
         """Checks what every action has, and calls the one that the path names."""
+        self.server.waiting.pop(self.connection, None)          # the request is complete, and may take its time
         name, item, seconds = value.get("annotator"), value.get("item"), value.get("seconds", 0)
         require(isinstance(name, str) and name == name.strip() and 0 < len(name) <= 40 and name.isprintable(),
                 "a name has 1 to 40 characters")
