@@ -129,8 +129,8 @@ class Rollout(NamedTuple):
 def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, stop, cfg, beta,
                  iteration):
     """Steps 1 to 6: one response to each prompt of the batch, and all that the update needs."""
-    # 1. Sample one response per prompt. The random numbers are drawn for the whole batch, so that a
-    #    row's numbers do not depend on how many processes share it.
+    # 1. Sample one response per prompt, from a copy whose matrices are laid out for speed. Random
+    #    numbers are drawn for the whole batch: a row's do not depend on how many processes share it.
     device = next(policy.parameters()).device
     prompt_ids, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
     rng = generator(cfg.seed, SAMPLE, iteration)
@@ -209,7 +209,7 @@ def update(rollout, policy, value_model, policy_optimizer, value_optimizer, cfg,
                 stats = ppo.policy_stats(new_logprobs.detach(), logprobs, cfg.clip)
                 for name, x in (stats | {"loss/policy": losses.detach()}).items():
                     sums[name] += ppo.masked_sum(x, mask)
-            if epoch == number == 0:
+            if epoch == number == 0:                                    # the ratio is still 1
                 health.check_first_ratio(sums, rollout.response_mask[rows].sum(), cfg.dtype)
             sum_gradients(policy)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True)
@@ -275,7 +275,8 @@ def main(argv=None):
           f"{device}")
 
     for iteration in run.steps(cfg.iterations, "ppo"):
-        # 1 to 6. Sample responses, score them, and estimate the advantage of every token.
+        # 1 to 6. Sample responses, score them, and estimate the advantage of every token. The
+        #    prompts come from a stream of permutations, one a pass over the data.
         batch = batch_at(examples, cfg.batch_size, iteration, cfg.seed, ORDER)
         rollout = make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, stop,
                                cfg, beta, iteration)

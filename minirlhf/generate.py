@@ -48,10 +48,8 @@ def right_pad(sequences, device="cpu"):
 
 def left_pad(sequences, device="cpu"):
     """The same with the pads first, so that every response starts in the same column."""
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    T = max(map(len, sequences))
-    ids = torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
-    return ids, torch.arange(T, device=device) >= T - lengths[:, None]
+    ids, attention_mask = right_pad([ids[::-1] for ids in sequences], device)
+    return ids.flip(1), attention_mask.flip(1)
 
 
 # ---- sampling ------------------------------------------------------------------------------------

@@ -70,9 +70,10 @@ def visible_positions(attention_mask, T):
     Real tokens at or before its own position. A pad still sees itself: an attention row that sees
     nothing would be a softmax over nothing, which is NaN.
     """
-    S = attention_mask.shape[1]
+    S = attention_mask.shape[1]                     # new token t has position S - T + t
     causal = torch.ones(T, S, dtype=torch.bool, device=attention_mask.device).tril(S - T)
-    return causal & (attention_mask[:, None, None, :] | causal.triu(S - T))     # triu: itself
+    # causal.triu(S - T) is the diagonal of causal: each new token, seen by itself.
+    return causal & (attention_mask[:, None, None, :] | causal.triu(S - T))
 
 
 def attention(q, k, v, visible):

@@ -42,6 +42,7 @@ class ScalarHeadModel(nn.Module):
 
 def at_last_token(x, attention_mask):
     """x (B, T) at the last real token of each row -> (B,), wherever the pads are."""
+    # Read backwards, the first True is the last token. argmax finds the first of equal values.
     pads_after = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)          # (B, 1)
     return x.gather(1, x.shape[1] - 1 - pads_after).squeeze(1)
 
