@@ -281,7 +281,7 @@ def main(argv=None):
         rollout = make_rollout(batch, policy, reference, reward_model, value_model, tokenizer, stop,
                                cfg, beta, iteration)
         gold_scores = call_reward(gold, rollout.prompts, rollout.texts, "--gold") if gold else None
-        metrics = health.rollout_metrics(rollout, beta, gold_scores)
+        metrics = health.rollout_metrics(rollout, beta, gold_scores)        # means, for the log
         if iteration == 0 and not cfg.insist:
             health.check_start(metrics, cfg.max_response)
 

@@ -124,6 +124,7 @@ def main(argv=None):
     parse_stop(cfg.stop, tokenizer)                     # a wrong --stop is an error now, not later
     model = None if is_new else from_pretrained(cfg.model, cfg.dtype)
     positions = LONGEST_NEW if is_new else model.config.n_positions
+    # Rows as lists of token ids: a prompt, and its response with one EOS. Nothing is cut off.
     examples, heldout = load_examples(cfg, read_demonstrations, tokenizer, positions)
     settle_limits(cfg, examples + heldout, positions)       # fills in what is 0 in cfg
     model = (new_model(cfg, tokenizer.n_vocab) if is_new else model).to(device)
@@ -133,7 +134,7 @@ def main(argv=None):
     steps = math.ceil(cfg.epochs * len(examples) / batch_size)
 
     run = Run(cfg, heldout)
-    run.restore(model=model, optimizer=optimizer)
+    run.restore(model=model, optimizer=optimizer)           # does nothing without --resume
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {steps} steps on "
           f"{device}")

@@ -4,9 +4,12 @@
     python tests/pictures.py minirlhf/patches/curves.png RUN ... --metrics objective/gold objective/kl \\
         objective/entropy rollout/length
     python tests/pictures.py minirlhf/beta.png out/beta_0.02 out/beta_0.05 out/beta_0.15 --against_kl
+    python tests/pictures.py data/films/lexicon.png out/films/ppo out/films/lexicon --gold "answers with a film word" \
+        --metrics objective/gold objective/kl rollout/length
 
-A panel for each metric, a curve for each run, and the healthy range in grey. With --against_kl, gold against KL: the
-path of each run, and where it ends on the held-out prompts, with the 95 % interval.
+A panel for each metric, a curve for each run, and the healthy range of the embedded world in grey. With --gold, which
+says what another --gold measured, there is no grey. With --against_kl, gold against KL: the path of each run, and where
+it ends on the held-out prompts, with the 95 % interval.
 """
 
 import argparse
@@ -35,7 +38,8 @@ def draw(out, runs, panels):
         for colour, rows in zip(cycle(COLOURS), runs.values()):
             axis.plot([row["step"] for row in rows], [row[metric] for row in rows], color=colour, linewidth=1.2)
         limits = axis.get_ylim()
-        axis.axhspan(*healthy, color="0.9", zorder=0)
+        if healthy:
+            axis.axhspan(*healthy, color="0.9", zorder=0)
         axis.set(title=title, ylabel=unit, ylim=limits)
     figure.supxlabel("PPO iteration", fontsize=9)
     figure.legend(axes.flat[0].lines, runs, loc="outside lower center", ncols=4)
@@ -65,13 +69,18 @@ def main():
     parser.add_argument("out", help="the picture to write")
     parser.add_argument("runs", nargs="+", help="folders of PPO runs; a label is a folder's name")
     parser.add_argument("--metrics", nargs="+", help="the panels, by their metric [all]")
+    parser.add_argument("--gold", help="what the gold of these runs is; they are of another world")
     parser.add_argument("--against_kl", action="store_true", help="gold against KL in place of the curves")
     args = parser.parse_args()
     plt.rcParams.update(STYLE)
     if args.against_kl:
         return draw_against_kl(args.out, {Path(run).name: Path(run) for run in args.runs})
     runs = {Path(run).name: read_rows(Path(run) / "metrics.jsonl") for run in args.runs}
-    draw(args.out, runs, [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics])
+    panels = [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics]
+    if args.gold:
+        panels = [(metric, args.gold if metric == "objective/gold" else title, unit.removeprefix("gold, "), None)
+                  for metric, title, unit, _ in panels]
+    draw(args.out, runs, panels)
 
 
 if __name__ == "__main__":
