@@ -74,7 +74,7 @@ def collapse(history, allowance=1.0):
     kl = fmean(row["objective/kl"] for row in recent) / length                  # nats per token
     gain = fmean(row["objective/scores"] for row in recent) - first["objective/scores"]
     first_entropy = first["objective/entropy"] / first["rollout/length"]
-    if length < 0.5 / allowance * first["rollout/length"]:
+    if length < 0.35 / allowance * first["rollout/length"]:
         return f"responses have shrunk from {first['rollout/length']:.1f} to {length:.1f} tokens"
     if entropy < 0.1 / allowance * first_entropy:
         return f"the entropy has fallen from {first_entropy:.2f} to {entropy:.2f} nats a token"
@@ -195,9 +195,10 @@ def complaints(history):
          "the responses have become alike or repeat themselves: less than a third of the "
          "different token pairs of the first rollout is left. Read the samples. More comparisons "
          "or a higher --beta help."),
-        ("short", trend and length < 3,
-         f"the responses have shrunk to {length:.1f} tokens: the reward model may like empty "
-         "answers, or the score does not reach the tokens it belongs to."),
+        ("short", trend and length < 0.5 * first["rollout/length"],
+         f"the responses have shrunk from {first['rollout/length']:.1f} to {length:.1f} tokens: "
+         "the reward model may like short or empty answers, or the score does not reach the "
+         "tokens it belongs to. The folder `good` may have an earlier policy."),
         ("EOS falls", rise["rollout/eos_rate"] < -max(0.05, noise["rollout/eos_rate"])
          and level["rollout/eos_rate"] < first["rollout/eos_rate"],
          f"responses that end by themselves fell to {level['rollout/eos_rate']:.0%}. Is "

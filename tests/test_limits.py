@@ -78,7 +78,7 @@ def rows(n=20, **last):
 
 
 @pytest.mark.parametrize("last", [
-    {"rollout/length": 8.0, "objective/entropy": 6.0},              # shorter than half
+    {"rollout/length": 6.0, "objective/entropy": 5.0},              # shorter than a third
     {"objective/entropy": 1.0},                                     # every prompt gets the same answer
     {"objective/kl": 40.0},                                         # far away, whatever the score
     {"objective/kl": 18.0, "objective/scores": 0.1},                # far away for nothing
