@@ -7,6 +7,7 @@ other people's.
 
 import json
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from minirlhf.files.errors import UserError, run_main
 from minirlhf.data import read_comparisons
 from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.files.tokenizer import load_tokenizer, save_tokenizer
+from minirlhf.tools.feedback.__main__ import main
 from minirlhf.tools.feedback.labelstudio import export_file, import_file
 from minirlhf.tools.feedback.items import read_items
 from minirlhf.tools.feedback.stats import print_stats
@@ -93,6 +95,35 @@ def test_what_was_sampled_comes_back_ranked(sampled, tmp_path):
         assert {name: row[name] for name in item} == item
 
 
+@pytest.mark.parametrize("text", ["", "# How\n\n1. **First**\n",
+                                  "$5 & `a < b` 'x' \"$prompt\" <b>no</b> </View> ]]> {K}\n"])
+def test_guidelines_are_in_the_configuration_as_they_were_written(tmp_path, text):
+    """But for a word joiner after what Label Studio would take for data ($word) or HTML (<word)."""
+    (tmp_path / "g.md").write_text(text)
+    (tmp_path / "a.jsonl").write_bytes(to_line({"prompt": "a", "responses": [" x", " y"]}))
+    main(["export", str(tmp_path / "a.jsonl"), "--guidelines", str(tmp_path / "g.md"), "--out", str(tmp_path / "ls")])
+    shown = [node.get("value") for node in ElementTree.parse(tmp_path / "ls/ranker_config.xml").iter("Markdown")]
+    assert [value.replace("\u2060", "") for value in shown] == [text] * bool(text)
+    assert not re.search(r"\$[\w[{.]|<[\w/!?]", "".join(shown))
+
+
+def test_a_control_character_in_the_guidelines_is_a_space(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(to_line({"prompt": "a", "responses": [" x", " y"]}))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls", "one\fpage\tand\x0b\nmore")
+    shown, = ElementTree.parse(tmp_path / "ls/ranker_config.xml").iter("Markdown")
+    assert shown.get("value") == "one page\tand \nmore"
+
+
+def test_identical_answers_are_one_answer(tmp_path, capsys):
+    rows = [{"prompt": "a", "responses": [" x", " y", " x"], "models": ["m", "n", "o"]},
+            {"prompt": "b", "responses": [" x", " x"]}]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    task, = json.loads((tmp_path / "ls/ranker_tasks.json").read_text())
+    assert sorted(answer["body"] for answer in task["data"]["items"]) == [" x", " y"]
+    assert task["data"]["minirlhf"]["extra"]["models"] == ["m", "n"] and "left out 1 rows" in capsys.readouterr().out
+
+
 def test_the_verdicts_of_comparisons_are_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(to_line({"prompt": "a", "chosen": " x", "rejected": " y"}) * 2)
     export_file(tmp_path / "a.jsonl", tmp_path / "ls")
@@ -142,6 +173,78 @@ def test_ranker_as_label_studio_wrote_it(tmp_path, capsys):
     assert [row["ranks"] for row in rows] == [[1, 2, 3, 4], [3, 1, 2], [1, 1, 1], [2, 2, 1], [1, 2, 3]]
     said = capsys.readouterr().out
     assert "1 with answers left unranked, 1 skipped or cancelled, 1 without a ranking, 1 replaced" in said
+
+
+def ranked_by_hand(task, account, ranks):
+    """An annotation as Label Studio 1.23.2 exports it from its own page: every box is there, and "_" is what nobody
+    moved."""
+    boxes = {"_": [], **{f"rank {k}": [] for k in range(1, 5)}}
+    for answer in task["data"]["items"]:
+        boxes[f"rank {ranks[answer['body']]}"].append(answer["id"])
+    result = {"value": {"ranker": boxes}, "id": "Qx7_b2Zk-1", "from_name": "rank", "to_name": "results",
+              "type": "ranker", "origin": "manual"}
+    return {"id": 5, "completed_by": account, "result": [result], "was_cancelled": False, "ground_truth": False,
+            "created_at": "2026-12-01T10:00:00.000001Z", "updated_at": "2026-12-01T10:00:00.000003Z",
+            "draft_created_at": "2026-12-01T09:59:50.000000Z", "lead_time": 9.5, "prediction": {}, "result_count": 1,
+            "import_id": None, "task": 1, "project": 1, "updated_by": account, "last_created_by": None}
+
+
+@pytest.fixture
+def two_people(tmp_path):
+    """An export in which account 1 and account 3 have ranked the same two tasks."""
+    rows = [{"prompt": prompt, "responses": [" x", " y", " z"]} for prompt in "ab"]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    export_file(tmp_path / "a.jsonl", tmp_path / "ls")
+    tasks = json.loads((tmp_path / "ls/ranker_tasks.json").read_text())
+    for n, task in enumerate(tasks, 1):
+        first, second = {" x": 2, " y": 4, " z": 4}, {" x": 3, " y": 1, " z": 2}
+        task |= {"id": n, "annotations": [ranked_by_hand(task, 1, first), ranked_by_hand(task, 3, second)]}
+    return tasks
+
+
+def test_votes_and_names_go_there_and_back_and_there_again(two_people, tmp_path, capsys):
+    votes = run_import(tmp_path, two_people, names=["1=Ann", "3=Cem"])
+    assert [(row["annotator"], row["ranks"]) for row in votes] == [("Ann", [1, 2, 2]), ("Cem", [3, 1, 2])] * 2
+    assert capsys.readouterr().out.endswith("votes: 2 by Ann, 2 by Cem\n")
+    (tmp_path / "votes.jsonl").write_bytes(b"".join(map(to_line, votes)))
+    export_file(tmp_path / "votes.jsonl", tmp_path / "again")
+    tasks = json.loads((tmp_path / "again/ranker_tasks.json").read_text())
+    assert [task["data"] for task in tasks] == [task["data"] for task in two_people]
+    for task, before in zip(tasks, two_people):
+        task["annotations"] = before["annotations"]
+    assert run_import(tmp_path, tasks, names=["1=Ann", "3=Cem"]) == votes
+
+
+@pytest.mark.parametrize("names, said", [
+    ([], "2 by 1, 2 by 3. A number is an account of Label Studio; import with --names 1=Ann to name it"),
+    (["1=Ann"], "2 by Ann, 2 by 3. A number is an account of Label Studio; import with --names 3=Ann to name it"),
+    (["1=Ann", "3=a=b", "8=Dan"], "2 by Ann, 2 by a=b"),
+])
+def test_the_import_says_whose_votes_there_are_and_how_to_name_accounts(two_people, tmp_path, capsys, names, said):
+    run_import(tmp_path, two_people, names=names)
+    assert capsys.readouterr().out.splitlines()[-1] == f"  votes: {said}"
+
+
+def test_addresses_are_names_already_and_can_have_others(two_people, tmp_path, capsys):
+    for task in two_people:
+        for annotation in task["annotations"]:
+            by = annotation["completed_by"]
+            annotation["completed_by"] = {"id": by, "email": f"p{by}@example.org", "first_name": "", "last_name": ""}
+    run_import(tmp_path, two_people)
+    assert capsys.readouterr().out.endswith("votes: 2 by p1@example.org, 2 by p3@example.org\n")
+    rows = run_import(tmp_path, two_people, names=["p3@example.org=Cem"])
+    assert {row["annotator"] for row in rows} == {"p1@example.org", "Cem"}
+
+
+@pytest.mark.parametrize("names, message", [
+    (["1=Ann", "3=Ann"], "--names 1=Ann 3=Ann: give each account one name of its own; these have voted: 1, 3"),
+    (["1=3"], "one name of its own"), (["1=Ann", "1=Bob"], "one name of its own"),
+    (["Ann"], "--names Ann: write pairs like 1=Ann or"), (["1="], "write pairs"), (["=Ann"], "write pairs"),
+])
+def test_no_two_accounts_become_one_person(two_people, tmp_path, names, message):
+    with pytest.raises(UserError, match=message):
+        run_import(tmp_path, two_people, names=names)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def page_flags(out):
     return {
         "--prompts": dict(help='JSONL with a "prompt" in each line [those of the first model\'s run]'),
         "--out": dict(default=out, help="the file that the votes are appended to [%(default)s]"),
-        "--guidelines": dict(default="", metavar="FILE", help="text or Markdown to show to the annotators [none]"),
+        "--guidelines": GUIDELINES,
         "--n": dict(type=count, default=0, help="only the first n prompts; 0 is all [%(default)s]"),
         "--max_response": dict(type=count, help="most tokens of an answer [as the first model's run]"),
         "--temperature": dict(type=float, help="sampling temperature [as the first model's run]"),
@@ -156,6 +156,7 @@ def page_flags(out):
     }
 
 
+GUIDELINES = dict(default="", metavar="FILE", help="text or Markdown to show to the annotators [none]")
 PEOPLE = dict(type=count, default=1, help="how many people will vote, for the hours that are printed [%(default)s]")
 
 # {name: (function, help, {flag: arguments of add_argument})}
@@ -204,14 +205,18 @@ COMMANDS = {
             f"{name}, {rule}" for name, rule in clean.CONSENSUS.items()) + " [every vote is a row]"),
         "--out": dict(default="", metavar="FILE", help="a new file for what is left [only print]"),
     }),
-    "export": (lambda args: labelstudio.export_file(args.file, args.out), "answers to Label Studio tasks", {
+    "export": (lambda args: labelstudio.export_file(args.file, args.out, read_guidelines(args.guidelines)),
+               "answers to Label Studio tasks", {
         "file": dict(help="an items file, or comparisons, whose verdicts are left out"),
+        "--guidelines": GUIDELINES,
         "--out": dict(required=True, metavar="DIR", help="a new folder"),
     }),
-    "import": (lambda args: labelstudio.import_file(args.file, args.out, args.leading_space),
+    "import": (lambda args: labelstudio.import_file(args.file, args.out, args.leading_space, args.names),
                "a Label Studio export to comparisons", {
         "file": dict(help="an export in Label Studio's format JSON"),
         "--out": dict(required=True, help="a new file"),
+        "--names": dict(nargs="+", default=[], metavar="ACCOUNT=NAME",
+                        help="whose votes are whose: 1=Ann a@example.org=Bob [Label Studio's numbers or addresses]"),
         "--leading_space": dict(action="store_true",
                                 help="begin every answer with a space, as GPT-2's tokens expect, if it has none"),
     }),

@@ -1,7 +1,7 @@
 """Label Studio in both directions: answers to its tasks and labeling configuration, its JSON export to comparisons.
 
-    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --out DIR
-    python -m minirlhf.tools.feedback import EXPORT.json --out my_comparisons.jsonl
+    python -m minirlhf.tools.feedback export my_comparisons.items.jsonl --guidelines FILE --out DIR
+    python -m minirlhf.tools.feedback import EXPORT.json --names 1=Ann 2=Bob --out my_comparisons.jsonl
 
 Answers become a Ranker task with one bucket per rank. Those in the same bucket are tied. They are shown in a random
 order, drawn for each task. It is kept under "minirlhf" in the data of the task, with all that a row of ours needs.
@@ -13,6 +13,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 from minirlhf.files.jsonl import is_list_of
 from minirlhf.files.json_files import strict_json
@@ -20,14 +21,23 @@ from minirlhf.files.errors import UserError, during, require, shown
 from minirlhf.tools.feedback.items import read_items
 from minirlhf.tools.feedback.votes import comparison_row, in_file_order, to_line
 
+# The second paragraph of an answer is its id, which looks like a rank.
 RANKER = """<View>
-  <Text name="prompt" value="$prompt"/>
+  <Style>
+    .htx-ranker-item p {{ white-space: pre-wrap; }}
+    .htx-ranker-item p + p {{ display: none; }}
+  </Style>
+{guidelines}  <Text name="prompt" value="$prompt"/>
   <Header value="Drag each answer to its rank. 1 is best. Answers in the same box are equally good."/>
   <List name="results" value="$items" title="Answers"/>
   <Ranker name="rank" toName="results">
 {buckets}
   </Ranker>
 </View>
+"""
+GUIDELINES = """  <Collapse open="true"><Panel value="Guidelines"><View style="max-height: 40vh; overflow: auto">
+    <Markdown value={text}/>
+  </View></Panel></Collapse>
 """
 
 
@@ -37,30 +47,41 @@ class Dropped(Exception):
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
-def export_file(path, folder):
+def export_file(path, folder, guidelines=""):
     """Writes a task for each item of a file with answers, and the configuration, with a bucket for each rank."""
     tasks, folder = [{"data": task_of(item)} for item in read_items(path)], Path(folder)
     folder.mkdir(parents=True)
     K = max(len(task["data"]["items"]) for task in tasks)
     buckets = "\n".join(f'    <Bucket name="rank {k}" title="{k}"/>' for k in range(1, K + 1))
-    (folder / "ranker_config.xml").write_text(RANKER.format(buckets=buckets), encoding="utf-8")
+    config = RANKER.format(guidelines=guidelines and shown_first(guidelines), buckets=buckets)
+    (folder / "ranker_config.xml").write_text(config, encoding="utf-8")
     (folder / "ranker_tasks.json").write_text(json.dumps(tasks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{folder}/ranker_tasks.json: {len(tasks)} tasks; the labeling configuration is ranker_config.xml")
+
+
+def shown_first(guidelines):
+    """Their part of the configuration. Label Studio would take "$5" for data and "<b>" for HTML, so something invisible
+    comes after these signs (a word joiner), and XML has no control characters."""
+    text = re.sub(r"[\0-\x08\x0b-\x1f]", " ", re.sub("[$<]", "\\g<0>\u2060", guidelines))
+    return GUIDELINES.format(text=quoteattr(text))
 
 
 def task_of(item):
     K = len(item["responses"])
     order = random.Random(item["item"]).sample(range(K), K)
     items = [{"id": str(p), "title": chr(65 + p), "body": item["responses"][k]} for p, k in enumerate(order)]
-    ours = {"order": order, "finished": item["finished"],
-            "extra": {"item": item["item"], "models": item["models"]}}
-    return {"prompt": item["prompt"], "minirlhf": ours, "items": items}
+    return {"prompt": item["prompt"], "items": items,
+            "minirlhf": {"order": order, "finished": item["finished"],
+                         "extra": {"item": item["item"], "models": item["models"]}}}
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------
 
-def import_file(path, out, leading_space=False):
-    """Label Studio's JSON export -> a comparisons file. Prints what was dropped and why."""
+def import_file(path, out, leading_space=False, names=()):
+    """Label Studio's JSON export -> a comparisons file. Prints who has voted, and what was dropped and why.
+
+    names: ["1=Ann"] gives the name Ann to the votes of account 1.
+    """
     tasks, dropped, votes, rows = read_export(path), Counter(), [], {}
     for index, task in enumerate(tasks):
         with during(f"{path}: task {task.get('id', index)}"):
@@ -70,9 +91,25 @@ def import_file(path, out, leading_space=False):
     dropped["replaced by a later one of the same annotator"] += len(votes) - len(rows)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "nothing"
     require(rows, f"{path}: no usable annotation in {len(tasks)} tasks ({reasons})")
+    who = give_names(rows.values(), names)
     with open(out, "xb") as file:                               # x: an error if the file exists
         file.writelines(map(to_line, rows.values()))
-    print(f"{out}: {len(rows)} comparisons from {len(tasks)} tasks\n  dropped: {reasons}")
+    print(f"{out}: {len(rows)} comparisons from {len(tasks)} tasks\n  dropped: {reasons}\n  votes: {who}")
+
+
+def give_names(rows, names):
+    """Puts names in place of accounts, and says who has voted. No two accounts may become one person."""
+    pairs = [pair.partition("=")[::2] for pair in names]
+    require(all(map(all, pairs)), f"--names {' '.join(names)}: write pairs like 1=Ann or a@example.org=Bob")
+    votes, known = Counter(row["annotator"] for row in rows), dict(pairs)
+    people = {account: known.get(account, account) for account in votes}
+    require(len(known) == len(pairs) and len(set(people.values())) == len(people),
+            f"--names {' '.join(names)}: give each account one name of its own; these have voted: {', '.join(votes)}")
+    for row in rows:
+        row["annotator"] = people[row["annotator"]]
+    said = ", ".join(f"{votes[account]} by {name or '(no name)'}" for account, name in people.items())
+    number = next(filter(str.isdecimal, people.values()), "")
+    return said + (number and f". A number is an account of Label Studio; import with --names {number}=Ann to name it")
 
 
 def read_export(path):
@@ -143,10 +180,9 @@ def judgement(annotation, ids):
 
     Goes by each result's type: in real exports from_name is not always the name in the configuration.
     """
-    results = need(annotation, list, "result")
     if annotation.get("was_cancelled"):
         raise Dropped("skipped or cancelled")
-    rankings = [result for result in results if need(result, str, "type") in READERS]
+    rankings = [result for result in need(annotation, list, "result") if need(result, str, "type") in READERS]
     if not rankings:
         raise Dropped("without a ranking")
     first, *others = [READERS[result["type"]](need(result, dict, "value"), ids) for result in rankings]
