@@ -4,7 +4,7 @@
     python tests/pictures.py minirlhf/patches/curves.png RUN ... --metrics objective/gold objective/kl \\
         objective/entropy rollout/length
     python tests/pictures.py minirlhf/beta.png out/beta_0.02 out/beta_0.05 out/beta_0.15 --against_kl
-    python tests/pictures.py data/films/lexicon.png out/films/ppo out/films/lexicon --gold "answers with a film word" \
+    python tests/pictures.py data/films/lexicon.png out/films/ppo out/films/lexicon --gold "VADER's compound, -1 to 1" \
         --metrics objective/gold objective/kl rollout/length
 
 A panel for each metric, a curve for each run, and the healthy range of the embedded world in grey. With --gold, which
@@ -41,7 +41,8 @@ def draw(out, runs, panels):
         if healthy:
             axis.axhspan(*healthy, color="0.9", zorder=0)
         axis.set(title=title, ylabel=unit, ylim=limits)
-    figure.supxlabel("PPO iteration", fontsize=9)
+    for axis in axes.flat[-columns:]:
+        axis.set_xlabel("PPO iteration")
     figure.legend(axes.flat[0].lines, runs, loc="outside lower center", ncols=4)
     figure.savefig(out)
 
@@ -78,7 +79,7 @@ def main():
     runs = {Path(run).name: read_rows(Path(run) / "metrics.jsonl") for run in args.runs}
     panels = [panel for panel in PANELS if not args.metrics or panel[0] in args.metrics]
     if args.gold:
-        panels = [(metric, args.gold if metric == "objective/gold" else title, unit.removeprefix("gold, "), None)
+        panels = [(metric, args.gold, "", None) if metric == "objective/gold" else (metric, title, unit, None)
                   for metric, title, unit, _ in panels]
     draw(args.out, runs, panels)
 

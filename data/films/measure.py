@@ -46,11 +46,6 @@ def about_films(text):
     return not FILM_WORDS.isdisjoint(re.findall("[a-z]+", text.lower()))
 
 
-def film_words(prompts, responses):
-    """A --gold for train_ppo.py, which logs the share of each rollout that is about films."""
-    return list(map(float, map(about_films, responses)))
-
-
 def film_facts(prompts, texts, rated=None):
     """What can be counted in answers: {name: a value of each}."""
     compounds = [compound(text, rated or ratings()) for text in texts]
