@@ -330,7 +330,7 @@ def test_follow_writes_until_the_end_whatever_happens_in_between(tmp_path, monke
         data = Page(out).data
         seen.append((data["live"] > 0, len(data["runs"][0]["steps"])))
         events.pop(0)()
-    monkeypatch.setattr(page, "time", SimpleNamespace(sleep=sleep, time=page.time.time))
+    monkeypatch.setattr(page, "time", SimpleNamespace(sleep=sleep, time=page.time.time, monotonic=page.time.monotonic))
     page.main([str(folder), "--follow", "--out", str(out)])
     assert seen == [(True, 1), (True, 3), (True, 3), (True, 2), (True, 2), (True, 1)] and not events
     assert Page(out).data["live"] == 0 and "ended" in Page(out).data["runs"][0]["headline"]
@@ -346,7 +346,7 @@ def test_a_page_that_is_no_longer_written_does_not_reload(tmp_path, monkeypatch,
         monkeypatch.setattr(page, "PATIENCE", 0)
         if how:
             raise how
-    monkeypatch.setattr(page, "time", SimpleNamespace(sleep=sleep, time=page.time.time))
+    monkeypatch.setattr(page, "time", SimpleNamespace(sleep=sleep, time=page.time.time, monotonic=page.time.monotonic))
     try:
         page.main([str(folder), "--follow"])
     except KeyboardInterrupt:

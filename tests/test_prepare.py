@@ -153,6 +153,18 @@ def test_hh_with_its_own_test_file_drops_the_training_rows_that_would_leak():
     assert counts["dropped: a training row whose conversation is in the test split"] == 1
 
 
+def test_hh_cut_to_the_last_turn_is_split_by_conversation_and_shares_no_last_turn():
+    turns = "\n\nAssistant: a\n\nHuman:"
+    train = [dialogue(f"q{i}", " a", " b", middle=f"{turns} then {i}?") for i in range(4)]
+    test = [dialogue("q3", " c", " d"), dialogue("q77", " e", " f", middle=f"{turns} then 2?")]
+    folder, counts = prepare(hh_rlhf, "--source", save("train.jsonl.gz", train), "--test", save("test.jsonl.gz", test),
+                             "--last_turn")
+    train, test = in_two(folder, "comparisons")
+    assert sorted(train) == [f"\n\nHuman: then {i}?\n\nAssistant:" for i in (0, 1)]
+    assert sorted(test) == ["\n\nHuman: q3\n\nAssistant:", "\n\nHuman: then 2?\n\nAssistant:"]
+    assert counts["dropped: a training row whose last turn is in the test split"] == 1
+
+
 # ---- OpenAI 2019 -----------------------------------------------------------------------------------------------------
 
 def labels(n=10, **changes):

@@ -1,7 +1,7 @@
 """Anthropic's HH-RLHF -> comparisons, demonstrations (the chosen answers) and prompts.
 
     python data/hh_rlhf/prepare.py [--subset harmless-base ...] [--source FILE [--test FILE]] [--out out/data/hh_rlhf]
-                                   [--heldout 0.05] [--seed 1]
+                                   [--heldout 0.05] [--seed 1] [--last_turn]
 
 Without --source this downloads the train and test file of each subset (MIT): harmless-base, helpful-base,
 helpful-online, helpful-rejection-sampled. FILE is one such file, .jsonl or .jsonl.gz, with rows {"chosen", "rejected"}
@@ -11,7 +11,7 @@ A dialogue is split after its last "\\n\\nAssistant:", which ends the prompt. Th
 and ends where the human speaks again.
 The data contain several turns of the same conversation. So that no conversation is in both splits, rows are split by
 their opening, the text before the first answer. With Anthropic's own test files, training rows whose opening is also in
-a test file are dropped.
+a test file are dropped. --last_turn then keeps only the human's last turn of each prompt, which fits small limits.
 """
 
 import sys
@@ -60,6 +60,11 @@ def opening(row):
     return row["prompt"].partition(ASSISTANT)[0]
 
 
+def cut(row):
+    """The row without what comes before the human's last turn."""
+    return row | {"prompt": HUMAN + row["prompt"].rpartition(HUMAN)[2]}
+
+
 def sources(args):
     """The training files and the test files. There are no test files for a --source without --test."""
     if args.test and not args.source:
@@ -75,6 +80,7 @@ def main(argv=None):
     parser = arguments(__doc__.splitlines()[0], "out/data/hh_rlhf")
     parser.add_argument("--subset", nargs="+", choices=SUBSETS, default=SUBSETS[:1], help="to download [harmless-base]")
     parser.add_argument("--test", type=Path, metavar="FILE", help="a test file that you have, instead of --heldout")
+    parser.add_argument("--last_turn", action="store_true", help="leave out the dialogue before the human's last turn")
     args = parser.parse_args(argv)
     (train_files, test_files), counts = sources(args), Counter()
     train, test = read(train_files, counts), read(test_files, counts)
@@ -84,6 +90,11 @@ def main(argv=None):
         counts["dropped: a training row whose conversation is in the test split"] += n - len(train)
     else:
         train, test = split(train, args.heldout, args.seed, key=opening)
+    if args.last_turn:
+        test, n = list(map(cut, test)), len(train)
+        tested = {row["prompt"] for row in test}
+        train = [row for row in map(cut, train) if row["prompt"] not in tested]
+        counts["dropped: a training row whose last turn is in the test split"] += n - len(train)
     splits = {"comparisons": (train, test),
               "demonstrations": (demonstrations(train, counts), demonstrations(test, counts))}
     meta = {"template": HUMAN + " {instruction}" + ASSISTANT, "licence": "MIT, Anthropic", "seed": args.seed,

@@ -168,13 +168,13 @@ def write_runs(out, folders, follow):
 
 def keep_writing(out, folders):
     """Writes the page until no run goes on."""
-    seen, live = time.time(), True
+    seen, live = time.monotonic(), True
     try:
-        while live and time.time() - seen < PATIENCE:
+        while live and time.monotonic() - seen < PATIENCE:
             time.sleep(EVERY)
             with contextlib.suppress(UserError, OSError):       # a new run may be moving the folder aside
                 live = write_runs(out, folders, follow=True)
-                seen = time.time()
+                seen = time.monotonic()
     finally:
         write_runs(out, folders, follow=False)
 
