@@ -130,7 +130,7 @@ def make_rollout(batch, policy, reference, reward_model, value_model, tokenizer,
                  iteration):
     """Steps 1 to 6: one response to each prompt of the batch, and all that the update needs."""
     # 1. Sample one response per prompt, from a copy whose matrices are laid out for speed. Random
-    #    numbers are drawn for the whole batch: a row's do not depend on how many processes share it.
+    #    numbers are for the whole batch: a row's do not depend on how many processes share it.
     device = next(policy.parameters()).device
     prompt_ids, prompt_mask = left_pad([example.prompt for example in shard(batch)], device)
     rng = generator(cfg.seed, SAMPLE, iteration)
