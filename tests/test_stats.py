@@ -104,7 +104,8 @@ def test_the_jackknife_of_different_pairs_is_wide_enough():
 
 
 # The table that every statistics book has.
-@pytest.mark.parametrize("df, limit", [(3, 3.182), (4, 2.776), (6, 2.447), (10, 2.228), (30, 2.042), (10_000, 1.960)])
+@pytest.mark.parametrize("df, limit", [(3, 3.182), (4, 2.776), (6, 2.447), (10, 2.228), (30, 2.042), (10_000, 1.960),
+                                       (1e9, 1.960)])
 def test_the_limits_of_student_are_those_of_the_table(df, limit):
     assert t_limit(df) == pytest.approx(limit, abs=0.002)
     assert t_probability(0, df) == 1 > t_probability(1e-9, df) and t_probability(-limit, df) == pytest.approx(0.05, abs=1e-4)
