@@ -76,8 +76,11 @@ def collapse(history, allowance=1.0):
     first_entropy = first["objective/entropy"] / first["rollout/length"]
     if length < 0.35 / allowance * first["rollout/length"]:
         return f"responses have shrunk from {first['rollout/length']:.1f} to {length:.1f} tokens"
+    moved = f"from {first_entropy:.2f} to {entropy:.2f} nats a token"
     if entropy < 0.1 / allowance * first_entropy:
-        return f"the entropy has fallen from {first_entropy:.2f} to {entropy:.2f} nats a token"
+        return f"the entropy has fallen {moved}"
+    if entropy > first_entropy + 0.5 * allowance:
+        return f"the entropy has risen {moved}: the policy writes noise"
     if kl > 1.5 * allowance or (kl > 0.75 * allowance and gain < 0.2):
         return f"the KL is {kl:.2f} nats a token, and the score has changed by {gain:+.2f}"
     return ""

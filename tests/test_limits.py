@@ -80,6 +80,7 @@ def rows(n=20, **last):
 @pytest.mark.parametrize("last", [
     {"rollout/length": 6.0, "objective/entropy": 5.0},              # shorter than a third
     {"objective/entropy": 1.0},                                     # every prompt gets the same answer
+    {"objective/entropy": 40.0, "objective/kl": 12.0},              # it writes noise, which the score likes
     {"objective/kl": 40.0},                                         # far away, whatever the score
     {"objective/kl": 18.0, "objective/scores": 0.1},                # far away for nothing
 ])
@@ -94,7 +95,8 @@ def test_a_collapsed_run_ends_and_names_the_policy_of_before(world, monkeypatch)
 
     def shrinking(*args):
         seen.append(real(*args))
-        return seen[-1] | ({"rollout/length": 1.0} if len(seen) > 16 else {})
+        a_token = {"rollout/length": 1.0, "objective/entropy": seen[-1]["objective/entropy"] / seen[-1]["rollout/length"]}
+        return seen[-1] | (a_token if len(seen) > 16 else {})
     monkeypatch.setattr(health, "rollout_metrics", shrinking)
     monkeypatch.setattr(health, "check_start", lambda *_: None)
     with pytest.raises(UserError, match="collapsed: responses have shrunk.*good"):
